@@ -1,0 +1,103 @@
+"""Checkpoints: a folder of safetensors and JSON that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+STATE_FILE = "state.json"
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file so that a reader sees the old or the new content, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_checkpoint(
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> None:
+    """Write `folder` atomically: one safetensors file per entry of `tensors`, and `state.json`.
+
+    A folder that already exists is replaced.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, entries in tensors.items():
+        plain = {key: value.detach().contiguous() for key, value in entries.items()}
+        save_file(plain, temporary / f"{name}.safetensors")
+    (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    if folder.exists():
+        outdated = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        folder.replace(outdated)
+        temporary.replace(folder)
+        shutil.rmtree(outdated)
+    else:
+        temporary.replace(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint.
+
+    Raises:
+        CheckpointError: missing or torn.
+    """
+    path = folder / STATE_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no {STATE_FILE}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is torn ({error}); use an earlier checkpoint.") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        CheckpointError: missing or torn.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is torn ({error}); use an earlier checkpoint.") from None
+
+
+class CheckpointError(ValueError):
+    """A checkpoint can't be read; the message says which file and what to do."""
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state tensors of an optimizer, keyed `parameter index.name`."""
+    return {
+        f"{index}.{name}": value
+        for index, entries in optimizer.state_dict()["state"].items()
+        for name, value in entries.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Inverse of `optimizer_tensors`; learning rates and other settings keep their present values."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,179 @@
+"""The embedded network: a small MM-DiT that predicts the velocity of 32x32 images from a caption.
+
+Joint text-image attention with separate weights per modality (Esser et al., 2024, "Scaling rectified
+flow transformers"), AdaLN-zero modulation (Peebles & Xie, 2023), QK normalisation. Images enter
+through an overlapping convolutional stem, so that neighbouring patches agree at their seams.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from entroflow.policies.attention import attention
+
+RESOLUTION = 32
+PATCH = 4
+CHANNELS = 3
+
+
+class Modulation(nn.Module):
+    """AdaLN-zero: `parts` vectors of the token width, from the conditioning vector."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(width, parts * width)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(condition)[:, None].chunk(self.parts, dim=-1)
+
+
+def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    normed = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift, normed, 1 + scale)
+
+
+def normalise(x: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm over the last axis, without offset: the QK norm of ViT-22B."""
+    return F.layer_norm(x, scale.shape, scale.to(x.dtype), eps=1e-6)
+
+
+class Stream(nn.Module):
+    """The weights of one modality (text or image) within a block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.modulation = Modulation(width, 6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.scale_q = nn.Parameter(torch.ones(width // heads))
+        self.scale_k = nn.Parameter(torch.ones(width // heads))
+        self.out = nn.Linear(width, width)
+        self.widen = nn.Linear(width, 4 * width)
+        self.narrow = nn.Linear(4 * width, width)
+
+    def project(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of the stream's tokens, each [B, heads, L, head width]."""
+        B, L, width = tokens.shape
+        q, k, v = self.qkv(modulate(tokens, shift, scale)).view(B, L, 3, self.heads, -1).unbind(2)
+        q, k = normalise(q, self.scale_q), normalise(k, self.scale_k)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def absorb(self, tokens: Tensor, attended: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        """The residual updates after attention: its output, then the MLP."""
+        _, _, gate, mlp_shift, mlp_scale, mlp_gate = parts
+        tokens = torch.addcmul(tokens, gate, self.out(attended))
+        # Squared ReLU (So et al., 2021): on CPUs a third of the cost of GELU, and no worse here.
+        wide = F.relu(self.widen(modulate(tokens, mlp_shift, mlp_scale))).square()
+        return torch.addcmul(tokens, mlp_gate, self.narrow(wide))
+
+
+class Block(nn.Module):
+    """One MM-DiT block: both streams attend to the concatenation of both."""
+
+    def __init__(self, width: int, heads: int, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.text = Stream(width, heads)
+        self.image = Stream(width, heads)
+
+    def forward(self, text: Tensor, image: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        text_parts = self.text.modulation(condition)
+        image_parts = self.image.modulation(condition)
+        joint = [
+            torch.cat(pair, dim=2)
+            for pair in zip(
+                self.text.project(text, *text_parts[:2]),
+                self.image.project(image, *image_parts[:2]),
+                strict=True,
+            )
+        ]
+        attended = attention(*joint, layer=self.layer)
+        attended = attended.transpose(1, 2).flatten(2)
+        cut = text.shape[1]
+        return (
+            self.text.absorb(text, attended[:, :cut], text_parts),
+            self.image.absorb(image, attended[:, cut:], image_parts),
+        )
+
+
+class ShapesNetwork(nn.Module):
+    """velocity = network(x, sigma, words).
+
+    Args:
+        vocabulary: number of word ids, the empty word included.
+        caption_length: number of words per caption, padded with the empty word.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        caption_length: int,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+    ) -> None:
+        super().__init__()
+        side = RESOLUTION // PATCH
+        self.width = width
+        self.words = nn.Embedding(vocabulary, width)
+        self.word_positions = nn.Parameter(0.02 * torch.randn(caption_length, width))
+        self.pooled_words = nn.Linear(width, width)
+        self.sigma = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.stem = nn.Conv2d(CHANNELS, width, kernel_size=2 * PATCH, stride=PATCH, padding=PATCH // 2)
+        self.register_buffer("positions", sincos_positions(side, width), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, heads, layer) for layer in range(depth))
+        self.last_modulation = Modulation(width, 2)
+        self.last = nn.ConvTranspose2d(
+            width, CHANNELS, kernel_size=2 * PATCH, stride=PATCH, padding=PATCH // 2
+        )
+        nn.init.normal_(self.words.weight, std=0.02)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, sigma: Tensor, words: Tensor) -> Tensor:
+        """Velocity noise - data.
+
+        Args:
+            x: [B, 3, 32, 32] state.
+            sigma: [B] in [0, 1].
+            words: [B, caption_length] word ids.
+
+        Returns:
+            [B, 3, 32, 32].
+        """
+        embedded = self.words(words)
+        text = embedded + self.word_positions
+        pooled = self.pooled_words(text.mean(dim=1))
+        condition = F.silu(self.sigma(sigma_features(sigma, self.width)) + pooled)
+        grid = self.stem(x)
+        image = grid.flatten(2).transpose(1, 2) + self.positions.to(grid.dtype)
+        for block in self.blocks:
+            text, image = block(text, image, condition)
+        image = modulate(image, *self.last_modulation(condition))
+        return self.last(image.transpose(1, 2).unflatten(2, grid.shape[2:]))
+
+
+def sincos_positions(side: int, width: int) -> Tensor:
+    """[side * side, width] fixed two-dimensional sine-cosine positions."""
+    frequencies = torch.exp(-math.log(100.0) * torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] * frequencies
+    one = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows = one[:, None].expand(side, side, -1)
+    columns = one[None, :].expand(side, side, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+
+def sigma_features(sigma: Tensor, width: int) -> Tensor:
+    """[B, width] sine-cosine features of sigma, periods from 1/160 to 6.3 on [0, 1]."""
+    frequencies = torch.exp(
+        math.log(1000.0) * torch.linspace(0, 1, width // 2, device=sigma.device)
+    )
+    angles = sigma.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,0 +1,160 @@
+"""Pretraining of the embedded network by rectified flow on rendered scenes with noisy captions.
+
+The base model must be imperfect in a way that reinforcement learning can mend: every scene is drawn
+right, and with probability `label_noise` its caption is wrong in one attribute (uniform over the
+attributes that it states). The network learns the mixture; a reward can pick the right component.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from entroflow.checkpoints import (
+    CheckpointError,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    read_state,
+    read_tensors,
+    write_checkpoint,
+)
+from entroflow.policies.shapes.network import ShapesNetwork
+from entroflow.policies.shapes.tokenizer import CAPTION_LENGTH, VOCABULARY, tokenize
+from entroflow.shapes import grammar
+from entroflow.shapes.scenes import lay_out, render
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Settings of a pretraining run; the defaults made the shipped weights."""
+
+    steps: int = 16000
+    batch: int = 128
+    learning_rate: float = 2e-3
+    warm_up: int = 300
+    weight_decay: float = 0.01
+    label_noise: float = 0.25
+    caption_dropout: float = 0.1
+    ema: float = 0.999
+    seed: int = 0
+
+
+def batch_of_scenes(settings: Pretraining, step: int) -> tuple[Tensor, Tensor]:
+    """Images [B, 3, 32, 32] in [-1, 1] and word ids [B, L] of one training step.
+
+    A pure function of the seed and the step, so that a resumed run sees the same data.
+    """
+    rng = np.random.default_rng([settings.seed, step])
+    specs = [grammar.draw(rng, "train") for _ in range(settings.batch)]
+    captions = []
+    for spec in specs:
+        fate = rng.random()
+        if fate < settings.caption_dropout:
+            captions.append("")
+        elif rng.random() < settings.label_noise:
+            captions.append(grammar.text(grammar.one_attribute_wrong(spec, rng)))
+        else:
+            captions.append(grammar.text(spec))
+    return render(lay_out(specs, rng)) * 2 - 1, tokenize(captions)
+
+
+def flow_matching_loss(network: torch.nn.Module, settings: Pretraining, step: int) -> Tensor:
+    """Mean squared error of the velocity at logit-normal sigmas (Esser et al., 2024)."""
+    images, words = batch_of_scenes(settings, step)
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    noise = torch.randn(images.shape, generator=generator)
+    sigma = torch.sigmoid(0.2 + 1.2 * torch.randn(len(images), generator=generator))
+    wide = sigma[:, None, None, None]
+    state = (1 - wide) * images + wide * noise
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = network(state, sigma, words)
+    return F.mse_loss(velocity.float(), noise - images)
+
+
+def learning_rate_at(settings: Pretraining, step: int) -> float:
+    """Linear warm-up, then a cosine to zero at the last step."""
+    warm = min(1.0, (step + 1) / settings.warm_up)
+    return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+
+
+def pretrain(
+    settings: Pretraining, folder: Path, checkpoint_every: int = 500
+) -> Iterator[tuple[int, float]]:
+    """Train, or go on training, in `folder`; yields (step, loss) after every step.
+
+    The folder holds `checkpoint/` (replaced atomically) and `loss.jsonl`.
+
+    Raises:
+        CheckpointError: the folder holds a run with other settings, or a torn checkpoint.
+    """
+    torch.manual_seed(settings.seed)
+    network = ShapesNetwork(VOCABULARY, CAPTION_LENGTH)
+    optimizer = torch.optim.AdamW(
+        network.parameters(),
+        lr=settings.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=settings.weight_decay,
+    )
+    average = copy.deepcopy(network).requires_grad_(False)
+    start = 0
+    checkpoint = folder / "checkpoint"
+    if checkpoint.exists():
+        start = _resume(checkpoint, settings, network, average, optimizer)
+    parameters = list(network.parameters())
+    averages = list(average.parameters())
+    recent: list[dict[str, float]] = []
+    for step in range(start, settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(settings, step)
+        loss = flow_matching_loss(network, settings, step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        decay = min(settings.ema, (step + 1) / (step + 10))
+        torch._foreach_lerp_(averages, parameters, 1 - decay)
+        recent.append({"step": step + 1, "loss": loss.item()})
+        yield step + 1, loss.item()
+        if (step + 1) % checkpoint_every == 0 or step + 1 == settings.steps:
+            write_checkpoint(
+                checkpoint,
+                {
+                    "network": network.state_dict(),
+                    "average": average.state_dict(),
+                    "optimizer": optimizer_tensors(optimizer),
+                },
+                {"step": step + 1, "settings": asdict(settings)},
+            )
+            with (folder / "loss.jsonl").open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in recent)
+            recent.clear()
+
+
+def _resume(
+    checkpoint: Path,
+    settings: Pretraining,
+    network: ShapesNetwork,
+    average: ShapesNetwork,
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    state = read_state(checkpoint)
+    for field in fields(Pretraining):
+        before, now = state["settings"].get(field.name), getattr(settings, field.name)
+        if before != now:
+            raise CheckpointError(
+                f"{checkpoint} was made with {field.name}={before}, not {now}; "
+                "use the same settings or another folder."
+            )
+    network.load_state_dict(read_tensors(checkpoint / "network.safetensors"))
+    average.load_state_dict(read_tensors(checkpoint / "average.safetensors"))
+    load_optimizer_tensors(optimizer, read_tensors(checkpoint / "optimizer.safetensors"))
+    return state["step"]

@@ -1,0 +1,204 @@
+"""Scenes: where the objects of a caption stand, and the pixels they make.
+
+A scene batch is a struct of arrays over B scenes and K object slots. Coordinates are pixels, x to
+the right and y down, the image spanning [0, 32] on both axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from entroflow.shapes.grammar import COLORS, SHAPES, Spec
+
+RESOLUTION = 32
+MOST_OBJECTS = 4
+PALETTE = torch.tensor(
+    [
+        [0.90, 0.12, 0.12],
+        [0.10, 0.65, 0.18],
+        [0.12, 0.22, 0.90],
+        [0.98, 0.85, 0.05],
+        [0.72, 0.10, 0.72],
+        [0.05, 0.75, 0.85],
+        [0.06, 0.06, 0.06],
+    ]
+)
+"""RGB in [0, 1], one row per name in `COLORS`."""
+assert len(PALETTE) == len(COLORS)
+
+SIZE_BOUNDARY = 4.9
+"""Radius in pixels that parts small from large."""
+_RADII = {"small": (3.4, 4.3), "large": (5.6, 6.6)}
+_RADII_BY_COUNT = {1: (3.4, 6.4), 2: (3.4, 6.0), 3: (3.4, 4.8), 4: (3.3, 4.4)}
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """B scenes of up to K objects.
+
+    Attributes:
+        center: [B, K, 2] pixels, (x, y).
+        radius: [B, K] pixels; every shape of radius r fits a square of half width r.
+        shape, color: [B, K] indices into `SHAPES` and `COLORS`.
+        present: [B, K] bool.
+        tint: [B, K, 3] small offsets added to the palette colour.
+        background: [B, 3] RGB.
+    """
+
+    center: Tensor
+    radius: Tensor
+    shape: Tensor
+    color: Tensor
+    present: Tensor
+    tint: Tensor
+    background: Tensor
+
+
+def lay_out(specs: Sequence[Spec], rng: np.random.Generator) -> Scenes:
+    """Random scenes that fulfil `specs`: attributes left open are drawn, objects never touch."""
+    B, K = len(specs), MOST_OBJECTS
+    shape, color = np.zeros((2, B, K), dtype=np.int64)
+    present = np.zeros((B, K), dtype=bool)
+    low, high = np.full((2, B, K), 4.0)
+    relation = np.array([spec.relation or "" for spec in specs])
+    drawn_color = rng.integers(len(COLORS), size=(B, K))
+    for b, spec in enumerate(specs):
+        for k, thing in enumerate(spec.objects):
+            present[b, k] = True
+            shape[b, k] = SHAPES.index(thing.shape)
+            color[b, k] = COLORS.index(thing.color) if thing.color else drawn_color[b, k]
+            default = _RADII_BY_COUNT[len(spec.objects)]
+            low[b, k], high[b, k] = _RADII[thing.size] if thing.size else default
+    radius = rng.uniform(low, high)
+    center = _place(radius, present, relation, rng)
+    background = rng.uniform(0.84, 0.95, (B, 1)) + rng.uniform(-0.015, 0.015, (B, 3))
+    tint = rng.uniform(-0.03, 0.03, (B, K, 3))
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.astype(np.float32))
+
+    return Scenes(
+        center=tensor(center),
+        radius=tensor(radius),
+        shape=torch.from_numpy(shape),
+        color=torch.from_numpy(color),
+        present=torch.from_numpy(present),
+        tint=tensor(tint),
+        background=tensor(background),
+    )
+
+
+def _place(
+    radius: np.ndarray, present: np.ndarray, relation: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Centres by rejection: inside the frame, apart from each other, and as the relation says."""
+    B, K = radius.shape
+    center = np.zeros((B, K, 2))
+    open_scenes = np.arange(B)
+    tries = 16
+    while len(open_scenes):
+        r = radius[open_scenes][:, None, :, None]
+        margin = 1.0 + r
+        trial = rng.uniform(margin, RESOLUTION - margin, (len(open_scenes), tries, K, 2))
+        fits = _apart(trial, radius[open_scenes], present[open_scenes])
+        fits &= _related(trial, relation[open_scenes])
+        found = fits.any(axis=1)
+        center[open_scenes[found]] = trial[found, fits[found].argmax(axis=1)]
+        open_scenes = open_scenes[~found]
+    return center
+
+
+def _apart(center: np.ndarray, radius: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """[n, tries]: whether all present objects keep their distance."""
+    K = radius.shape[-1]
+    fits = np.ones(center.shape[:2], dtype=bool)
+    for one in range(K):
+        for other in range(one):
+            distance = np.linalg.norm(center[:, :, one] - center[:, :, other], axis=-1)
+            needed = 1.15 * (radius[:, one] + radius[:, other]) + 1.0
+            both = present[:, one] & present[:, other]
+            fits &= (distance >= needed[:, None]) | ~both[:, None]
+    return fits
+
+
+def _related(center: np.ndarray, relation: np.ndarray) -> np.ndarray:
+    """[n, tries]: whether the first object stands to the second as `relation` says, clearly."""
+    dx, dy = np.moveaxis(center[:, :, 1] - center[:, :, 0], -1, 0)
+    clearly = {
+        "": np.ones_like(dx, dtype=bool),
+        "left of": dx >= np.abs(dy) + 3,
+        "right of": -dx >= np.abs(dy) + 3,
+        "above": dy >= np.abs(dx) + 3,
+        "below": -dy >= np.abs(dx) + 3,
+    }
+    fits = np.zeros(dx.shape, dtype=bool)
+    for name, holds in clearly.items():
+        rows = relation == name
+        fits[rows] = holds[rows]
+    return fits
+
+
+def coverage(shape: Tensor, radius: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
+    """How much of a pixel each shape covers, in [0, 1].
+
+    The signed distance to the outline, in pixels, is cut to a ramp one pixel wide: anti-aliasing in
+    closed form. The origin is the centroid of the shape.
+
+    Args:
+        shape, radius: broadcastable to the pixel offsets.
+        dx, dy: offsets of the pixel centre from the centroid of the shape.
+    """
+    ax, ay = dx.abs(), dy.abs()
+    round_distance = torch.hypot(dx, dy)
+    circle = round_distance - radius
+    square = torch.maximum(ax, ay) - 0.88 * radius
+    # Equilateral triangle, apex up: three half planes at the inradius from the centroid.
+    inradius = 0.58 * radius
+    triangle = torch.maximum(dy, 0.8660254 * ax - 0.5 * dy) - inradius
+    arm = 0.36 * radius
+    cross = torch.minimum(
+        torch.maximum(ax - radius, ay - arm), torch.maximum(ay - radius, ax - arm)
+    )
+    ring = (round_distance - 0.75 * radius).abs() - 0.25 * radius
+    distance = torch.where(
+        shape == 0,
+        circle,
+        torch.where(
+            shape == 1,
+            square,
+            torch.where(shape == 2, triangle, torch.where(shape == 3, cross, ring)),
+        ),
+    )
+    return (0.5 - distance).clamp(0, 1)
+
+
+AREA = torch.tensor([3.14159265, 4 * 0.88**2, 0.58**2 * 5.19615242, 8 * 0.36 - 4 * 0.36**2, 2.35619449])
+"""Area of each shape of radius 1."""
+
+
+def pixel_axes() -> tuple[Tensor, Tensor]:
+    """x [1, W] and y [H, 1] of the pixel centres."""
+    axis = torch.arange(RESOLUTION) + 0.5
+    return axis[None, :], axis[:, None]
+
+
+def render(scenes: Scenes) -> Tensor:
+    """Pixels of the scenes: [B, 3, 32, 32], RGB in [0, 1], anti-aliased."""
+    x, y = pixel_axes()
+    image = scenes.background[:, :, None, None].expand(-1, -1, RESOLUTION, RESOLUTION)
+    colors = PALETTE[scenes.color] + scenes.tint
+    for k in range(scenes.radius.shape[1]):
+        here = coverage(
+            scenes.shape[:, k, None, None],
+            scenes.radius[:, k, None, None],
+            x - scenes.center[:, k, 0, None, None],
+            y - scenes.center[:, k, 1, None, None],
+        )
+        here = (here * scenes.present[:, k, None, None])[:, None]
+        image = image + here * (colors[:, k, :, None, None] - image)
+    return image.clamp(0, 1)
