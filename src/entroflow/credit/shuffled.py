@@ -1,0 +1,32 @@
+"""A control: every image earns the reward of another image of its group."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from entroflow.credit.terminal import Terminal
+from entroflow.rewards.base import Scores
+from entroflow.sampling.plan import Role
+from entroflow.sampling.rollouts import Rollouts
+
+
+class Shuffled(Terminal):
+    """Terminal credit with the rewards of each group handed on by one place.
+
+    Rollouts of a group are exchangeable, so this breaks the tie between image and reward and leaves
+    everything else as it was: what is still learnt is no effect of the reward.
+    """
+
+    type: Literal["shuffled"] = "shuffled"  # type: ignore[assignment]
+
+    def advantages(self, rollouts: Rollouts, scores: Scores) -> Tensor:
+        """[B, S]; see `Credit.advantages`."""
+        plan = rollouts.plan
+        values = scores.values.clone()
+        for group in plan.group.unique():
+            mine = ((plan.group == group) & (plan.role == Role.ROLLOUT)).nonzero()[:, 0]
+            values[mine] = scores.values[torch.roll(mine, 1)]
+        return super().advantages(rollouts, Scores(values, scores.statuses))

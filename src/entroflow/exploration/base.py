@@ -1,0 +1,47 @@
+"""Exploration answers: which steps are random, from which states, over which sigma interval?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from entroflow.prompts import Prompt
+from entroflow.sampling.kernels import Kernel
+from entroflow.sampling.plan import Plan
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an exploration is asked to plan.
+
+    Attributes:
+        prompts: the P prompts.
+        sizes: [P] rollouts per prompt in this round.
+        first_member: [P] rollouts per prompt in earlier rounds.
+        base_grid: [T + 1] sigmas.
+        kernel: gives the standard deviations.
+        seed, iteration: part of the address of random choices.
+    """
+
+    prompts: Sequence[Prompt]
+    sizes: Tensor
+    first_member: Tensor
+    base_grid: Tensor
+    kernel: Kernel
+    seed: int
+    iteration: int
+
+    def std(self) -> Tensor:
+        """[T] standard deviation that the kernel gives each step of the base grid."""
+        return self.kernel.std(self.base_grid[:-1], self.base_grid[1:], self.base_grid)
+
+
+class Exploration(Protocol):
+    """Makes the plan of one round."""
+
+    def plan(self, request: Request) -> Plan:
+        """The rows to sample."""
+        ...

@@ -1,0 +1,34 @@
+"""Objectives answer: which gradient follows?"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from entroflow.sampling.rollouts import Transitions
+
+
+class Objective(Protocol):
+    """A pure loss on transitions, and what it needs to be computed."""
+
+    needs_old_mean: bool
+    """Whether the means under the sampling policy must be kept."""
+
+    needs_reference: bool
+    """Whether the mean under the reference weights must be computed."""
+
+    minibatches: int
+    epochs: int
+
+    def terms(
+        self, transitions: Transitions, log_prob: Tensor, mean: Tensor, reference_mean: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Terms [n] per transition; `loss` is differentiated, the others are for the log.
+
+        Args:
+            transitions: n transitions.
+            log_prob: [n] log-density per dimension under the live weights.
+            mean, reference_mean: [n, *latent] under the live and the reference weights.
+        """
+        ...

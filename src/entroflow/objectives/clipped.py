@@ -1,0 +1,69 @@
+"""The clipped policy-gradient objective of PPO and GRPO, with KL to the reference."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from entroflow.component import Component
+from entroflow.sampling.kernels import kl_divergence
+from entroflow.sampling.rollouts import Transitions
+
+
+class Clipped(Component):
+    """max(-A rho, -A clip(rho, 1 - c, 1 + c)) + beta KL, per transition.
+
+    rho is the ratio of densities per dimension: the true ratio to the power 1/D. Give either
+    `clip_range` c per dimension, or `clip_total`, the bound on the true log-ratio: c = clip_total / D.
+    """
+
+    type: Literal["clipped"] = "clipped"
+    clip_range: float | None = Field(None, gt=0, description="clip range per dimension")
+    clip_total: float | None = Field(None, gt=0, description="clip range of the true log-ratio")
+    kl: float = Field(0.0, ge=0, description="weight of the KL to the reference, per dimension")
+    kl_weight: Literal["true", "step_length"] = Field(
+        "true",
+        description="step_length multiplies the KL by |sigma' - sigma|, as published Flow-GRPO code does",
+    )
+    minibatches: int = Field(1, ge=1, description="optimizer steps per pass over the rollouts")
+    epochs: int = Field(1, ge=1, description="passes over the rollouts")
+
+    def model_post_init(self, _: Any) -> None:
+        """Ask for exactly one clip range."""
+        if (self.clip_range is None) == (self.clip_total is None):
+            raise ValueError("give exactly one of clip_range and clip_total")
+
+    @property
+    def needs_old_mean(self) -> bool:
+        """False: the ratio needs log-probabilities only."""
+        return False
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether there is a KL term."""
+        return self.kl > 0
+
+    def clip(self, dimensions: int) -> float:
+        """The clip range per dimension for latents of D values."""
+        return self.clip_range or (self.clip_total or 0.0) / dimensions
+
+    def terms(
+        self, transitions: Transitions, log_prob: Tensor, mean: Tensor, reference_mean: Tensor | None
+    ) -> dict[str, Tensor]:
+        """See `Objective.terms`."""
+        clip = self.clip(mean[0].numel())
+        advantage = transitions.advantage.to(log_prob)
+        ratio = torch.exp(log_prob - transitions.log_prob.to(log_prob))
+        clipped = ratio.clamp(1 - clip, 1 + clip)
+        surrogate = torch.maximum(-advantage * ratio, -advantage * clipped)
+        terms = {"loss": surrogate, "ratio": ratio, "clipped": ((ratio - 1).abs() > clip).float()}
+        if reference_mean is not None:
+            kl = kl_divergence(mean, reference_mean, transitions.std)
+            terms["kl"] = kl
+            step_length = (transitions.sigma - transitions.sigma_next).to(kl)
+            weight = step_length if self.kl_weight == "step_length" else 1.0
+            terms["loss"] = surrogate + self.kl * weight * kl
+        return terms

@@ -1,0 +1,83 @@
+"""Pictures for people: image grids as PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+
+def to_png(image: Tensor, scale: int = 1) -> bytes:
+    """One image [3, H, W] in [0, 1] as PNG, every pixel `scale` pixels wide."""
+    buffer = io.BytesIO()
+    _pillow(image, scale).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def grid(
+    images: Tensor,
+    columns: int,
+    captions: Sequence[str] = (),
+    passed: Sequence[bool] = (),
+    scale: int = 4,
+) -> Image.Image:
+    """Images [n, 3, H, W] in [0, 1] as one picture, row by row.
+
+    Args:
+        captions: [n] written under the images.
+        passed: [n] a green or red bar between image and caption.
+        scale: pixels per image pixel.
+    """
+    n, _, height, width = images.shape
+    gap, bar = 6, 3 if len(passed) else 0
+    font = ImageFont.load_default(size=11)
+    lines = [_wrapped(caption, width * scale, font) for caption in captions]
+    label = 13 * max((len(text) for text in lines), default=0) + (4 if lines else 0)
+    rows = (n + columns - 1) // columns
+    cell_width, cell_height = width * scale + gap, height * scale + bar + label + gap
+    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i in range(n):
+        left = gap + (i % columns) * cell_width
+        top = gap + (i // columns) * cell_height
+        sheet.paste(_pillow(images[i], scale), (left, top))
+        below = top + height * scale
+        if bar:
+            color = "#2a9d4a" if passed[i] else "#d1495b"
+            draw.rectangle((left, below, left + width * scale - 1, below + bar - 1), fill=color)
+        if lines:
+            text = "\n".join(lines[i])
+            draw.multiline_text((left, below + bar + 2), text, fill="#333333", font=font, spacing=1)
+    return sheet
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    picture.save(temporary, format="PNG", optimize=True)
+    temporary.replace(path)
+
+
+def _pillow(image: Tensor, scale: int) -> Image.Image:
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    picture = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    if scale == 1:
+        return picture
+    size = (picture.width * scale, picture.height * scale)
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

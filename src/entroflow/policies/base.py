@@ -1,0 +1,138 @@
+"""What every algorithm knows of a model: three verbs, a grid, and named sets of weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Encoded prompts: named tensors whose first axis is the prompt."""
+
+    tensors: Mapping[str, Tensor]
+
+    def take(self, prompt: Tensor) -> Condition:
+        """The conditions of a network batch; `prompt` [B] holds prompt indices."""
+        return Condition({name: value[prompt] for name, value in self.tensors.items()})
+
+
+class Policy(Protocol):
+    """A generator of images.
+
+    Latents have shape `latent_shape` and D = their number of values. sigma is 1 at noise, 0 at data;
+    a velocity is noise - data.
+    """
+
+    latent_shape: tuple[int, ...]
+    weights: WeightSets
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Prompts [P] as a condition with first axis P."""
+        ...
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Condition, guidance: float) -> Tensor:
+        """Velocity [B, *latent_shape] at states x [B, *latent_shape] and sigma [B]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1]."""
+        ...
+
+    def sigmas(self, steps: int) -> Tensor:
+        """The base grid [steps + 1], from 1 to 0."""
+        ...
+
+    def evaluations(self, guidance: float) -> int:
+        """Network passes that one velocity costs per image."""
+        ...
+
+
+class WeightSets:
+    """Named copies of the trainable parameters: `live`, and `reference`, `ema`, ... where made.
+
+    `with weights("ema"):` runs the policy on that copy. Copies are swapped by pointer, so entering
+    costs nothing.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.live = dict(parameters)
+        self._sets: dict[str, dict[str, Tensor]] = {}
+        self._active = "live"
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Store a copy under `name`: of `tensors`, or else of the live weights."""
+        source = self.live if tensors is None else tensors
+        self._check(source, name)
+        self._sets[name] = {key: source[key].detach().clone() for key in self.live}
+
+    def has(self, name: str) -> bool:
+        """Whether a copy of that name exists."""
+        return name == "live" or name in self._sets
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one set."""
+        return self.live if name == "live" else self._sets[name]
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy values into the live weights.
+
+        Raises:
+            ValueError: names or shapes differ from the live weights.
+        """
+        self._check(tensors, "the loaded weights")
+        with torch.no_grad():
+            for key, parameter in self.live.items():
+                parameter.copy_(tensors[key])
+
+    def follow(self, name: str, decay: float) -> None:
+        """One step of the exponential moving average: `name` <- decay name + (1 - decay) live."""
+        followers = [self._sets[name][key] for key in self.live]
+        live = [parameter.detach() for parameter in self.live.values()]
+        torch._foreach_lerp_(followers, live, 1 - decay)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Run with the weights of one set.
+
+        Raises:
+            KeyError: no such set.
+        """
+        if name == self._active:
+            yield
+            return
+        if self._active != "live":
+            raise RuntimeError(f"weights {self._active!r} are active; leave them first.")
+        stored = self._sets[name]
+        self._swap(stored)
+        self._active = name
+        try:
+            yield
+        finally:
+            self._swap(stored)
+            self._active = "live"
+
+    def digest(self, name: str) -> str:
+        """A short hash of one set's values."""
+        summary = hashlib.blake2b(digest_size=8)
+        for key, tensor in sorted(self.tensors(name).items()):
+            summary.update(key.encode())
+            summary.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return summary.hexdigest()
+
+    def _swap(self, stored: dict[str, Tensor]) -> None:
+        for key, parameter in self.live.items():
+            parameter.data, stored[key] = stored[key], parameter.data
+
+    def _check(self, tensors: Mapping[str, Tensor], name: str) -> None:
+        ours = {key: tuple(value.shape) for key, value in self.live.items()}
+        theirs = {key: tuple(value.shape) for key, value in tensors.items()}
+        if ours != theirs:
+            odd = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+            raise ValueError(f"{name} do not fit this policy: {', '.join(odd[:3])} differ.")

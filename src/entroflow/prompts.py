@@ -1,0 +1,165 @@
+"""Prompts and where they come from.
+
+A source answers one question: which prompts does iteration i train on? The answer is a function of
+the seed and i alone, so a resumed run continues with the prompts it would have had.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from pydantic import Field
+
+from entroflow.component import Component
+from entroflow.sampling.noise import Stream, generator
+from entroflow.shapes import grammar
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and what a reward may need to know beside its words."""
+
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class PromptSource(Protocol):
+    """Where prompts come from."""
+
+    def batch(self, seed: int, iteration: int) -> list[Prompt]:
+        """The prompts of one iteration."""
+        ...
+
+
+class ShapesPrompts(Component):
+    """Prompts of the shapes world: a random skill, then a random caption of one split."""
+
+    type: Literal["shapes"] = "shapes"
+    per_iteration: int = Field(8, ge=1, description="prompts per iteration")
+    split: grammar.Split = "train"
+    skills: tuple[str, ...] = Field(grammar.SKILLS, min_length=1)
+
+    def model_post_init(self, _: Any) -> None:
+        """Refuse unknown skills."""
+        unknown = set(self.skills) - set(grammar.SKILLS)
+        if unknown:
+            raise ValueError(f"unknown skills {sorted(unknown)}; known: {', '.join(grammar.SKILLS)}")
+
+    def batch(self, seed: int, iteration: int) -> list[Prompt]:
+        """Skills are dealt evenly in random order; captions are drawn with replacement."""
+        rng = generator(seed, Stream.PROMPTS, iteration)
+        dealt = [self.skills[i % len(self.skills)] for i in range(self.per_iteration)]
+        skills = rng.permutation(len(self.skills))
+        renamed = dict(zip(self.skills, (self.skills[i] for i in skills), strict=True))
+        return [Prompt(grammar.text(grammar.draw(rng, self.split, (renamed[s],)))) for s in dealt]
+
+
+class _ListedPrompts(Component):
+    """Prompts from a finite list: every epoch visits each once, in a new random order."""
+
+    per_iteration: int = Field(8, ge=1, description="prompts per iteration")
+
+    def batch(self, seed: int, iteration: int) -> list[Prompt]:
+        """See the class."""
+        prompts = self._prompts
+        first = iteration * self.per_iteration
+        chosen = []
+        order, epoch_of_order = np.empty(0, dtype=np.int64), -1
+        for position in range(first, first + self.per_iteration):
+            epoch, index = divmod(position, len(prompts))
+            if epoch != epoch_of_order:
+                order = generator(seed, Stream.PROMPTS, row=epoch).permutation(len(prompts))
+                epoch_of_order = epoch
+            chosen.append(prompts[order[index]])
+        return chosen
+
+    @cached_property
+    def _prompts(self) -> list[Prompt]:
+        prompts = self.load()
+        if not prompts:
+            raise ValueError("the prompt list is empty.")
+        return prompts
+
+    def load(self) -> list[Prompt]:
+        """All prompts."""
+        raise NotImplementedError
+
+
+class TextPrompts(_ListedPrompts):
+    """One prompt per line of a text file; blank lines are skipped."""
+
+    type: Literal["text"] = "text"
+    path: Path
+
+    def load(self) -> list[Prompt]:
+        """All prompts."""
+        return [Prompt(line.strip()) for line in _lines(self.path) if line.strip()]
+
+
+class JSONLPrompts(_ListedPrompts):
+    """One JSON object per line; `key` holds the prompt, everything else becomes its metadata."""
+
+    type: Literal["jsonl"] = "jsonl"
+    path: Path
+    key: str = "prompt"
+
+    def load(self) -> list[Prompt]:
+        """All prompts."""
+        records = []
+        for number, line in enumerate(_lines(self.path), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{self.path}:{number} is not JSON: {error}") from None
+            records.append((f"{self.path}:{number}", record))
+        return [_prompt_from_record(record, self.key, where) for where, record in records]
+
+
+class DatasetPrompts(_ListedPrompts):
+    """A data set that `datasets.load_dataset` finds: a name on the hub, or a local file or folder."""
+
+    type: Literal["dataset"] = "dataset"
+    name: str
+    config: str | None = None
+    split: str = "train"
+    key: str = "prompt"
+    data_files: tuple[str, ...] = ()
+
+    def load(self) -> list[Prompt]:
+        """All prompts."""
+        try:
+            import datasets
+        except ImportError:
+            raise ValueError(
+                "prompts of type 'dataset' need the extra: pip install 'entroflow[datasets]'"
+            ) from None
+        files = list(self.data_files) or None
+        table = datasets.load_dataset(self.name, self.config, split=self.split, data_files=files)
+        return [
+            _prompt_from_record(dict(record), self.key, f"{self.name}[{index}]")
+            for index, record in enumerate(table)
+        ]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ValueError(f"there is no prompt file {path}.") from None
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise ValueError(f"{path} is not a text file in UTF-8.") from None
+
+
+def _prompt_from_record(record: Any, key: str, where: str) -> Prompt:
+    if not isinstance(record, Mapping) or not isinstance(record.get(key), str):
+        found: Sequence[str] = sorted(record) if isinstance(record, Mapping) else ()
+        raise ValueError(f"{where} has no text under {key!r}; it has: {', '.join(found) or 'none'}.")
+    return Prompt(record[key], {name: value for name, value in record.items() if name != key})

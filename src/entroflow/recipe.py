@@ -1,0 +1,328 @@
+"""The recipe: the only input of a run. One YAML file, one typed component per section.
+
+Sections whose component can be chosen have a key `type`: the name of a shipped component, or the
+dotted path of a user's own class or function (`my_module.my_reward`). All other keys are the fields
+of that component. Unknown keys and names are errors; nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from entroflow.component import Component
+
+COMPONENTS: dict[str, dict[str, str]] = {
+    "policy": {"shapes": "entroflow.policies.shapes.policy.ShapesPolicyConfig"},
+    "prompts": {
+        "shapes": "entroflow.prompts.ShapesPrompts",
+        "text": "entroflow.prompts.TextPrompts",
+        "jsonl": "entroflow.prompts.JSONLPrompts",
+        "dataset": "entroflow.prompts.DatasetPrompts",
+    },
+    "allocation": {"uniform": "entroflow.allocation.uniform.Uniform"},
+    "exploration": {
+        "every_step": "entroflow.exploration.every_step.EveryStep",
+        "window": "entroflow.exploration.window.Window",
+    },
+    "kernel": {
+        "flow_sde": "entroflow.sampling.kernels.FlowSDE",
+        "ode": "entroflow.sampling.kernels.ODE",
+    },
+    "reward": {"shapes": "entroflow.rewards.shapes.ShapesReward"},
+    "credit": {
+        "terminal": "entroflow.credit.terminal.Terminal",
+        "shuffled": "entroflow.credit.shuffled.Shuffled",
+    },
+    "objective": {"clipped": "entroflow.objectives.clipped.Clipped"},
+    "evaluation": {"shapes": "entroflow.evaluation.shapes.ShapesEvaluation"},
+}
+"""Section -> type -> where the component lives; imported only when a recipe names it."""
+
+
+class Sampling(Component):
+    """How rollouts are sampled."""
+
+    steps: int = Field(10, ge=2, description="steps of the base grid")
+    guidance: float = Field(1.0, ge=0, description="guidance scale; 1 is none")
+    batch_size: int = Field(64, ge=1, description="most images in one network call")
+    state_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="storage type of states; the carried state is rounded to it"
+    )
+
+
+class Optimizer(Component):
+    """AdamW over the trainable weights, and their moving average."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    warm_up: int = Field(0, ge=0, description="iterations of linear warm-up")
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="bound on the gradient norm, of log-probabilities not divided by D"
+    )
+    micro_batch: int = Field(64, ge=1, description="most states in one forward and backward pass")
+    ema: float = Field(
+        0.9, ge=0, lt=1, description="decay of the moving average, per iteration; 0 follows at once"
+    )
+
+
+class Run(Component):
+    """How long, how often, and with which seed."""
+
+    iterations: int = Field(100, ge=0)
+    seed: int = Field(0, ge=0)
+    evaluate_every: int = Field(10, ge=1, description="iterations between evaluations")
+    checkpoint_every: int = Field(20, ge=1, description="iterations between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the latest checkpoints stay")
+
+
+PLAIN: dict[str, type[Component]] = {"sampling": Sampling, "optimizer": Optimizer, "run": Run}
+SECTIONS = (
+    "policy", "prompts", "allocation", "sampling", "exploration", "kernel",
+    "reward", "credit", "objective", "optimizer", "evaluation", "run",
+)  # fmt: skip
+TEXTS = ("title", "paper", "notes")
+
+
+class RecipeError(ValueError):
+    """A recipe is wrong; the message says what, where, and how to mend it, in one line."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A resolved recipe: one component per section, and the plain mapping they were built from."""
+
+    name: str
+    title: str
+    paper: str
+    notes: str
+    policy: Any
+    prompts: Any
+    allocation: Any
+    sampling: Sampling
+    exploration: Any
+    kernel: Any
+    reward: Any
+    credit: Any
+    objective: Any
+    optimizer: Optimizer
+    evaluation: Any
+    run: Run
+    resolved: Mapping[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """A short hash of everything that decides the numbers of a run but the seed."""
+        content = {key: value for key, value in self.resolved.items() if key in SECTIONS}
+        content["run"] = {k: v for k, v in content["run"].items() if k != "seed"}
+        text = json.dumps(content, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The recipe with every key written out; `load_recipe` reads it back."""
+        from io import StringIO
+
+        writer = YAML()
+        writer.width = 100
+        out = StringIO()
+        writer.dump({"name": self.name, **self.resolved}, out)
+        return out.getvalue()
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes in the package."""
+    folder = Path(str(resources.files("entroflow") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe: a shipped name or a file, then `section.key=value` overrides in order.
+
+    Raises:
+        RecipeError: unknown recipe, section, key or type, a value of the wrong type or out of range,
+            or a file that is missing or no YAML.
+    """
+    name, text, folder = _find(str(name_or_path))
+    mapping = _parse_yaml(text, name)
+    for override in overrides:
+        _apply_override(mapping, override)
+    if folder is not None and str(folder) not in sys.path:
+        # A user's components live beside the recipe that names them.
+        sys.path.insert(0, str(folder))
+    return build_recipe(mapping, name)
+
+
+def build_recipe(mapping: Mapping[str, Any], name: str = "recipe") -> Recipe:
+    """Build a recipe from a plain mapping.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+    """
+    mapping = dict(mapping)
+    name = str(mapping.pop("name", name))
+    for key in mapping:
+        if key not in SECTIONS and key not in TEXTS:
+            raise RecipeError(f"{name}: unknown section {key!r}{_hint(key, [*SECTIONS, *TEXTS])}")
+    texts = {key: str(mapping.get(key, "")) for key in TEXTS}
+    parts: dict[str, Any] = {}
+    resolved: dict[str, Any] = {key: value for key, value in texts.items() if value}
+    for section in SECTIONS:
+        fields = mapping.get(section) or {}
+        if not isinstance(fields, Mapping):
+            raise RecipeError(f"{name}: {section} must hold keys and values, not {fields!r}.")
+        parts[section], resolved[section] = _build(section, dict(fields), name)
+    return Recipe(name=name, **texts, **parts, resolved=resolved)
+
+
+def _find(name: str) -> tuple[str, str, Path | None]:
+    shipped = shipped_recipes()
+    if name in shipped:
+        return name, shipped[name].read_text(encoding="utf-8"), None
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        try:
+            return path.stem, path.read_text(encoding="utf-8"), path.resolve().parent
+        except FileNotFoundError:
+            raise RecipeError(f"there is no recipe file {path}.") from None
+        except (UnicodeDecodeError, IsADirectoryError):
+            raise RecipeError(f"{path} is not a YAML file.") from None
+    raise RecipeError(f"there is no recipe {name!r}{_hint(name, list(shipped))}")
+
+
+def _parse_yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        parsed = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{where} is not valid YAML: {reason}") from None
+    if parsed is None:
+        return {}
+    if not isinstance(parsed, dict):
+        raise RecipeError(f"{where} must be a mapping of sections, not a {type(parsed).__name__}.")
+    return parsed
+
+
+def _apply_override(mapping: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"an override is section.key=value, not {override!r}.")
+    if keys[0] not in SECTIONS:
+        raise RecipeError(f"{override}: unknown section {keys[0]!r}{_hint(keys[0], SECTIONS)}")
+    if len(keys) == 1:
+        raise RecipeError(f"{override}: name a key inside {keys[0]}, as in {keys[0]}.key=value.")
+    target = mapping
+    for key in keys[:-1]:
+        inner = target.get(key) or {}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{override}: {key} holds {inner!r}, not keys.")
+        target[key] = dict(inner)
+        target = target[key]
+    try:
+        parsed = YAML(typ="safe", pure=True).load(value)
+    except YAMLError:
+        parsed = value
+    if keys[-1] == "type" and target.get("type") != parsed:
+        # Fields of the old type mean nothing to the new one.
+        target.clear()
+    target[keys[-1]] = parsed
+
+
+def _build(section: str, fields: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
+    """The component of a section, and its fields with defaults written out."""
+    if section in PLAIN:
+        return _validated(PLAIN[section], fields, f"{name}: {section}")
+    known = COMPONENTS[section]
+    kind = fields.pop("type", next(iter(known)))
+    if not isinstance(kind, str):
+        raise RecipeError(f"{name}: {section}.type must be a name, not {kind!r}.")
+    if kind in known:
+        chosen = _imported(known[kind], f"{name}: {section}.type")
+        return _validated(chosen, {"type": kind, **fields}, f"{name}: {section}")
+    if "." not in kind:
+        raise RecipeError(f"{name}: {section}.type: unknown type {kind!r}{_hint(kind, list(known))}")
+    return _users(section, kind, fields, name)
+
+
+def _users(section: str, kind: str, fields: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
+    """A component of the user's, by dotted path."""
+    where = f"{name}: {section}"
+    chosen = _imported(kind, f"{where}.type")
+    if inspect.isclass(chosen) and issubclass(chosen, BaseModel):
+        component, resolved = _validated(chosen, fields, where)
+        return component, {"type": kind, **resolved}
+    if section == "reward" and inspect.isfunction(chosen):
+        if fields:
+            raise RecipeError(f"{where}: a function takes no keys, but {sorted(fields)} are given.")
+        from entroflow.rewards.base import FunctionReward
+
+        return FunctionReward(chosen), {"type": kind}
+    if not callable(chosen):
+        raise RecipeError(f"{where}.type: {kind} is neither a class nor a function.")
+    try:
+        inspect.signature(chosen).bind(**fields)
+    except TypeError as error:
+        raise RecipeError(f"{where}: {kind} {error}.") from None
+    return chosen(**fields), {"type": kind, **fields}
+
+
+def _imported(path: str, where: str) -> Any:
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise RecipeError(
+            f"{where}: can't import {module_name!r} ({error}); it must be installed, or lie beside "
+            "the recipe or in the current folder."
+        ) from None
+    if not hasattr(module, attribute):
+        public = [entry for entry in vars(module) if not entry.startswith("_")]
+        raise RecipeError(f"{where}: {module_name} has no {attribute!r}{_hint(attribute, public)}")
+    return getattr(module, attribute)
+
+
+def _validated(
+    chosen: type[BaseModel], fields: dict[str, Any], where: str
+) -> tuple[BaseModel, dict[str, Any]]:
+    try:
+        # JSON rules: lists may become tuples and strings paths, but "8" is no number.
+        component = chosen.model_validate_json(json.dumps(fields, default=str), strict=True)
+    except ValidationError as error:
+        raise RecipeError(_explained(error, chosen, where)) from None
+    return component, component.model_dump(mode="json")
+
+
+def _explained(error: ValidationError, chosen: type[BaseModel], where: str) -> str:
+    first, *others = error.errors()
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" ({len(others)} more like this)" if others else ""
+    if first["type"] == "extra_forbidden":
+        names = [field for field in chosen.model_fields if field != "type"]
+        return f"{where}: unknown key {key!r}{_hint(key, names)}{more}"
+    if first["type"] == "missing":
+        return f"{where}: key {key!r} is missing{more}."
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"{where}: {message}{more}."
+    message = message[0].lower() + message[1:]
+    return f"{where}.{key}: {message}, not {first['input']!r}{more}."
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    near = get_close_matches(str(word), known, n=1, cutoff=0.5)
+    listed = f" (known: {', '.join(known)})." if len(known) <= 16 else "."
+    return f"; did you mean {near[0]!r}?{listed if not near else ''}" if near else f"{listed}"

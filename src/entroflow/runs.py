@@ -1,0 +1,139 @@
+"""The run folder: everything a run leaves behind, and all it needs to go on.
+
+    recipe.yaml             the resolved recipe
+    metrics.jsonl           one object per iteration; iteration 0 is the start
+    checkpoints/00000020/   safetensors and JSON; best.json names the best by evaluation
+    images/00000020.png     the same prompts and noise at every evaluation
+    tensorboard/            the same numbers and pictures as events
+    evaluation.json         the final comparison on test prompts
+    report.html             made from the above
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from entroflow import checkpoints
+from entroflow.checkpoints import CheckpointError, write_text
+
+RECIPE, METRICS, REPORT, EVALUATION = "recipe.yaml", "metrics.jsonl", "report.html", "evaluation.json"
+BEST = "best.json"
+
+
+class RunError(ValueError):
+    """A run folder can't be used as asked; the message says why and what to do."""
+
+
+class RunFolder:
+    """Access to one run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.images = path / "images"
+        self.tensorboard = path / "tensorboard"
+
+    @classmethod
+    def create(cls, path: Path, recipe_yaml: str) -> RunFolder:
+        """Make a new run folder.
+
+        Raises:
+            RunError: something is there already.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(
+                f"{path} exists already; choose another --run, or go on with --resume {path}."
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path)
+        write_text(path / RECIPE, recipe_yaml)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run folder.
+
+        Raises:
+            RunError: `path` is not one.
+        """
+        if not (path / RECIPE).is_file():
+            raise RunError(f"{path} is not a run folder: it has no {RECIPE}.")
+        return cls(path)
+
+    # --- metrics ------------------------------------------------------------------------------------
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Add one line; it is on disk when this returns."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All whole lines; a last line torn by a crash is left out."""
+        path = self.path / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        parsed = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                parsed.append(json.loads(line))
+            except json.JSONDecodeError:
+                if number < len(lines):
+                    raise RunError(f"{path}:{number} is torn; the run can't be read.") from None
+        return parsed
+
+    def cut_metrics(self, iteration: int) -> None:
+        """Forget lines after `iteration`: they are about to be written again."""
+        kept = [line for line in self.metrics() if line["iteration"] <= iteration]
+        write_text(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+
+    # --- checkpoints --------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        iteration: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        keep: int,
+    ) -> Path:
+        """Write a checkpoint; of the older ones only the latest `keep - 1` and the best remain."""
+        folder = self.checkpoints / f"{iteration:08d}"
+        checkpoints.write_checkpoint(folder, tensors, state)
+        best = self.best()
+        for outdated in self.all_checkpoints()[:-keep]:
+            if best is None or outdated != best:
+                shutil.rmtree(outdated)
+        return folder
+
+    def mark_best(self, iteration: int, score: float) -> None:
+        """Name the checkpoint of `iteration` the best by evaluation."""
+        content = {"iteration": iteration, "score": score}
+        write_text(self.checkpoints / BEST, json.dumps(content) + "\n")
+
+    def best(self) -> Path | None:
+        """The best checkpoint by evaluation, if one is marked and still there."""
+        try:
+            content = json.loads((self.checkpoints / BEST).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        folder = self.checkpoints / f"{content['iteration']:08d}"
+        return folder if folder.is_dir() else None
+
+    def all_checkpoints(self) -> list[Path]:
+        """Every checkpoint, oldest first."""
+        return sorted(p for p in self.checkpoints.glob("[0-9]*") if p.is_dir())
+
+    def latest(self) -> Path:
+        """The latest checkpoint.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        found = self.all_checkpoints()
+        if not found:
+            raise CheckpointError(f"{self.path} has no checkpoint yet.")
+        return found[-1]

@@ -1,0 +1,315 @@
+"""The training loop: prompts -> plan -> rollouts -> rewards -> advantages -> update."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entroflow.checkpoints import (
+    CheckpointError,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    read_state,
+    read_tensors,
+)
+from entroflow.evaluation.base import Evaluated
+from entroflow.exploration.base import Request
+from entroflow.ledger import Ledger
+from entroflow.objectives.update import UpdateStatistics, update
+from entroflow.policies.base import Policy
+from entroflow.recipe import Recipe
+from entroflow.rewards.base import Reward, Scores, join_scores, score
+from entroflow.runs import RunFolder
+from entroflow.sampling.rollouts import Rollouts, Transitions, join_rollouts, transitions_of
+from entroflow.sampling.solver import sample
+
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, Any]
+
+
+class Trainer:
+    """One run: a recipe, the policy it changes, and how far it has come."""
+
+    def __init__(
+        self, recipe: Recipe, policy: Policy | None = None, reward: Reward | None = None
+    ) -> None:
+        self.recipe = recipe
+        self.policy: Policy = recipe.policy.build() if policy is None else policy
+        self.reward: Reward = recipe.reward if reward is None else reward
+        self.base_grid = self.policy.sigmas(recipe.sampling.steps)
+        self.iteration = 0
+        self.seconds = 0.0
+        self.ledger, self.evaluation_ledger = Ledger(), Ledger()
+        weights = self.policy.weights
+        weights.keep("reference")
+        weights.keep("ema")
+        self.parameters = list(weights.live.values())
+        settings = recipe.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+
+    def step(self) -> Metrics:
+        """One iteration: the whole method in six lines."""
+        start = perf_counter()
+        prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
+        rollouts, scores = self._roll_out(prompts)
+        advantages = self.recipe.credit.advantages(rollouts, scores)
+        transitions = transitions_of(rollouts, advantages)
+        with self.ledger.timed("update"):
+            statistics = self._update(transitions, [prompt.text for prompt in prompts])
+        self.iteration += 1
+        self.seconds += perf_counter() - start
+        return self._metrics(rollouts, scores, transitions, statistics)
+
+    def _roll_out(self, prompts: list[Any]) -> tuple[Rollouts, Scores]:
+        """Sample and score, round by round, until the allocation hands out no more."""
+        recipe, rounds, scores = self.recipe, [], []
+        spent = torch.zeros(len(prompts), dtype=torch.long)
+        while (sizes := recipe.allocation.sizes(len(prompts), rounds)) is not None:
+            request = Request(
+                prompts, sizes, spent, self.base_grid, recipe.kernel, recipe.run.seed, self.iteration
+            )
+            plan = recipe.credit.complete(recipe.exploration.plan(request))
+            rollouts = Rollouts.empty(
+                plan,
+                self.policy.latent_shape,
+                getattr(torch, recipe.sampling.state_dtype),
+                recipe.objective.needs_old_mean,
+            )
+            finished = sample(
+                self.policy, recipe.kernel, rollouts, seed=recipe.run.seed, iteration=self.iteration,
+                guidance=recipe.sampling.guidance, batch_size=recipe.sampling.batch_size,
+                ledger=self.ledger,
+            )  # fmt: skip
+            with self.ledger.timed("rollout"):
+                scores.append(score(self.reward, rollouts, finished, self.ledger))
+            rounds.append(rollouts)
+            spent = spent + sizes
+        return join_rollouts(rounds), join_scores(scores)
+
+    def _update(self, transitions: Transitions, prompts: list[str]) -> UpdateStatistics:
+        recipe, settings = self.recipe, self.recipe.optimizer
+        warm = min(1.0, (self.iteration + 1) / settings.warm_up) if settings.warm_up else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * warm
+        statistics = update(
+            self.policy, recipe.kernel, self.policy.encode(prompts), transitions, recipe.objective,
+            self.optimizer, self.parameters, seed=recipe.run.seed, iteration=self.iteration,
+            guidance=recipe.sampling.guidance, micro_batch=settings.micro_batch,
+            max_grad_norm=settings.max_grad_norm, ledger=self.ledger,
+        )  # fmt: skip
+        self.policy.weights.follow("ema", settings.ema)
+        self._check(statistics)
+        return statistics
+
+    def _check(self, statistics: UpdateStatistics) -> None:
+        """Warn where the first pass of the update disagrees with the rollout."""
+        recipe = self.recipe
+        limit = 0.1 * recipe.objective.clip(math.prod(self.policy.latent_shape))
+        if statistics.ratio_deviation > limit:
+            log.warning(
+                "iteration %d: before the first step the policy ratio is off by %.1e, more than a "
+                "tenth of the clip range (%.1e). Rollout and training must agree in dtype (policy "
+                "precision, sampling.state_dtype %s), guidance (%g), grid (%d steps), batch shape "
+                "(sampling.batch_size %d, optimizer.micro_batch %d) and grad mode.",
+                self.iteration + 1, statistics.ratio_deviation, limit, recipe.sampling.state_dtype,
+                recipe.sampling.guidance, recipe.sampling.steps, recipe.sampling.batch_size,
+                recipe.optimizer.micro_batch,
+            )  # fmt: skip
+        if self.iteration == 0 and statistics.kl > limit:
+            log.warning(
+                "the KL to the reference is %.1e before any step, when it must be 0: the reference "
+                "weights are not those that sampled, or grad mode changes the forward pass.",
+                statistics.kl,
+            )
+
+    def evaluate(self) -> Evaluated:
+        """Evaluate the moving average of the weights."""
+        recipe = self.recipe
+        with self.policy.weights("ema"), self.evaluation_ledger.timed("evaluate"):
+            return recipe.evaluation.run(  # type: ignore[no-any-return]
+                self.policy,
+                seed=recipe.run.seed,
+                batch_size=recipe.sampling.batch_size,
+                reward=self.reward,
+                ledger=self.evaluation_ledger,
+            )
+
+    def _metrics(
+        self,
+        rollouts: Rollouts,
+        scores: Scores,
+        transitions: Transitions,
+        statistics: UpdateStatistics,
+    ) -> Metrics:
+        scored = rollouts.plan.scored
+        values, group = scores.values[scored], rollouts.plan.group[scored]
+        valid = ~values.isnan()
+        if not valid.any():
+            raise RuntimeError(
+                f"every reward of iteration {self.iteration} failed; nothing can be learnt from it. "
+                "The warnings above say why; the last checkpoint is unharmed."
+            )
+        spreads = [
+            values[(group == g) & valid].std(correction=0)
+            for g in group.unique()
+            if ((group == g) & valid).any()
+        ]
+        spread = torch.stack(spreads)
+        terms = statistics.terms
+        return {
+            "iteration": self.iteration,
+            "seconds": round(self.seconds, 3),
+            "reward/mean": values[valid].mean().item(),
+            "reward/std": spread.mean().item(),
+            "reward/failed": int((~valid).sum()),
+            "reward/tied_groups": int((spread == 0).sum()),
+            "policy/loss": terms.get("loss", 0.0),
+            "policy/ratio_max_deviation": statistics.ratio_deviation,
+            "policy/clip_fraction": terms.get("clipped", 0.0),
+            "policy/kl": statistics.kl,
+            "policy/gradient_norm": _mean(statistics.gradient_norm),
+            "policy/skipped": statistics.skipped,
+            "policy/transitions": len(transitions),
+            **{f"ledger/{name}": count for name, count in self.ledger.counts().items()},
+            "by_step": {
+                name: {str(step): value for step, value in by_step.items()}
+                for name, by_step in statistics.by_step.items()
+            },
+        }
+
+    # --- checkpoints --------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything with many numbers that a checkpoint must hold."""
+        weights = self.policy.weights
+        return {
+            "live": weights.tensors("live"),
+            "ema": weights.tensors("ema"),
+            "optimizer": optimizer_tensors(self.optimizer),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Everything else; noise needs none, it has an address."""
+        return {
+            "iteration": self.iteration,
+            "seconds": self.seconds,
+            "ledger": self.ledger.state(),
+            "evaluation_ledger": self.evaluation_ledger.state(),
+            "reference": self.policy.weights.digest("reference"),
+            "components": {
+                name: component.state() for name, component in self._components_with_memory()
+            },
+        }
+
+    def load(self, checkpoint: Any) -> None:
+        """Go back to a checkpoint.
+
+        Raises:
+            CheckpointError: missing, torn, or made from other base weights.
+        """
+        state = read_state(checkpoint)
+        weights = self.policy.weights
+        if state["reference"] != weights.digest("reference"):
+            raise CheckpointError(
+                f"{checkpoint} was trained from other base weights than the recipe's policy has now."
+            )
+        weights.load(read_tensors(checkpoint / "live.safetensors"))
+        weights.keep("ema", read_tensors(checkpoint / "ema.safetensors"))
+        load_optimizer_tensors(self.optimizer, read_tensors(checkpoint / "optimizer.safetensors"))
+        self.ledger.load_state(state["ledger"])
+        self.evaluation_ledger.load_state(state["evaluation_ledger"])
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        for name, component in self._components_with_memory():
+            component.load_state(state["components"][name])
+
+    def _components_with_memory(self) -> list[tuple[str, Any]]:
+        parts = vars(self.recipe).items()
+        return [(name, part) for name, part in parts if hasattr(part, "load_state")]
+
+
+def evaluation_metrics(found: Evaluated) -> Metrics:
+    """An evaluation as keys of `metrics.jsonl`."""
+    overall = found.scores["overall"]
+    by_skill = {f"eval/strict/{k}": s.strict for k, s in found.scores.items() if k != "overall"}
+    return {
+        "eval/score": overall.graded,
+        "eval/strict": overall.strict,
+        "eval/strict_low": overall.low,
+        "eval/strict_high": overall.high,
+        **by_skill,
+        "eval/reward": found.reward,
+        "eval/diversity": found.diversity,
+        "eval/texture": found.texture,
+        "eval/contrast": found.contrast,
+    }
+
+
+def train_in(
+    folder: RunFolder, trainer: Trainer, stop_after: int | None = None
+) -> Iterator[tuple[Metrics, Evaluated | None]]:
+    """Run a trainer in a run folder; yields the metrics of every iteration, from 0 on.
+
+    Closing the generator between two iterations leaves a checkpoint of the last one.
+
+    Args:
+        stop_after: stop at this iteration as if interrupted there.
+    """
+    settings = trainer.recipe.run
+    end = settings.iterations if stop_after is None else min(stop_after, settings.iterations)
+    best = -math.inf
+    for line in folder.metrics():
+        best = max(best, line.get("eval/score", -math.inf))
+    saved = -1
+
+    def save() -> None:
+        nonlocal saved
+        if saved != trainer.iteration:
+            folder.save_checkpoint(
+                trainer.iteration, trainer.tensors(), trainer.state(), settings.keep_checkpoints
+            )
+            saved = trainer.iteration
+
+    def finish(metrics: Metrics) -> tuple[Metrics, Evaluated | None]:
+        """Evaluate where it is due, and write everything down."""
+        nonlocal best
+        n, found = trainer.iteration, None
+        if n % settings.evaluate_every == 0 or n == settings.iterations:
+            found = trainer.evaluate()
+            metrics |= evaluation_metrics(found)
+            if metrics["eval/score"] > best:
+                best = metrics["eval/score"]
+                save()
+                folder.mark_best(n, best)
+        if n % settings.checkpoint_every == 0 or n == end:
+            save()
+        folder.append_metrics(metrics)
+        return metrics, found
+
+    try:
+        if trainer.iteration == 0:
+            start: Metrics = {"iteration": 0, "seconds": 0.0}
+            start |= {f"ledger/{name}": count for name, count in trainer.ledger.counts().items()}
+            yield finish(start)
+        while trainer.iteration < end:
+            yield finish(trainer.step())
+    except GeneratorExit:
+        # Closed between two iterations; after an error the last checkpoint stands instead.
+        save()
+        raise
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
