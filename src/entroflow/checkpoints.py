@@ -14,14 +14,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from entroflow.errors import InputError
+
 STATE_FILE = "state.json"
 
 
 def write_text(path: Path, content: str) -> None:
     """Write a file so that a reader sees the old or the new content, never a part."""
+    write_bytes(path, content.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_text`, for bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with temporary.open("w", encoding="utf-8") as file:
+    with temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -59,7 +66,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / STATE_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return state
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {STATE_FILE}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -80,7 +88,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is torn ({error}); use an earlier checkpoint.") from None
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint can't be read; the message says which file and what to do."""
 
 
@@ -94,7 +102,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`; learning rates and other settings keep their present values."""
+    """Inverse of `optimizer_tensors`; settings such as the learning rate stay."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)

@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 
-def to_png(image: Tensor, scale: int = 1) -> bytes:
-    """One image [3, H, W] in [0, 1] as PNG, every pixel `scale` pixels wide."""
+def to_png(image: Tensor) -> bytes:
+    """One image [3, H, W] in [0, 1] as PNG."""
     buffer = io.BytesIO()
-    _pillow(image, scale).save(buffer, format="PNG", optimize=True)
+    _pillow(image, 1).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -72,7 +72,9 @@ def _pillow(image: Tensor, scale: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST)
 
 
-def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+def _wrapped(
+    text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

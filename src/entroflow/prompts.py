@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from entroflow.component import Component
+from entroflow.errors import InputError
 from entroflow.sampling.noise import Stream, generator
 from entroflow.shapes import grammar
 
@@ -49,7 +50,9 @@ class ShapesPrompts(Component):
         """Refuse unknown skills."""
         unknown = set(self.skills) - set(grammar.SKILLS)
         if unknown:
-            raise ValueError(f"unknown skills {sorted(unknown)}; known: {', '.join(grammar.SKILLS)}")
+            raise ValueError(
+                f"unknown skills {sorted(unknown)}; known: {', '.join(grammar.SKILLS)}"
+            )
 
     def batch(self, seed: int, iteration: int) -> list[Prompt]:
         """Skills are dealt evenly in random order; captions are drawn with replacement."""
@@ -83,7 +86,7 @@ class _ListedPrompts(Component):
     def _prompts(self) -> list[Prompt]:
         prompts = self.load()
         if not prompts:
-            raise ValueError("the prompt list is empty.")
+            raise InputError("the prompt list is empty.")
         return prompts
 
     def load(self) -> list[Prompt]:
@@ -118,13 +121,13 @@ class JSONLPrompts(_ListedPrompts):
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{self.path}:{number} is not JSON: {error}") from None
+                raise InputError(f"{self.path}:{number} is not JSON: {error}") from None
             records.append((f"{self.path}:{number}", record))
         return [_prompt_from_record(record, self.key, where) for where, record in records]
 
 
 class DatasetPrompts(_ListedPrompts):
-    """A data set that `datasets.load_dataset` finds: a name on the hub, or a local file or folder."""
+    """A data set that `datasets.load_dataset` finds: a hub name, or a local file or folder."""
 
     type: Literal["dataset"] = "dataset"
     name: str
@@ -138,7 +141,7 @@ class DatasetPrompts(_ListedPrompts):
         try:
             import datasets
         except ImportError:
-            raise ValueError(
+            raise InputError(
                 "prompts of type 'dataset' need the extra: pip install 'entroflow[datasets]'"
             ) from None
         files = list(self.data_files) or None
@@ -153,13 +156,15 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise ValueError(f"there is no prompt file {path}.") from None
+        raise InputError(f"there is no prompt file {path}.") from None
     except (UnicodeDecodeError, IsADirectoryError):
-        raise ValueError(f"{path} is not a text file in UTF-8.") from None
+        raise InputError(f"{path} is not a text file in UTF-8.") from None
 
 
 def _prompt_from_record(record: Any, key: str, where: str) -> Prompt:
     if not isinstance(record, Mapping) or not isinstance(record.get(key), str):
         found: Sequence[str] = sorted(record) if isinstance(record, Mapping) else ()
-        raise ValueError(f"{where} has no text under {key!r}; it has: {', '.join(found) or 'none'}.")
+        raise InputError(
+            f"{where} has no text under {key!r}; it has: {', '.join(found) or 'none'}."
+        )
     return Prompt(record[key], {name: value for name, value in record.items() if name != key})

@@ -24,6 +24,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from entroflow.component import Component
+from entroflow.errors import InputError
 
 COMPONENTS: dict[str, dict[str, str]] = {
     "policy": {"shapes": "entroflow.policies.shapes.policy.ShapesPolicyConfig"},
@@ -98,7 +99,7 @@ SECTIONS = (
 TEXTS = ("title", "paper", "notes")
 
 
-class RecipeError(ValueError):
+class RecipeError(InputError):
     """A recipe is wrong; the message says what, where, and how to mend it, in one line."""
 
 
@@ -149,12 +150,22 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def recipe_titles() -> dict[str, str]:
+    """Name -> title (and paper) of the shipped recipes."""
+    titles = {}
+    for name, path in shipped_recipes().items():
+        mapping = _parse_yaml(path.read_text(encoding="utf-8"), name)
+        paper = mapping.get("paper")
+        titles[name] = mapping.get("title", "") + (f" [{paper}]" if paper else "")
+    return titles
+
+
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe: a shipped name or a file, then `section.key=value` overrides in order.
 
     Raises:
-        RecipeError: unknown recipe, section, key or type, a value of the wrong type or out of range,
-            or a file that is missing or no YAML.
+        RecipeError: unknown recipe, section, key or type; a value of the wrong type or out of
+            range; a file that is missing or no YAML.
     """
     name, text, folder = _find(str(name_or_path))
     mapping = _parse_yaml(text, name)
@@ -178,14 +189,14 @@ def build_recipe(mapping: Mapping[str, Any], name: str = "recipe") -> Recipe:
         if key not in SECTIONS and key not in TEXTS:
             raise RecipeError(f"{name}: unknown section {key!r}{_hint(key, [*SECTIONS, *TEXTS])}")
     texts = {key: str(mapping.get(key, "")) for key in TEXTS}
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = dict(texts)
     resolved: dict[str, Any] = {key: value for key, value in texts.items() if value}
     for section in SECTIONS:
         fields = mapping.get(section) or {}
         if not isinstance(fields, Mapping):
             raise RecipeError(f"{name}: {section} must hold keys and values, not {fields!r}.")
         parts[section], resolved[section] = _build(section, dict(fields), name)
-    return Recipe(name=name, **texts, **parts, resolved=resolved)
+    return Recipe(name=name, **parts, resolved=resolved)
 
 
 def _find(name: str) -> tuple[str, str, Path | None]:
@@ -254,11 +265,15 @@ def _build(section: str, fields: dict[str, Any], name: str) -> tuple[Any, dict[s
         chosen = _imported(known[kind], f"{name}: {section}.type")
         return _validated(chosen, {"type": kind, **fields}, f"{name}: {section}")
     if "." not in kind:
-        raise RecipeError(f"{name}: {section}.type: unknown type {kind!r}{_hint(kind, list(known))}")
+        raise RecipeError(
+            f"{name}: {section}.type: unknown type {kind!r}{_hint(kind, list(known))}"
+        )
     return _users(section, kind, fields, name)
 
 
-def _users(section: str, kind: str, fields: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
+def _users(
+    section: str, kind: str, fields: dict[str, Any], name: str
+) -> tuple[Any, dict[str, Any]]:
     """A component of the user's, by dotted path."""
     where = f"{name}: {section}"
     chosen = _imported(kind, f"{where}.type")

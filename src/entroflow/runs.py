@@ -1,12 +1,13 @@
 """The run folder: everything a run leaves behind, and all it needs to go on.
 
-    recipe.yaml             the resolved recipe
-    metrics.jsonl           one object per iteration; iteration 0 is the start
-    checkpoints/00000020/   safetensors and JSON; best.json names the best by evaluation
-    images/00000020.png     the same prompts and noise at every evaluation
-    tensorboard/            the same numbers and pictures as events
-    evaluation.json         the final comparison on test prompts
-    report.html             made from the above
+recipe.yaml             the resolved recipe
+metrics.jsonl           one object per iteration; iteration 0 is the start
+checkpoints/00000020/   safetensors and JSON; best.json names the best by evaluation
+images/00000020.png     the same prompts and noise at every evaluation, to look at
+examples/00000020.*     the same images as one strip, with captions and verdicts as JSON
+tensorboard/            the same numbers and pictures as events
+evaluation.json         the final comparison on test prompts
+report.html             made from the above
 """
 
 from __future__ import annotations
@@ -17,16 +18,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL.Image import Image
 from torch import Tensor
 
-from entroflow import checkpoints
-from entroflow.checkpoints import CheckpointError, write_text
+from entroflow import checkpoints, pictures
+from entroflow.checkpoints import CheckpointError, write_bytes, write_text
+from entroflow.errors import InputError
+from entroflow.evaluation.base import Evaluated
 
-RECIPE, METRICS, REPORT, EVALUATION = "recipe.yaml", "metrics.jsonl", "report.html", "evaluation.json"
+RECIPE, METRICS, REPORT, EVALUATION = (
+    "recipe.yaml",
+    "metrics.jsonl",
+    "report.html",
+    "evaluation.json",
+)
 BEST = "best.json"
+SHEET_COLUMNS = 6
 
 
-class RunError(ValueError):
+class RunError(InputError):
     """A run folder can't be used as asked; the message says why and what to do."""
 
 
@@ -37,6 +48,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.images = path / "images"
+        self.examples = path / "examples"
         self.tensorboard = path / "tensorboard"
 
     @classmethod
@@ -66,7 +78,7 @@ class RunFolder:
             raise RunError(f"{path} is not a run folder: it has no {RECIPE}.")
         return cls(path)
 
-    # --- metrics ------------------------------------------------------------------------------------
+    # --- metrics -------------------------------------------------------------------------------
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one line; it is on disk when this returns."""
@@ -91,7 +103,22 @@ class RunFolder:
         kept = [line for line in self.metrics() if line["iteration"] <= iteration]
         write_text(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
-    # --- checkpoints --------------------------------------------------------------------------------
+    # --- pictures ------------------------------------------------------------------------------
+
+    def save_sheet(self, name: str, evaluated: Evaluated) -> Image:
+        """The examples of an evaluation for people: a green bar where strictly right."""
+        sheet = pictures.grid(evaluated.images, SHEET_COLUMNS, evaluated.captions, evaluated.passed)
+        pictures.save(sheet, self.images / f"{name}.png")
+        return sheet
+
+    def save_examples(self, name: str, evaluated: Evaluated) -> None:
+        """The examples of an evaluation for programs: a strip of images, and their captions."""
+        strip = torch.cat(list(evaluated.images), dim=-1)
+        write_bytes(self.examples / f"{name}.png", pictures.to_png(strip))
+        known = {"captions": list(evaluated.captions), "passed": list(evaluated.passed)}
+        write_text(self.examples / f"{name}.json", json.dumps(known) + "\n")
+
+    # --- checkpoints ---------------------------------------------------------------------------
 
     def save_checkpoint(
         self,

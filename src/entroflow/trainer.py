@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from time import perf_counter
 from typing import Any
 
@@ -74,11 +74,19 @@ class Trainer:
 
     def _roll_out(self, prompts: list[Any]) -> tuple[Rollouts, Scores]:
         """Sample and score, round by round, until the allocation hands out no more."""
-        recipe, rounds, scores = self.recipe, [], []
+        recipe = self.recipe
+        rounds: list[Rollouts] = []
+        scores: list[Scores] = []
         spent = torch.zeros(len(prompts), dtype=torch.long)
         while (sizes := recipe.allocation.sizes(len(prompts), rounds)) is not None:
             request = Request(
-                prompts, sizes, spent, self.base_grid, recipe.kernel, recipe.run.seed, self.iteration
+                prompts,
+                sizes,
+                spent,
+                self.base_grid,
+                recipe.kernel,
+                recipe.run.seed,
+                self.iteration,
             )
             plan = recipe.credit.complete(recipe.exploration.plan(request))
             rollouts = Rollouts.empty(
@@ -88,7 +96,8 @@ class Trainer:
                 recipe.objective.needs_old_mean,
             )
             finished = sample(
-                self.policy, recipe.kernel, rollouts, seed=recipe.run.seed, iteration=self.iteration,
+                self.policy, recipe.kernel, rollouts,
+                seed=recipe.run.seed, iteration=self.iteration,
                 guidance=recipe.sampling.guidance, batch_size=recipe.sampling.batch_size,
                 ledger=self.ledger,
             )  # fmt: skip
@@ -158,7 +167,7 @@ class Trainer:
         valid = ~values.isnan()
         if not valid.any():
             raise RuntimeError(
-                f"every reward of iteration {self.iteration} failed; nothing can be learnt from it. "
+                f"every reward of iteration {self.iteration} failed; nothing to learn from. "
                 "The warnings above say why; the last checkpoint is unharmed."
             )
         spreads = [
@@ -189,7 +198,7 @@ class Trainer:
             },
         }
 
-    # --- checkpoints --------------------------------------------------------------------------------
+    # --- checkpoints ---------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything with many numbers that a checkpoint must hold."""
@@ -223,7 +232,7 @@ class Trainer:
         weights = self.policy.weights
         if state["reference"] != weights.digest("reference"):
             raise CheckpointError(
-                f"{checkpoint} was trained from other base weights than the recipe's policy has now."
+                f"{checkpoint} was trained from other base weights than the policy has now."
             )
         weights.load(read_tensors(checkpoint / "live.safetensors"))
         weights.keep("ema", read_tensors(checkpoint / "ema.safetensors"))
@@ -258,7 +267,7 @@ def evaluation_metrics(found: Evaluated) -> Metrics:
 
 def train_in(
     folder: RunFolder, trainer: Trainer, stop_after: int | None = None
-) -> Iterator[tuple[Metrics, Evaluated | None]]:
+) -> Generator[tuple[Metrics, Evaluated | None], None, None]:
     """Run a trainer in a run folder; yields the metrics of every iteration, from 0 on.
 
     Closing the generator between two iterations leaves a checkpoint of the last one.
@@ -312,4 +321,3 @@ def train_in(
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-

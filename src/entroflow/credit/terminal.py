@@ -19,7 +19,9 @@ class Terminal(Component):
     """Group-normalised final reward, the same for all steps of a row (GRPO)."""
 
     type: Literal["terminal"] = "terminal"
-    scale: Scale = Field("group", description="whose standard deviation divides: group, global, none")
+    scale: Scale = Field(
+        "group", description="whose standard deviation divides: group, global, none"
+    )
     ddof: Literal[0, 1] = Field(0, description="0: divide the variance by n; 1: by n - 1")
     epsilon: float = Field(1e-4, ge=0, description="added to the standard deviation")
     advantage_clip: float = Field(5.0, gt=0, description="bound on the size of an advantage")

@@ -1,4 +1,4 @@
-"""Evaluation on the shapes world: strict and graded score by skill, and what the reward can't see."""
+"""Evaluation on the shapes world: scores by skill, and what the reward can't see."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from entroflow.sampling.plan import Plan, fresh_rows
 
 
 class EveryStep(Component):
-    """All steps are stochastic except the last, whose noise would stay in the image (2505.05470)."""
+    """All steps are stochastic except the last, whose noise would stay visible (2505.05470)."""
 
     type: Literal["every_step"] = "every_step"
 

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from entroflow.component import Component
+from entroflow.errors import InputError
 from entroflow.exploration.base import Request
 from entroflow.sampling.plan import Plan, fresh_rows
 
@@ -14,7 +15,7 @@ from entroflow.sampling.plan import Plan, fresh_rows
 class Window(Component):
     """Steps `start`, ..., `start + size - 1` are stochastic.
 
-    Fewer random steps mean fewer transitions to train on and a cleaner tie between noise and reward.
+    Fewer random steps mean fewer transitions to train on and a closer tie between noise and reward.
     """
 
     type: Literal["window"] = "window"
@@ -25,11 +26,11 @@ class Window(Component):
         """One row per rollout, each from its own noise.
 
         Raises:
-            ValueError: the window reaches the last step.
+            InputError: the window reaches the last step.
         """
         std = request.std()
         if self.start + self.size >= len(std) + 1:
-            raise ValueError(
+            raise InputError(
                 f"exploration.start + exploration.size is {self.start + self.size}, but only steps "
                 f"0 to {len(std) - 1} exist; shorten the window or raise sampling.steps."
             )

@@ -22,7 +22,11 @@ class Objective(Protocol):
     epochs: int
 
     def terms(
-        self, transitions: Transitions, log_prob: Tensor, mean: Tensor, reference_mean: Tensor | None
+        self,
+        transitions: Transitions,
+        log_prob: Tensor,
+        mean: Tensor,
+        reference_mean: Tensor | None,
     ) -> dict[str, Tensor]:
         """Terms [n] per transition; `loss` is differentiated, the others are for the log.
 

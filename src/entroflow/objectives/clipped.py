@@ -17,7 +17,7 @@ class Clipped(Component):
     """max(-A rho, -A clip(rho, 1 - c, 1 + c)) + beta KL, per transition.
 
     rho is the ratio of densities per dimension: the true ratio to the power 1/D. Give either
-    `clip_range` c per dimension, or `clip_total`, the bound on the true log-ratio: c = clip_total / D.
+    `clip_range` c per dimension, or `clip_total`, the bound on the true log-ratio, c D.
     """
 
     type: Literal["clipped"] = "clipped"
@@ -26,7 +26,7 @@ class Clipped(Component):
     kl: float = Field(0.0, ge=0, description="weight of the KL to the reference, per dimension")
     kl_weight: Literal["true", "step_length"] = Field(
         "true",
-        description="step_length multiplies the KL by |sigma' - sigma|, as published Flow-GRPO code does",
+        description="step_length: KL times |sigma' - sigma|, as Flow-GRPO's published code does",
     )
     minibatches: int = Field(1, ge=1, description="optimizer steps per pass over the rollouts")
     epochs: int = Field(1, ge=1, description="passes over the rollouts")
@@ -51,7 +51,11 @@ class Clipped(Component):
         return self.clip_range or (self.clip_total or 0.0) / dimensions
 
     def terms(
-        self, transitions: Transitions, log_prob: Tensor, mean: Tensor, reference_mean: Tensor | None
+        self,
+        transitions: Transitions,
+        log_prob: Tensor,
+        mean: Tensor,
+        reference_mean: Tensor | None,
     ) -> dict[str, Tensor]:
         """See `Objective.terms`."""
         clip = self.clip(mean[0].numel())

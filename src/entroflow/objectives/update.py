@@ -83,7 +83,9 @@ def update(
                     passes.reference_mean if objective.needs_reference else None,
                 )  # fmt: skip
                 if not gathered and passes.reference_mean is not None:
-                    kl = kl_divergence(passes.mean.detach(), passes.reference_mean, passes.transitions.std)
+                    kl = kl_divergence(
+                        passes.mean.detach(), passes.reference_mean, passes.transitions.std
+                    )
                     statistics.kl = kl.mean().item()
                 loss = (share[chunk].to(terms["loss"]) * terms["loss"]).sum()
                 (dimensions * loss).backward()
@@ -94,7 +96,7 @@ def update(
             norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
             if not norm.isfinite():
                 raise FloatingPointError(
-                    f"the gradient is not finite at iteration {iteration}; the weights are unchanged. "
+                    f"the gradient is not finite at iteration {iteration}; it was not applied. "
                     "Lower optimizer.learning_rate, or look at the rewards and the precision."
                 )
             optimizer.step()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-    """Softmax attention, written out: on CPUs with bfloat16 matrix units faster than the fused kernel.
+    """Softmax attention, written out: faster than the fused kernel on CPUs with bfloat16 units.
 
     Args:
         q, k, v: [B, heads, L, head width].

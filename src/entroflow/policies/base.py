@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from entroflow.errors import InputError
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -26,8 +28,8 @@ class Condition:
 class Policy(Protocol):
     """A generator of images.
 
-    Latents have shape `latent_shape` and D = their number of values. sigma is 1 at noise, 0 at data;
-    a velocity is noise - data.
+    Latents have shape `latent_shape` and D values. sigma is 1 at noise and 0 at data; a velocity is
+    noise - data.
     """
 
     latent_shape: tuple[int, ...]
@@ -84,7 +86,7 @@ class WeightSets:
         """Copy values into the live weights.
 
         Raises:
-            ValueError: names or shapes differ from the live weights.
+            InputError: names or shapes differ from the live weights.
         """
         self._check(tensors, "the loaded weights")
         with torch.no_grad():
@@ -134,5 +136,7 @@ class WeightSets:
         ours = {key: tuple(value.shape) for key, value in self.live.items()}
         theirs = {key: tuple(value.shape) for key, value in tensors.items()}
         if ours != theirs:
-            odd = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-            raise ValueError(f"{name} do not fit this policy: {', '.join(odd[:3])} differ.")
+            odd = sorted(
+                key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)
+            )
+            raise InputError(f"{name} do not fit this policy: {', '.join(odd[:3])} differ.")

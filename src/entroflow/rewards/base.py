@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from entroflow.errors import InputError
 from entroflow.ledger import Ledger
 from entroflow.prompts import Prompt
 from entroflow.sampling.rollouts import Rollouts
@@ -56,7 +57,7 @@ class FunctionReward:
         """See `Reward.score`.
 
         Raises:
-            ValueError: the function returned the wrong number of values: a bug, not a failure.
+            InputError: the function returned the wrong number of values: a bug, not a failure.
         """
         name = getattr(self.function, "__qualname__", repr(self.function))
         try:
@@ -71,7 +72,7 @@ class FunctionReward:
             )
         values = torch.as_tensor(returned, dtype=torch.float64)
         if values.shape != (len(images),):
-            raise ValueError(
+            raise InputError(
                 f"reward {name} must return one number per image: {len(images)} images, "
                 f"but a result of shape {tuple(values.shape)}."
             )

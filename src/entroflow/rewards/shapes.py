@@ -28,7 +28,7 @@ class ShapesReward(Component):
         """See `Reward.score`.
 
         Raises:
-            ValueError: a prompt is outside the grammar of the shapes world.
+            InputError: a prompt is outside the grammar of the shapes world.
         """
         specs: list[Spec] = [read(prompt.text) for prompt in prompts]
         verdict = score(images, specs)

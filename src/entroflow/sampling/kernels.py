@@ -1,7 +1,7 @@
 """Transition kernels: the Gaussian from which the next state is drawn.
 
 A kernel is two pure functions. `std` is fixed when the plan is made; `mean` is evaluated at every
-step. A standard deviation of 0 makes any kernel the deterministic Euler step x + (sigma' - sigma) v.
+step. A standard deviation of 0 makes any kernel the Euler step x + (sigma' - sigma) v.
 Log-density, KL and entropy follow from (mean, std) and stand here once for all kernels; each is
 divided by D, the number of values per latent.
 """

@@ -49,7 +49,7 @@ class Plan:
         scored: [B] bool, whether the row's image goes to the reward.
         parent: [B] row whose state this row starts from, or `FRESH`.
         parent_step: [B] the step of the parent before which that state stands.
-        noise_member: [B] member in the address of the initial noise, or `FRESH` if the group shares it.
+        noise_member: [B] member in the address of the initial noise; `FRESH`: the group shares it.
     """
 
     prompts: tuple[Prompt, ...]
@@ -112,7 +112,7 @@ def fresh_rows(
 
     Args:
         sizes: [P] rows per prompt.
-        first_member: [P] number of the first row of each group (rows of earlier rounds come before).
+        first_member: [P] number of the first row of each group (earlier rounds come before).
         std: [P, T] or [T] standard deviations.
         share_noise: one initial noise per group.
     """
@@ -201,7 +201,8 @@ def _stacked(plans: Sequence[Plan], parent_offsets: Sequence[int]) -> Plan:
         torch.where(parent == FRESH, FRESH, parent + offset)
         for parent, offset in zip(columns["parent"], parent_offsets, strict=True)
     ]
-    return replace(plans[0], **{name: torch.cat(parts) for name, parts in columns.items()})
+    stacked: dict[str, Any] = {name: torch.cat(parts) for name, parts in columns.items()}
+    return replace(plans[0], **stacked)
 
 
 def padded(table: Tensor, width: int, fill: float) -> Tensor:

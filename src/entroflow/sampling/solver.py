@@ -65,7 +65,7 @@ def integrate(
         prompt: [B] index into `cond`.
         sigmas: [B, S + 1] grids, padded at the end with their last value.
         std: [B, S] standard deviations, 0 = deterministic.
-        noise: (rows [n], steps [n]) -> standard normal [n, *latent], asked only for stochastic steps.
+        noise: (rows [n], steps [n]) -> standard normal [n, *latent], for stochastic steps only.
         guidance: guidance scale handed to the policy.
         batch_size: most rows in one network call.
         velocity: [B, *latent] known velocity at the first state; NaN rows are not known.

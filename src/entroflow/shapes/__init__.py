@@ -1,1 +1,1 @@
-"""The shapes world: 32x32 scenes of coloured shapes, their captions, and a scorer that can verify them."""
+"""The shapes world: 32x32 scenes of coloured shapes, their captions, and a scorer."""

@@ -1,7 +1,7 @@
 """What the shapes reward can't see, and reward hacking therefore shows up in.
 
-A policy may paint a texture on the background, or change the contrast, while the score rises; and it
-may draw the same picture for every noise. These numbers are monitors: nothing trains on them.
+A policy may paint a texture on the background, or change the contrast, while the score rises; and
+it may draw the same picture for every noise. These numbers are monitors: nothing trains on them.
 """
 
 from __future__ import annotations

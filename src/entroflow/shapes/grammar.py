@@ -26,6 +26,8 @@ from typing import Literal
 
 import numpy as np
 
+from entroflow.errors import InputError
+
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan", "black")
 SIZES = ("small", "large")
@@ -95,7 +97,7 @@ def parse(caption: str) -> Spec:
     """The meaning of a caption.
 
     Raises:
-        ValueError: the caption is outside the grammar; the message names the word and the nearest
+        InputError: the caption is outside the grammar; the message names the word and the nearest
             known one.
     """
     words = caption.lower().replace(",", " ").rstrip(". ").split()
@@ -103,11 +105,11 @@ def parse(caption: str) -> Spec:
         if word not in WORDS:
             near = get_close_matches(word, WORDS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Known words: {', '.join(WORDS)}."
-            raise ValueError(f"the shapes world has no word {word!r} (in {caption!r}).{hint}")
+            raise InputError(f"the shapes world has no word {word!r} (in {caption!r}).{hint}")
     try:
         return _parse_words(words)
     except (IndexError, KeyError, ValueError):
-        raise ValueError(
+        raise InputError(
             f"the shapes world can't read {caption!r}. Captions look like 'a small red circle', "
             "'three blue rings', 'a ring and a large cross', 'a red circle left of a blue square'."
         ) from None
@@ -156,9 +158,9 @@ def _parse_thing(words: list[str]) -> Thing:
     return Thing(shape, color, size)
 
 
-# --- forms: how the captions of a skill look -------------------------------------------------------
-# A skill has one or more forms (position: with and without colours). Prompts are drawn by form first,
-# so that a form with thousands of captions does not drown one with forty.
+# --- forms: how the captions of a skill look --------------------------------------------------
+# A skill has one or more forms (position: with and without colours). Prompts are drawn by form
+# first, so that a form with thousands of captions does not drown one with forty.
 
 
 def _things(colors: Sequence[str | None], sizes: Sequence[str | None]) -> list[Thing]:
@@ -257,12 +259,12 @@ def split_of(spec: Spec) -> Split:
 
 def draw(rng: np.random.Generator, split: Split, skills: Sequence[str] = SKILLS) -> Spec:
     """One caption: skill, then form, then caption, each uniformly."""
-    skill_forms = split_forms(split)[skills[rng.integers(len(skills))]]
+    skill_forms = split_forms(split)[skills[int(rng.integers(len(skills)))]]
     form = skill_forms[rng.integers(len(skill_forms))]
     return form[rng.integers(len(form))]
 
 
-# --- label noise ------------------------------------------------------------------------------------
+# --- label noise ------------------------------------------------------------------------------
 
 
 def attributes(spec: Spec) -> list[tuple[str, int]]:
@@ -308,7 +310,7 @@ def _with_other_value(spec: Spec, name: str, index: int, rng: np.random.Generato
     others = [value for value in values if value != getattr(holder, name)]
     value = others[rng.integers(len(others))]
     if holder is spec:
-        return replace(spec, **{name: value})
+        return replace(spec, **{name: value})  # type: ignore[arg-type]
     things = list(spec.things)
-    things[index] = replace(things[index], **{name: value})
+    things[index] = replace(things[index], **{name: value})  # type: ignore[arg-type]
     return replace(spec, things=tuple(things))

@@ -68,7 +68,8 @@ def recognise(images: Tensor) -> Detections:
     """
     if images.shape[1:] != (3, RESOLUTION, RESOLUTION):
         raise ValueError(
-            f"the shapes world reads images [B, 3, {RESOLUTION}, {RESOLUTION}], not {list(images.shape)}."
+            f"the shapes world reads images [B, 3, {RESOLUTION}, {RESOLUTION}], "
+            f"not {list(images.shape)}."
         )
     images = images.detach().float().cpu()
     B = len(images)
@@ -92,7 +93,9 @@ def recognise(images: Tensor) -> Detections:
     own = _crop_of_each(share, labels, owner_image, n)
     area = own.sum(dim=(1, 2))
     x, y = pixel_axes()
-    center = torch.stack([(own * x).sum(dim=(1, 2)), (own * y).sum(dim=(1, 2))], dim=1) / area[:, None]
+    center = (
+        torch.stack([(own * x).sum(dim=(1, 2)), (own * y).sum(dim=(1, 2))], dim=1) / area[:, None]
+    )
     radius = (area[:, None] / AREA).sqrt()
     templates = coverage(
         torch.arange(len(SHAPES))[:, None, None],
@@ -124,8 +127,8 @@ def recognise(images: Tensor) -> Detections:
 def _explain(images: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
     """Coverage [B, H, W] of each pixel and the palette colour [B, H, W] that explains it best.
 
-    A pixel is background + share * (colour - background): an anti-aliased edge keeps the direction of
-    its colour. The direction is judged on a 3x3 mean, so that noise does not flip single pixels.
+    A pixel is background + share * (colour - background): an anti-aliased edge keeps the direction
+    of its colour. The direction is judged on a 3x3 mean, so that noise does not flip single pixels.
     """
     difference = images - background[:, :, None, None]
     toward = PALETTE[None] - background[:, None]
@@ -139,7 +142,7 @@ def _explain(images: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blur(images: Tensor) -> Tensor:
-    """3x3 box mean of [B, C, H, W]; written as sums of shifts, 20 times faster than pooling here."""
+    """3x3 box mean of [B, C, H, W]; sums of shifts are 20 times faster than pooling."""
     wide = F.pad(images, (1, 1, 1, 1), mode="replicate")
     rows = wide[:, :, :-2] + wide[:, :, 1:-1] + wide[:, :, 2:]
     return (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]) / 9
@@ -171,7 +174,7 @@ def _objects(share: Tensor, color: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _crop_of_each(share: Tensor, labels: Tensor, owner_image: Tensor, n: int) -> Tensor:
-    """Coverage [n, H, W] that belongs to each object: its label grown by one pixel, others removed."""
+    """Coverage [n, H, W] of each object: its label grown by one pixel, others removed."""
     numbers = torch.arange(1, n + 1)[:, None, None]
     of_image = labels[owner_image]
     mine = of_image == numbers

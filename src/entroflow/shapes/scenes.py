@@ -177,7 +177,9 @@ def coverage(shape: Tensor, radius: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
     return (0.5 - distance).clamp(0, 1)
 
 
-AREA = torch.tensor([3.14159265, 4 * 0.88**2, 0.58**2 * 5.19615242, 8 * 0.36 - 4 * 0.36**2, 2.35619449])
+AREA = torch.tensor(
+    [3.14159265, 4 * 0.88**2, 0.58**2 * 5.19615242, 8 * 0.36 - 4 * 0.36**2, 2.35619449]
+)
 """Area of each shape of radius 1."""
 
 

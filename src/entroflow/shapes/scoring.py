@@ -1,8 +1,8 @@
 """Does a picture show what its caption says? A score that can be verified, with no network.
 
-`strict` asks for everything: the right number of objects and nothing else, every stated shape, colour
-and size, and the relation. `graded` in [0, 1] is the mean of terms that are each clamped to [0, 1]:
-the count, the objects, and the relation if one is stated.
+`strict` asks for everything: the right number of objects and nothing else, every stated shape,
+colour and size, and the relation. `graded` is the mean of terms that are each clamped to [0, 1]: the
+count, the objects, and the relation if one is stated.
 """
 
 from __future__ import annotations
@@ -76,15 +76,13 @@ def _requirements(specs: Sequence[Spec]) -> tuple[Tensor, Tensor, Tensor, Tensor
     return tuple(torch.from_numpy(part) for part in (shape, color, size, needed, relation))  # type: ignore[return-value]
 
 
-def _matches(
-    seen: Detections, shape: Tensor, color: Tensor, size: Tensor
-) -> tuple[Tensor, Tensor]:
+def _matches(seen: Detections, shape: Tensor, color: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """How well detected object k fits requirement r: graded [B, R, K] and exact [B, R, K].
 
     Graded: the mean over the stated attributes. A shape earns its overlap relative to the overlap
     that counts as recognised when it is not the best-fitting one, so that progress shows.
     """
-    B, K = seen.present.shape
+    K = seen.present.shape[1]
     index = shape.clamp(min=0)[:, :, None, None].expand(-1, -1, K, 1)
     overlap = seen.overlap[:, None].expand(-1, shape.shape[1], -1, -1).gather(3, index)[..., 0]
     shape_exact = seen.shape[:, None] == shape[:, :, None]
@@ -119,7 +117,7 @@ def _relations(seen: Detections, relation: Tensor) -> tuple[Tensor, Tensor]:
 def _best_assignment(
     fit: Tensor, exact: Tensor, related: Tensor, clearly: Tensor, slots: Tensor, needed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Assign detected objects to requirements: mean fit, relation of the pair, all exact (each [B]).
+    """Assign detected objects to requirements: mean fit, relation, all exact (each [B]).
 
     Two requirements are assigned by trying all pairs. One, three or four are alike (only counting
     asks for more than two), and take the best-fitting objects.
@@ -133,7 +131,9 @@ def _best_assignment(
     pair_fit = ((fit[:, 0, :, None] + fit[:, 1, None, :]) / 2).masked_fill(same, 0)
     # The pair is chosen by how well its objects fit; the relation only breaks ties.
     best = (pair_fit + 1e-3 * related).masked_fill(same, -1).flatten(1).argmax(dim=1)
-    pair_exact = (exact[:, 0, :, None] & exact[:, 1, None, :] & clearly & ~same).flatten(1).any(dim=1)
+    pair_exact = (
+        (exact[:, 0, :, None] & exact[:, 1, None, :] & clearly & ~same).flatten(1).any(dim=1)
+    )
     best_fit = pair_fit.flatten(1).gather(1, best[:, None])[:, 0]
     best_related = related.flatten(1).gather(1, best[:, None])[:, 0] * (best_fit > 0)
 
@@ -143,4 +143,3 @@ def _best_assignment(
         best_related,
         torch.where(is_pair, pair_exact, alike_exact),
     )
-

@@ -1,8 +1,8 @@
 """The embedded network: a small MM-DiT that predicts the velocity of 32x32 images from a caption.
 
-Joint text-image attention with separate weights per modality (Esser et al., 2024, "Scaling rectified
-flow transformers"), AdaLN-zero modulation (Peebles & Xie, 2023), QK normalisation. Images enter
-through an overlapping convolutional stem, so that neighbouring patches agree at their seams.
+Joint text-image attention with separate weights per modality (Esser et al., 2024, "Scaling
+rectified flow transformers"), AdaLN-zero modulation (Peebles & Xie, 2023), QK normalisation.
+Images enter through an overlapping convolutional stem, so that neighbouring patches agree at their seams.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(condition)[:, None].chunk(self.parts, dim=-1)
+        """[B, width] -> `parts` tensors [B, 1, width]."""
+        parts: Tensor = self.linear(condition)[:, None]
+        return parts.chunk(self.parts, dim=-1)
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm without parameters, then scale and shift [B, 1, width]."""
     normed = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
     return torch.addcmul(shift, normed, 1 + scale)
 
@@ -58,9 +61,11 @@ class Stream(nn.Module):
         self.widen = nn.Linear(width, 4 * width)
         self.narrow = nn.Linear(4 * width, width)
 
-    def project(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, tokens: Tensor, shift: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of the stream's tokens, each [B, heads, L, head width]."""
-        B, L, width = tokens.shape
+        B, L, _ = tokens.shape
         q, k, v = self.qkv(modulate(tokens, shift, scale)).view(B, L, 3, self.heads, -1).unbind(2)
         q, k = normalise(q, self.scale_q), normalise(k, self.scale_k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -84,17 +89,14 @@ class Block(nn.Module):
         self.image = Stream(width, heads)
 
     def forward(self, text: Tensor, image: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """New text [B, L, width] and image [B, N, width] tokens."""
         text_parts = self.text.modulation(condition)
         image_parts = self.image.modulation(condition)
-        joint = [
-            torch.cat(pair, dim=2)
-            for pair in zip(
-                self.text.project(text, *text_parts[:2]),
-                self.image.project(image, *image_parts[:2]),
-                strict=True,
-            )
-        ]
-        attended = attention(*joint, layer=self.layer)
+        from_text = self.text.project(text, *text_parts[:2])
+        from_image = self.image.project(image, *image_parts[:2])
+        pairs = zip(from_text, from_image, strict=True)
+        q, k, v = (torch.cat(pair, dim=2) for pair in pairs)
+        attended = attention(q, k, v, layer=self.layer)
         attended = attended.transpose(1, 2).flatten(2)
         cut = text.shape[1]
         return (
@@ -126,7 +128,9 @@ class ShapesNetwork(nn.Module):
         self.word_positions = nn.Parameter(0.02 * torch.randn(caption_length, width))
         self.pooled_words = nn.Linear(width, width)
         self.sigma = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.stem = nn.Conv2d(CHANNELS, width, kernel_size=2 * PATCH, stride=PATCH, padding=PATCH // 2)
+        self.stem = nn.Conv2d(
+            CHANNELS, width, kernel_size=2 * PATCH, stride=PATCH, padding=PATCH // 2
+        )
         self.register_buffer("positions", sincos_positions(side, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads, layer) for layer in range(depth))
         self.last_modulation = Modulation(width, 2)
@@ -134,8 +138,8 @@ class ShapesNetwork(nn.Module):
             width, CHANNELS, kernel_size=2 * PATCH, stride=PATCH, padding=PATCH // 2
         )
         nn.init.normal_(self.words.weight, std=0.02)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, sigma: Tensor, words: Tensor) -> Tensor:
         """Velocity noise - data.
@@ -157,7 +161,8 @@ class ShapesNetwork(nn.Module):
         for block in self.blocks:
             text, image = block(text, image, condition)
         image = modulate(image, *self.last_modulation(condition))
-        return self.last(image.transpose(1, 2).unflatten(2, grid.shape[2:]))
+        velocity: Tensor = self.last(image.transpose(1, 2).unflatten(2, grid.shape[2:]))
+        return velocity
 
 
 def sincos_positions(side: int, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The embedded policy: a text-to-image model of 2.4 million parameters that comes in the package."""
+"""The embedded policy: a text-to-image model of 2.5 million parameters, in the package."""
 
 from __future__ import annotations
 
@@ -24,16 +24,22 @@ class ShapesPolicyConfig(Component):
     """The embedded model; all its weights are trained."""
 
     type: Literal["shapes"] = "shapes"
-    weights: Path | None = Field(None, description="safetensors to start from; the shipped ones if unset")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="of the network's matrix products")
-    shift: float = Field(1.0, gt=0, description="of the sampling grid; above 1: more steps near noise")
+    weights: Path | None = Field(
+        None, description="safetensors to start from; the shipped ones if unset"
+    )
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="of the network's matrix products"
+    )
+    shift: float = Field(
+        1.0, gt=0, description="of the sampling grid; above 1: more steps near noise"
+    )
 
     def build(self) -> ShapesPolicy:
         """Load the weights.
 
         Raises:
             CheckpointError: the file is missing or torn.
-            ValueError: it holds another network.
+            InputError: it holds another network.
         """
         return ShapesPolicy(read_tensors(self.weights or WEIGHTS), self.precision, self.shift)
 
@@ -62,7 +68,9 @@ class ShapesPolicy:
         if guidance == 1:
             return self._forward(x, sigma, words)
         both = self._forward(
-            torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([words, torch.zeros_like(words)])
+            torch.cat([x, x]),
+            torch.cat([sigma, sigma]),
+            torch.cat([words, torch.zeros_like(words)]),
         )
         conditional, unconditional = both.chunk(2)
         return unconditional + guidance * (conditional - unconditional)
@@ -80,6 +88,7 @@ class ShapesPolicy:
         return 1 if guidance == 1 else 2
 
     def _forward(self, x: Tensor, sigma: Tensor, words: Tensor) -> Tensor:
-        # Autocast keeps no cache of cast weights: an optimizer or a swap may change them in between.
+        # No cache of cast weights: an optimizer or a swap may change them in between.
         with torch.autocast("cpu", torch.bfloat16, enabled=self._mixed, cache_enabled=False):
-            return self.network(x.float(), sigma, words).float()
+            velocity: Tensor = self.network(x.float(), sigma, words)
+        return velocity.float()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -109,8 +110,8 @@ def pretrain(
     checkpoint = folder / "checkpoint"
     if checkpoint.exists():
         start = _resume(checkpoint, settings, network, average, optimizer)
-    parameters = list(network.parameters())
-    averages = list(average.parameters())
+    parameters: list[Tensor] = list(network.parameters())
+    averages: list[Tensor] = list(average.parameters())
     recent: list[dict[str, float]] = []
     for step in range(start, settings.steps):
         for group in optimizer.param_groups:
@@ -157,4 +158,14 @@ def _resume(
     network.load_state_dict(read_tensors(checkpoint / "network.safetensors"))
     average.load_state_dict(read_tensors(checkpoint / "average.safetensors"))
     load_optimizer_tensors(optimizer, read_tensors(checkpoint / "optimizer.safetensors"))
-    return state["step"]
+    return int(state["step"])
+
+
+def export_weights(folder: Path) -> Path:
+    """Write the moving average of a pretraining run as `base.safetensors` in float16."""
+    average = read_tensors(folder / "checkpoint" / "average.safetensors")
+    path = folder / "base.safetensors"
+    temporary = path.with_name(f".{path.name}.part")
+    save_file({name: tensor.half() for name, tensor in average.items()}, temporary)
+    temporary.replace(path)
+    return path

@@ -18,7 +18,7 @@ def tokenize(captions: Sequence[str]) -> Tensor:
     """Word ids [B, CAPTION_LENGTH], padded with 0; the empty caption is all 0.
 
     Raises:
-        ValueError: a caption is outside the grammar.
+        InputError: a caption is outside the grammar.
     """
     ids = torch.zeros(len(captions), CAPTION_LENGTH, dtype=torch.long)
     for row, caption in enumerate(captions):

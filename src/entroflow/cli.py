@@ -1,0 +1,199 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from entroflow.errors import InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Post-train flow-matching image generators with reinforcement learning.\n\n"
+    "Start here: `entroflow train` trains the embedded model on two cores in minutes.",
+)
+pretrain_app = typer.Typer(no_args_is_help=True, help="Make base weights.")
+app.add_typer(pretrain_app, name="pretrain")
+
+
+class Weights(StrEnum):
+    """Which weights of a run to use."""
+
+    EMA = "ema"
+    LIVE = "live"
+
+
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all noise.")]
+
+
+@app.command(
+    epilog="Examples: `entroflow train` · `entroflow train flow_grpo run.iterations=50` · "
+    "`entroflow train my_recipe.yaml --run runs/mine` · `entroflow train --resume runs/mine`"
+)
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [SECTION.KEY=VALUE]...",
+            help="A shipped recipe (see `entroflow recipes`) or a file; then changes to it. "
+            "Without a recipe: quickstart.",
+            show_default=False,
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Run folder; runs/RECIPE-TIME if not given.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder.")
+    ] = None,
+    stop_after: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Stop after iteration N; resumable.")
+    ] = None,
+) -> None:
+    """Train by a recipe. Ctrl-C finishes the iteration, saves, and exits; `--resume` goes on."""
+    names = [argument for argument in arguments or [] if "=" not in argument]
+    overrides = [argument for argument in arguments or [] if "=" in argument]
+    if len(names) > 1:
+        raise InputError(f"one recipe at a time, not {' and '.join(names)}.")
+    if resume is not None and (names or run is not None):
+        raise InputError(
+            "--resume takes recipe and folder from the run; leave RECIPE and --run out."
+        )
+    from entroflow import launch
+    from entroflow.recipe import load_recipe
+    from entroflow.runs import RECIPE, REPORT, RunFolder
+    from entroflow.show import TrainingProgress
+
+    if resume is not None:
+        recipe = load_recipe(RunFolder.open(resume).path / RECIPE, overrides)
+    else:
+        recipe = load_recipe(names[0] if names else "quickstart", overrides)
+    with TrainingProgress(recipe) as progress:
+        if resume is not None:
+            folder = launch.resume(resume, overrides, stop_after=stop_after, watch=progress.watch)
+        else:
+            folder = launch.train(recipe, run=run, stop_after=stop_after, watch=progress.watch)
+    progress.close_with(folder)
+    typer.echo(f"run     {folder.path}")
+    typer.echo(f"report  {folder.path / REPORT}")
+
+
+@app.command(
+    epilog='Example: `entroflow sample "a red circle left of a blue square" --run runs/mine`'
+)
+def sample(
+    prompts: Annotated[list[str], typer.Argument(help="One or more captions.")],
+    run: Annotated[
+        Path | None, typer.Option(help="A run; its images are shown below the base model's.")
+    ] = None,
+    weights: Annotated[Weights, typer.Option(help="Which weights of the run.")] = Weights.EMA,
+    count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="ODE steps.")] = 10,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 is none.")] = 1.0,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("samples.png"),
+) -> None:
+    """Draw captions: a PNG grid, one row per prompt and model, the same noise for each model."""
+    from entroflow.drawing import draw, open_policy
+
+    policy, names = open_policy(run, weights.value)
+    draw(policy, names, prompts, count=count, steps=steps, guidance=guidance, seed=seed, out=out)
+    typer.echo(f"{out}  ({count} images a row; rows: {', '.join(names)})")
+
+
+@app.command(epilog="Examples: `entroflow evaluate` · `entroflow evaluate runs/mine --json`")
+def evaluate(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run folder; without it, the base model.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Prompts: validation or test.")] = "test",
+    steps: Annotated[int, typer.Option(min=1, help="ODE steps.")] = 10,
+    images: Annotated[int, typer.Option(min=1, help="Images per skill.")] = 96,
+    seed: Seed = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Score by skill, with 95% intervals: base, base with its best guidance, and tuned."""
+    if split not in ("validation", "test"):
+        raise InputError(f"--split is validation or test, not {split!r}.")
+    import json
+
+    from entroflow.drawing import open_policy
+    from entroflow.evaluation.base_and_tuned import compare_with_base
+    from entroflow.show import evaluation_table, print_table, working
+
+    policy, names = open_policy(run, "ema")
+    with working("evaluating", quiet=as_json):
+        summary, _ = compare_with_base(
+            policy, seed=seed, batch_size=64, split=split,  # type: ignore[arg-type]
+            steps=steps, images_per_skill=images, with_tuned="tuned" in names,
+        )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(summary, indent=1))
+    else:
+        print_table(evaluation_table(summary))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write the report of a run anew: one HTML page that works offline."""
+    from entroflow.report.page import write_report
+    from entroflow.runs import RunFolder
+
+    typer.echo(write_report(RunFolder.open(run)))
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this recipe with every key written out.")
+    ] = None,
+) -> None:
+    """List the shipped recipes, or print one."""
+    from entroflow.recipe import load_recipe, recipe_titles
+
+    if name is not None:
+        typer.echo(load_recipe(name).to_yaml(), nl=False)
+        return
+    for recipe, title in recipe_titles().items():
+        typer.echo(f"{recipe:<16} {title}")
+
+
+@pretrain_app.command("shapes", epilog="Example: `entroflow pretrain shapes --folder base`")
+def pretrain_shapes(
+    folder: Annotated[Path, typer.Option(help="Where to train; the same folder goes on.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 0,
+    seed: Seed = 0,
+) -> None:
+    """Train the embedded model from nothing, as the shipped weights were (over an hour)."""
+    from entroflow.policies.shapes.pretrain import Pretraining, export_weights, pretrain
+    from entroflow.show import steps_progress
+
+    settings = Pretraining(seed=seed, **({"steps": steps} if steps else {}))
+    with steps_progress("pretraining", settings.steps, "loss") as advance:
+        for step, loss in pretrain(settings, folder):
+            advance(step, loss)
+    typer.echo(f"weights  {export_weights(folder)}")
+    typer.echo(f"use them: entroflow train policy.weights={folder / 'base.safetensors'}")
+
+
+def main() -> None:
+    """Entry point: wrong input ends with one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except InputError as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

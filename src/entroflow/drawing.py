@@ -1,0 +1,99 @@
+"""Draw prompts with the weights of a run, beside the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from entroflow import pictures
+from entroflow.checkpoints import read_tensors
+from entroflow.policies.base import Policy
+from entroflow.prompts import Prompt
+from entroflow.recipe import build_recipe, load_recipe
+from entroflow.runs import RECIPE, RunFolder
+from entroflow.sampling.kernels import ODE
+from entroflow.sampling.noise import Stream
+from entroflow.sampling.plan import fresh_rows
+from entroflow.sampling.rollouts import Rollouts
+from entroflow.sampling.solver import sample
+from entroflow.shapes.grammar import parse
+from entroflow.shapes.scoring import score
+
+BATCH_SIZE = 64
+
+
+def open_policy(run: Path | None, weights: str) -> tuple[Policy, list[str]]:
+    """The policy of a run, and the names of its models: `base`, and `tuned` if there is a run.
+
+    Under `weights("reference")` the policy is the base, under `weights("ema")` the weights asked
+    for, of the best checkpoint if one is marked, else of the latest.
+
+    Raises:
+        InputError: no run folder, or no whole checkpoint in it.
+    """
+    if run is None:
+        policy: Policy = build_recipe({}).policy.build()
+        policy.weights.keep("reference")
+        return policy, ["base"]
+    folder = RunFolder.open(run)
+    checkpoint = folder.best() or folder.latest()
+    policy = load_recipe(folder.path / RECIPE).policy.build()
+    policy.weights.keep("reference")
+    policy.weights.keep("ema", read_tensors(checkpoint / f"{weights}.safetensors"))
+    return policy, ["base", "tuned"]
+
+
+def draw(
+    policy: Policy,
+    names: Sequence[str],
+    prompts: Sequence[str],
+    *,
+    count: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    out: Path,
+) -> None:
+    """Write a PNG: for every prompt a row per model, the same noise down a column.
+
+    A green bar marks images that show exactly what their caption says.
+
+    Raises:
+        InputError: a prompt is outside what the model knows.
+    """
+    grid = policy.sigmas(steps)
+    kernel = ODE()
+    plan = fresh_rows(
+        [Prompt(text) for text in prompts],
+        torch.full((len(prompts),), count),
+        torch.zeros(len(prompts), dtype=torch.long),
+        grid,
+        kernel.std(grid[:-1], grid[1:], grid),
+    )
+    specs = [parse(prompts[p]) for p in plan.prompt.tolist()]
+    images, captions, passed = [], [], []
+    for name in names:
+        rollouts = Rollouts.empty(plan, policy.latent_shape)
+        with policy.weights("reference" if name == "base" else "ema"):
+            for _ in sample(
+                policy, kernel, rollouts, seed=seed, iteration=0, guidance=guidance,
+                batch_size=BATCH_SIZE, initial=Stream.EVALUATION,
+            ):  # fmt: skip
+                pass
+        assert rollouts.images is not None
+        images.append(rollouts.images.unflatten(0, (len(prompts), count)))
+        captions.append([f"{name}: {text}" for text in prompts for _ in range(count)])
+        passed.append(score(rollouts.images, specs).strict.view(len(prompts), count))
+    # [models, prompts, count] -> prompts first, so that the models stand below each other.
+    order = torch.arange(len(names) * plan.rows).view(len(names), len(prompts), count)
+    rows = order.transpose(0, 1).flatten()
+    all_captions = [caption for part in captions for caption in part]
+    sheet = pictures.grid(
+        torch.stack(images).flatten(0, 2)[rows],
+        columns=count,
+        captions=[all_captions[row] for row in rows.tolist()],
+        passed=torch.stack(passed).flatten()[rows].tolist(),
+    )
+    pictures.save(sheet, out)

@@ -1,0 +1,191 @@
+"""Start or resume a run in its folder, write everything down, and end it well."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from entroflow.checkpoints import write_text
+from entroflow.errors import InputError
+from entroflow.evaluation.base import Evaluated
+from entroflow.evaluation.base_and_tuned import compare_with_base
+from entroflow.policies.base import Policy
+from entroflow.recipe import Recipe, load_recipe
+from entroflow.report.events import Events
+from entroflow.report.page import write_report
+from entroflow.rewards.base import FunctionReward, Reward, RewardFunction
+from entroflow.runs import EVALUATION, RECIPE, RunFolder
+from entroflow.trainer import Metrics, Trainer, train_in
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    recipe: Recipe | str | Path = "quickstart",
+    overrides: Sequence[str] = (),
+    *,
+    policy: Policy | None = None,
+    reward: Reward | RewardFunction | None = None,
+    run: Path | str | None = None,
+    stop_after: int | None = None,
+    watch: Callable[[Metrics, Evaluated | None], None] | None = None,
+) -> RunFolder:
+    """Train by a recipe in a new run folder.
+
+    Args:
+        recipe: a recipe, the name of a shipped one, or a file.
+        overrides: `section.key=value`, as on the command line; not with a ready `Recipe`.
+        policy: a policy of your own instead of the recipe's.
+        reward: a reward of your own instead of the recipe's: an object with `score`, or a plain
+            function (images [n, 3, H, W] in [0, 1], prompts, metadata) -> n numbers.
+        run: folder, `runs/<recipe>-<time>` if None; never overwritten.
+        stop_after: stop after this iteration, as if interrupted there.
+        watch: called with the metrics (and evaluation, if there was one) of every iteration.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InputError: a recipe, folder or prompt is wrong.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    recipe = _with_own(recipe, policy, reward)
+    trainer = Trainer(recipe, policy)
+    folder = RunFolder.create(Path(run) if run else default_folder(recipe), recipe.to_yaml())
+    return _run(folder, trainer, stop_after, watch)
+
+
+def resume(
+    run: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    policy: Policy | None = None,
+    reward: Reward | RewardFunction | None = None,
+    stop_after: int | None = None,
+    watch: Callable[[Metrics, Evaluated | None], None] | None = None,
+) -> RunFolder:
+    """Go on from the latest checkpoint of a run, with the same weights as if it never stopped.
+
+    Args:
+        run: the run folder.
+        overrides: of the section `run` only, as `run.iterations=200`; other keys would make it
+            another run.
+        policy, reward: needed again where the run was started with objects of your own.
+        stop_after, watch: see `train`.
+
+    Raises:
+        InputError: no run folder, no checkpoint, or a torn one.
+    """
+    folder = RunFolder.open(Path(run))
+    for override in overrides:
+        if not override.startswith("run.") or override.startswith("run.seed"):
+            raise InputError(
+                f"a resumed run can change keys of 'run' except the seed, not {override!r}; "
+                "start a new run for another recipe."
+            )
+    recipe = _with_own(load_recipe(folder.path / RECIPE, overrides), policy, reward)
+    checkpoint = folder.latest()
+    trainer = Trainer(recipe, policy)
+    trainer.load(checkpoint)
+    folder.cut_metrics(trainer.iteration)
+    write_text(folder.path / RECIPE, recipe.to_yaml())
+    return _run(folder, trainer, stop_after, watch)
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """`runs/<recipe>-<time>`."""
+    return Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _with_own(
+    recipe: Recipe, policy: Policy | None, reward: Reward | RewardFunction | None
+) -> Recipe:
+    """The recipe with the caller's objects in it, named by where they come from."""
+    resolved = dict(recipe.resolved)
+    if policy is not None:
+        resolved["policy"] = {"type": f"{type(policy).__module__}.{type(policy).__qualname__}"}
+    if reward is not None:
+        named = reward if callable(reward) else type(reward)
+        resolved["reward"] = {"type": f"{named.__module__}.{getattr(named, '__qualname__', '?')}"}
+        recipe = replace(
+            recipe, reward=reward if hasattr(reward, "score") else FunctionReward(reward)
+        )
+    return replace(recipe, resolved=resolved)
+
+
+def _run(
+    folder: RunFolder,
+    trainer: Trainer,
+    stop_after: int | None,
+    watch: Callable[[Metrics, Evaluated | None], None] | None,
+) -> RunFolder:
+    events = Events(folder.tensorboard)
+    iterations = train_in(folder, trainer, stop_after)
+    try:
+        with asked_to_stop() as stopping:
+            for metrics, evaluated in iterations:
+                events.numbers(metrics)
+                if evaluated is not None:
+                    _keep_examples(folder, events, metrics["iteration"], evaluated)
+                if watch is not None:
+                    watch(metrics, evaluated)
+                if stopping():
+                    break
+    finally:
+        iterations.close()
+        events.close()
+    if trainer.iteration >= trainer.recipe.run.iterations:
+        _compare(folder, trainer)
+    write_report(folder)
+    return folder
+
+
+def _keep_examples(folder: RunFolder, events: Events, iteration: int, evaluated: Evaluated) -> None:
+    folder.save_examples(f"{iteration:08d}", evaluated)
+    events.picture("examples", folder.save_sheet(f"{iteration:08d}", evaluated), iteration)
+
+
+def _compare(folder: RunFolder, trainer: Trainer) -> None:
+    recipe = trainer.recipe
+    summary, found = compare_with_base(
+        trainer.policy, seed=recipe.run.seed + 1, batch_size=recipe.sampling.batch_size
+    )
+    write_text(folder.path / EVALUATION, json.dumps(summary, indent=1) + "\n")
+    for name, evaluated in found.items():
+        folder.save_examples(f"test_{name}", evaluated)
+        folder.save_sheet(f"test_{name}", evaluated)
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Within, the first SIGINT or SIGTERM asks to stop after the present iteration.
+
+    A second SIGINT interrupts at once. Outside the main thread signals are left alone.
+    """
+    asked = False
+
+    def ask(number: int, _frame: Any) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+        log.warning("finishing the iteration, then saving; press Ctrl-C again to stop at once.")
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,34 @@
+"""TensorBoard events of a run: the numbers of `metrics.jsonl`, and the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image
+from tensorboardX import SummaryWriter
+
+
+class Events:
+    """Writes event files that TensorBoard shows."""
+
+    def __init__(self, folder: Path) -> None:
+        self._writer = SummaryWriter(str(folder))
+
+    def numbers(self, metrics: Mapping[str, Any]) -> None:
+        """Every number of one iteration."""
+        iteration = metrics["iteration"]
+        for name, value in metrics.items():
+            if isinstance(value, int | float) and name != "iteration":
+                self._writer.add_scalar(name, value, iteration)
+
+    def picture(self, name: str, picture: Image, iteration: int) -> None:
+        """One picture."""
+        self._writer.add_image(name, np.asarray(picture), iteration, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()

@@ -1,0 +1,189 @@
+"""What the command line shows while it works: progress, and tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from entroflow.evaluation.base import Evaluated
+from entroflow.recipe import Recipe
+from entroflow.runs import EVALUATION, RunFolder
+from entroflow.trainer import Metrics
+
+console = Console()
+
+
+class TrainingProgress:
+    """A live bar with score, reward, evaluations and time left, and a line per evaluation.
+
+    Where nobody watches (no terminal) only the lines are printed.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            recipe.name, total=recipe.run.iterations, numbers="setting up"
+        )
+        self._strict = math.nan
+
+    def __enter__(self) -> TrainingProgress:
+        run, objective = self._recipe.run, self._recipe.objective
+        console.print(
+            f"[bold]{self._recipe.name}[/] {self._recipe.hash}  {self._recipe.title}",
+            highlight=False,
+        )
+        console.print(f"{run.iterations} iterations, seed {run.seed}", highlight=False)
+        if hasattr(objective, "describe"):
+            console.print(objective.describe(), highlight=False)
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def watch(self, metrics: Metrics, evaluated: Evaluated | None) -> None:
+        """Show one iteration."""
+        if evaluated is not None:
+            self._strict = metrics["eval/strict"]
+            console.print(
+                f"iteration {metrics['iteration']:>4}  "
+                f"strict [bold]{metrics['eval/strict']:.3f}[/] "
+                f"[{metrics['eval/strict_low']:.2f}, {metrics['eval/strict_high']:.2f}]  "
+                f"score {metrics['eval/score']:.3f}  "
+                f"diversity {metrics['eval/diversity']:.3f}  "
+                f"texture {metrics['eval/texture']:.4f}  "
+                f"{compact(metrics['ledger/weighted_evaluations'])} weighted evaluations  "
+                f"{metrics['seconds']:.0f} s",
+                highlight=False,
+                markup=True,
+            )
+        reward = f"reward {metrics['reward/mean']:.3f}  " if "reward/mean" in metrics else ""
+        spent = compact(metrics["ledger/network_evaluations"])
+        self._progress.update(
+            self._task,
+            completed=metrics["iteration"],
+            numbers=f"strict {self._strict:.3f}  {reward}{spent} evaluations",
+        )
+
+    def close_with(self, folder: RunFolder) -> None:
+        """The final table, if the run is complete."""
+        import json
+
+        path = folder.path / EVALUATION
+        if path.exists():
+            print_table(evaluation_table(json.loads(path.read_text(encoding="utf-8"))))
+
+
+def evaluation_table(summary: dict[str, Any]) -> Table:
+    """Strict score by skill with 95% intervals, a column per model, and the monitors."""
+    titles = {
+        "base": "base",
+        "base_guided": f"base, guidance {summary['best_guidance']:g}",
+        "tuned": "tuned",
+    }
+    models = summary["models"]
+    images = models["base"]["scores"]["overall"]["images"]
+    table = Table(
+        title=f"strict score on {summary['split']} prompts, {images} images, "
+        f"{summary['steps']} ODE steps, [95% interval]",
+        title_justify="left",
+    )
+    table.add_column("skill")
+    for name in models:
+        table.add_column(titles[name], justify="right")
+    skills = list(models["base"]["scores"])
+    for skill in skills:
+        cells = []
+        for model in models.values():
+            s = model["scores"][skill]
+            cells.append(f"{s['strict']:.3f} \\[{s['low']:.2f}, {s['high']:.2f}]")
+        table.add_row(skill, *cells, end_section=skill in (skills[-2], skills[-1]))
+    table.add_row(
+        "graded", *(f"{model['scores']['overall']['graded']:.3f}" for model in models.values())
+    )
+    for monitor in ("diversity", "texture", "contrast"):
+        table.add_row(monitor, *(f"{model[monitor]:.4f}" for model in models.values()))
+    if "gain" in summary:
+        gain = summary["gain"]
+        interval = f"\\[{gain['low']:+.3f}, {gain['high']:+.3f}]"
+        table.caption = f"gain in strict score {gain['strict']:+.3f} {interval}"
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Print a table."""
+    console.print(table)
+
+
+@contextmanager
+def working(what: str, quiet: bool = False) -> Iterator[None]:
+    """A spinner with the time, on a terminal."""
+    if quiet or not console.is_terminal:
+        yield
+        return
+    with console.status(f"{what} ..."):
+        yield
+
+
+@contextmanager
+def steps_progress(what: str, total: int, number: str) -> Iterator[Callable[[int, float], None]]:
+    """A bar over many short steps with one running number; without a terminal, a line every 500."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[number]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    task = progress.add_task(what, total=total, number="")
+    start, mean = perf_counter(), math.nan
+
+    def advance(step: int, value: float) -> None:
+        nonlocal mean
+        mean = value if math.isnan(mean) else 0.98 * mean + 0.02 * value
+        progress.update(task, completed=step, number=f"{number} {mean:.4f}")
+        if not console.is_terminal and step % 500 == 0:
+            seconds = perf_counter() - start
+            console.print(f"{what} {step}/{total}  {number} {mean:.4f}  {seconds:.0f} s")
+
+    with progress:
+        yield advance
+
+
+def compact(count: float) -> str:
+    """1234567 as 1.2M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:g}"
