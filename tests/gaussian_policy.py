@@ -7,8 +7,6 @@ E[noise - data | x] is elementwise and affine in x. With variance 0 the data are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -17,13 +15,13 @@ from entroflow.sampling.grid import shifted_grid
 
 
 class GaussianPolicy:
-    """The policy of the module's docstring; its one parameter is the learnable mean `shift`.
+    """The policy of the module's docstring; its one parameter is the learnable `shift`, at first 0.
 
-    Everything is float64, whatever the states are stored in. All prompts have the same data, and
-    guidance changes nothing.
+    Everything is float64, whatever the states are stored in. Guidance changes nothing.
 
     Attributes:
         mean, variance: of the data at shift 0.
+        offsets: what is added to the mean for some prompts.
         shift: [*latent_shape] parameter.
         grid_shift: of the sampling grid.
     """
@@ -34,16 +32,20 @@ class GaussianPolicy:
         variance: float = 1.0,
         latent_shape: tuple[int, ...] = (2,),
         grid_shift: float = 1.0,
+        offsets: dict[str, float] | None = None,
     ) -> None:
         self.latent_shape = latent_shape
         self.mean, self.variance, self.grid_shift = mean, variance, grid_shift
+        self.offsets = offsets or {}
         self.shift = torch.nn.Parameter(torch.zeros(latent_shape, dtype=torch.float64))
         self.weights = WeightSets({"shift": self.shift})
+        self.weights.keep("reference")
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """The mean of the data at shift 0, [P, *latent_shape]."""
-        mean = torch.full((len(prompts), *self.latent_shape), self.mean, dtype=torch.float64)
-        return Condition({"mean": mean})
+    def encode(self, prompts: list[str]) -> Condition:
+        """The mean of the data at shift 0: [P], as [P, 1, ...]."""
+        means = [self.mean + self.offsets.get(prompt, 0.0) for prompt in prompts]
+        column = torch.tensor(means, dtype=torch.float64)
+        return Condition({"mean": column.reshape(-1, *[1] * len(self.latent_shape))})
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition, guidance: float) -> Tensor:
         """kappa x - t (mean + shift) / V with kappa = (t - (1 - t) variance) / V."""

@@ -16,6 +16,7 @@ from entroflow.checkpoints import write_text
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated
 from entroflow.evaluation.base_and_tuned import compare_with_base
+from entroflow.evaluation.shapes import ShapesEvaluation
 from entroflow.policies.base import Policy
 from entroflow.recipe import Recipe, load_recipe
 from entroflow.report.events import Events
@@ -155,8 +156,14 @@ def _keep_examples(folder: RunFolder, events: Events, iteration: int, evaluated:
 
 def _compare(folder: RunFolder, trainer: Trainer) -> None:
     recipe = trainer.recipe
+    if not isinstance(recipe.evaluation, ShapesEvaluation):
+        return
     summary, found = compare_with_base(
-        trainer.policy, seed=recipe.run.seed + 1, batch_size=recipe.sampling.batch_size
+        trainer.policy,
+        seed=recipe.run.seed + 1,
+        batch_size=recipe.sampling.batch_size,
+        steps=recipe.evaluation.steps,
+        images_per_skill=recipe.evaluation.test_images_per_skill,
     )
     write_text(folder.path / EVALUATION, json.dumps(summary, indent=1) + "\n")
     for name, evaluated in found.items():

@@ -60,7 +60,7 @@ class Sampling(Component):
     steps: int = Field(10, ge=2, description="steps of the base grid")
     guidance: float = Field(1.0, ge=0, description="guidance scale; 1 is none")
     batch_size: int = Field(64, ge=1, description="most images in one network call")
-    state_dtype: Literal["float32", "bfloat16"] = Field(
+    state_dtype: Literal["float64", "float32", "bfloat16"] = Field(
         "float32", description="storage type of states; the carried state is rounded to it"
     )
 

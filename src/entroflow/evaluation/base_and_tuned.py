@@ -19,7 +19,7 @@ GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0)
 
 
 def best_guidance(
-    policy: Policy, *, seed: int, batch_size: int, steps: int, images_per_skill: int = 24
+    policy: Policy, *, seed: int, batch_size: int, steps: int, images_per_skill: int
 ) -> tuple[float, dict[float, float]]:
     """The guidance scale with the best strict score on validation prompts, and all of them."""
     strict = {}
@@ -49,7 +49,13 @@ def compare_with_base(
         `tuned`.
     """
     with policy.weights("reference"):
-        guidance, _ = best_guidance(policy, seed=seed, batch_size=batch_size, steps=steps)
+        guidance, _ = best_guidance(
+            policy,
+            seed=seed,
+            batch_size=batch_size,
+            steps=steps,
+            images_per_skill=max(1, images_per_skill // 4),
+        )
     found = {}
     for name, weights, scale in (
         ("base", "reference", 1.0),

@@ -35,6 +35,9 @@ class ShapesEvaluation(Component):
     guidance: float = Field(1.0, ge=0, description="guidance scale; 1 is none")
     images_per_skill: int = Field(48, ge=1)
     prompts_per_skill: int = Field(16, ge=1, description="at most; shared evenly by the images")
+    test_images_per_skill: int = Field(
+        96, ge=1, description="in the comparison on test prompts when the run is complete"
+    )
 
     def run(
         self,

@@ -29,10 +29,10 @@ class Window(Component):
             InputError: the window reaches the last step.
         """
         std = request.std()
-        if self.start + self.size >= len(std) + 1:
+        if self.start + self.size >= len(std):
             raise InputError(
-                f"exploration.start + exploration.size is {self.start + self.size}, but only steps "
-                f"0 to {len(std) - 1} exist; shorten the window or raise sampling.steps."
+                f"exploration.start + exploration.size is {self.start + self.size}, but must stay "
+                f"below sampling.steps ({len(std)}): noise of the last step would stay visible."
             )
         outside = [i for i in range(len(std)) if not self.start <= i < self.start + self.size]
         std[outside] = 0

@@ -26,7 +26,7 @@ class UpdateStatistics:
         terms: means over all transitions that were used, by name.
         by_step: the same, by base-grid step.
         gradient_norm: before clipping, one per optimizer step.
-        skipped: transitions whose term is exactly zero, so that no pass was spent on them.
+        skipped: transitions of weight or advantage zero, on which no pass was spent.
     """
 
     ratio_deviation: float = 0.0
@@ -76,7 +76,7 @@ def update(
             for chunk in _same_state_chunks(part.state, used, micro_batch):
                 passes = _forward(
                     policy, kernel, cond, part.take(chunk), guidance, ledger,
-                    with_reference=objective.needs_reference or not gathered,
+                    needs_reference=objective.needs_reference, monitor_reference=not gathered,
                 )  # fmt: skip
                 terms = objective.terms(
                     passes.transitions, passes.log_prob, passes.mean,
@@ -124,12 +124,16 @@ def _forward(
     part: Transitions,
     guidance: float,
     ledger: Ledger,
-    with_reference: bool,
+    needs_reference: bool,
+    monitor_reference: bool,
 ) -> _Passes:
-    """One forward pass per distinct state, and one under the reference weights if wanted."""
+    """One forward pass per distinct state, and one under the reference weights if wanted.
+
+    A reference pass for monitoring alone is counted apart: it is no part of the method's cost.
+    """
     distinct, first, inverse = _distinct(part.state)
     x, prompt = part.states[distinct], part.prompt[first]
-    sigma = part.sigma[first].to(x.dtype)
+    sigma = part.sigma[first].to(torch.promote_types(x.dtype, torch.float32))
     evaluations = len(distinct) * policy.evaluations(guidance)
     conditions = cond.take(prompt)
 
@@ -140,10 +144,13 @@ def _forward(
         return kernel.mean(states, v, part.sigma, part.sigma_next, part.std)
 
     reference_mean = None
-    if with_reference:
+    if needs_reference or monitor_reference:
         with torch.no_grad(), policy.weights("reference"):
             reference_mean = mean_of(policy.velocity(x, sigma, conditions, guidance))
-        ledger.forward(evaluations)
+        if needs_reference:
+            ledger.forward(evaluations)
+        else:
+            ledger.monitor_evaluations += evaluations
     mean = mean_of(policy.velocity(x, sigma, conditions, guidance))
     ledger.forward_backward(evaluations)
     reached = part.states[part.next_state].to(mean)

@@ -69,12 +69,14 @@ class Rollouts:
         state_index = numbered(keep)
         velocity_index = numbered(with_velocity)
         states = torch.zeros(int(keep.sum()), *latent_shape, dtype=dtype)
-        velocities = torch.zeros(int(with_velocity.sum()), *latent_shape, dtype=dtype)
+        # Only states are stored coarsely; what is computed from them keeps the kernel's precision.
+        exact = torch.promote_types(dtype, torch.float32)
+        velocities = torch.zeros(int(with_velocity.sum()), *latent_shape, dtype=exact)
         for wave in plan.waves():
             born = wave[plan.parent[wave] != FRESH]
             state_index[born, 0] = state_index[plan.parent[born], plan.parent_step[born]]
-        means = torch.zeros(*plan.std.shape, *latent_shape, dtype=dtype) if keep_means else None
-        log_prob = torch.zeros(plan.std.shape, dtype=dtype)
+        means = torch.zeros(*plan.std.shape, *latent_shape, dtype=exact) if keep_means else None
+        log_prob = torch.zeros(plan.std.shape, dtype=exact)
         return cls(plan, states, state_index, velocities, velocity_index, log_prob, means)
 
     def image_of(self, rows: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ def join_rollouts(rounds: Sequence[Rollouts]) -> Rollouts:
     images = [r.images for r in rounds if r.images is not None]
     means = None
     if rounds[0].means is not None:
-        means = torch.zeros(*plan.std.shape, *rounds[0].states.shape[1:])
+        means = rounds[0].means.new_zeros(*plan.std.shape, *rounds[0].states.shape[1:])
         first = 0
         for r in rounds:
             assert r.means is not None

@@ -99,7 +99,7 @@ def integrate(
             yield advance(row, velocity[row])
     while len(waiting := (position < length).nonzero()[:, 0]):
         row = waiting[:batch_size]
-        sigma = sigmas[row, position[row]].to(x.dtype)
+        sigma = sigmas[row, position[row]].to(torch.promote_types(x.dtype, torch.float32))
         v = policy.velocity(x[row], sigma, cond.take(prompt[row]), guidance)
         if ledger is not None:
             ledger.forward(len(row) * policy.evaluations(guidance))
@@ -182,7 +182,7 @@ def _starts(
         return x, None
     born, step = parent[~fresh], plan.parent_step[wave][~fresh]
     x[~fresh] = pool[rollouts.state_index[born, step]]
-    velocity = torch.full_like(x, torch.nan)
+    velocity = torch.full_like(x, torch.nan, dtype=rollouts.velocities.dtype)
     velocity[~fresh] = rollouts.velocities[rollouts.velocity_index[born, step]]
     return x, velocity
 

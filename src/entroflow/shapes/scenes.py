@@ -31,10 +31,10 @@ PALETTE = torch.tensor(
 """RGB in [0, 1], one row per name in `COLORS`."""
 assert len(PALETTE) == len(COLORS)
 
-SIZE_BOUNDARY = 4.9
+SIZE_BOUNDARY = 5.6
 """Radius in pixels that parts small from large."""
-_RADII = {"small": (3.4, 4.3), "large": (5.6, 6.6)}
-_RADII_BY_COUNT = {1: (3.4, 6.4), 2: (3.4, 6.0), 3: (3.4, 4.8), 4: (3.3, 4.4)}
+_RADII = {"small": (4.0, 5.0), "large": (6.2, 7.4)}
+_RADII_BY_COUNT = {1: (4.2, 7.2), 2: (4.2, 6.4), 3: (4.0, 5.2), 4: (3.8, 4.6)}
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _apart(center: np.ndarray, radius: np.ndarray, present: np.ndarray) -> np.nd
     for one in range(K):
         for other in range(one):
             distance = np.linalg.norm(center[:, :, one] - center[:, :, other], axis=-1)
-            needed = 1.15 * (radius[:, one] + radius[:, other]) + 1.0
+            needed = 1.2 * (radius[:, one] + radius[:, other]) + 0.8
             both = present[:, one] & present[:, other]
             fits &= (distance >= needed[:, None]) | ~both[:, None]
     return fits

@@ -1,8 +1,8 @@
 """Does a picture show what its caption says? A score that can be verified, with no network.
 
 `strict` asks for everything: the right number of objects and nothing else, every stated shape,
-colour and size, and the relation. `graded` is the mean of terms that are each clamped to [0, 1]: the
-count, the objects, and the relation if one is stated.
+colour and size, and the relation. `graded` is the mean of terms, each clamped to [0, 1]: the count,
+the objects, and the relation if one is stated.
 """
 
 from __future__ import annotations

@@ -38,9 +38,9 @@ from entroflow.shapes.scenes import lay_out, render
 class Pretraining:
     """Settings of a pretraining run; the defaults made the shipped weights."""
 
-    steps: int = 16000
+    steps: int = 10000
     batch: int = 128
-    learning_rate: float = 2e-3
+    learning_rate: float = 6e-3
     warm_up: int = 300
     weight_decay: float = 0.01
     label_noise: float = 0.25
@@ -99,28 +99,24 @@ def pretrain(
     """
     torch.manual_seed(settings.seed)
     network = ShapesNetwork(VOCABULARY, CAPTION_LENGTH)
-    optimizer = torch.optim.AdamW(
-        network.parameters(),
-        lr=settings.learning_rate,
-        betas=(0.9, 0.99),
-        weight_decay=settings.weight_decay,
-    )
+    optimizers = _optimizers(network, settings)
     average = copy.deepcopy(network).requires_grad_(False)
     start = 0
     checkpoint = folder / "checkpoint"
     if checkpoint.exists():
-        start = _resume(checkpoint, settings, network, average, optimizer)
+        start = _resume(checkpoint, settings, network, average, optimizers)
     parameters: list[Tensor] = list(network.parameters())
     averages: list[Tensor] = list(average.parameters())
     recent: list[dict[str, float]] = []
     for step in range(start, settings.steps):
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate_at(settings, step)
         loss = flow_matching_loss(network, settings, step)
-        optimizer.zero_grad()
+        network.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         decay = min(settings.ema, (step + 1) / (step + 10))
         torch._foreach_lerp_(averages, parameters, 1 - decay)
         recent.append({"step": step + 1, "loss": loss.item()})
@@ -131,7 +127,8 @@ def pretrain(
                 {
                     "network": network.state_dict(),
                     "average": average.state_dict(),
-                    "optimizer": optimizer_tensors(optimizer),
+                    "muon": optimizer_tensors(optimizers[0]),
+                    "adamw": optimizer_tensors(optimizers[1]),
                 },
                 {"step": step + 1, "settings": asdict(settings)},
             )
@@ -140,12 +137,33 @@ def pretrain(
             recent.clear()
 
 
+def _optimizers(network: ShapesNetwork, settings: Pretraining) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al., 2024) for the matrices inside the blocks, AdamW for everything else.
+
+    At this size and 400 steps, Muon at 8e-3 reached the loss that AdamW at its best had later, at
+    the same time per step; it diverged at 2e-2.
+    """
+    inside = {
+        name
+        for name, parameter in network.named_parameters()
+        if parameter.ndim == 2 and name.startswith("blocks.") and "modulation" not in name
+    }
+    named = dict(network.named_parameters())
+    matrices = [named[name] for name in named if name in inside]
+    others = [named[name] for name in named if name not in inside]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, weight_decay=decay, betas=(0.9, 0.99)),
+    ]
+
+
 def _resume(
     checkpoint: Path,
     settings: Pretraining,
     network: ShapesNetwork,
     average: ShapesNetwork,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
 ) -> int:
     state = read_state(checkpoint)
     for field in fields(Pretraining):
@@ -157,7 +175,8 @@ def _resume(
             )
     network.load_state_dict(read_tensors(checkpoint / "network.safetensors"))
     average.load_state_dict(read_tensors(checkpoint / "average.safetensors"))
-    load_optimizer_tensors(optimizer, read_tensors(checkpoint / "optimizer.safetensors"))
+    for optimizer, name in zip(optimizers, ("muon", "adamw"), strict=True):
+        load_optimizer_tensors(optimizer, read_tensors(checkpoint / f"{name}.safetensors"))
     return int(state["step"])
 
 

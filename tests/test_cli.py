@@ -1,0 +1,224 @@
+"""The command line, as a person uses it, on a tiny budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from entroflow import cli
+from entroflow.runs import RunFolder
+
+TINY = (
+    "run.iterations=2", "run.evaluate_every=2", "run.checkpoint_every=1",
+    "prompts.per_iteration=2", "allocation.group_size=4", "sampling.steps=3", "exploration.size=1",
+    "evaluation.images_per_skill=2", "evaluation.test_images_per_skill=2", "evaluation.steps=2",
+)  # fmt: skip
+
+
+@pytest.fixture
+def entroflow(monkeypatch, capsys):
+    """Run the command in this process: (arguments) -> (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["entroflow", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as error:
+            code = error.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The folder of a complete tiny run."""
+    path = tmp_path_factory.mktemp("runs") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["entroflow", "train", "quickstart", *TINY, "--run", str(path)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+    assert not exit_.value.code
+    return path
+
+
+def test_train_leaves_a_whole_run_folder(finished_run):
+    names = {entry.name for entry in finished_run.iterdir()}
+    assert names >= {
+        "recipe.yaml", "metrics.jsonl", "checkpoints", "images", "examples", "tensorboard",
+        "evaluation.json", "report.html",
+    }  # fmt: skip
+    lines = RunFolder.open(finished_run).metrics()
+    assert [line["iteration"] for line in lines] == [0, 1, 2]
+    assert {"eval/score", "eval/strict", "eval/diversity"} <= lines[0].keys()
+    assert {
+        "iteration", "seconds", "reward/mean", "reward/std", "eval/score", "eval/strict",
+        "eval/diversity", "policy/ratio_max_deviation", "policy/clip_fraction", "policy/kl",
+        "ledger/network_evaluations", "ledger/weighted_evaluations", "ledger/reward_calls",
+    } <= lines[2].keys()  # fmt: skip
+    assert not list(finished_run.rglob("*.part"))
+    assert not list(finished_run.rglob("*.pkl")) + list(finished_run.rglob("*.pt"))
+
+
+def test_ledger_counts_what_the_plan_asks_for(finished_run):
+    lines = RunFolder.open(finished_run).metrics()
+    rollouts, steps = 2 * 4, 3
+    forward = rollouts * steps
+    for n, line in enumerate(lines[1:], start=1):
+        used = line["policy/transitions"] - line["policy/skipped"]
+        assert line["ledger/reward_calls"] == n * rollouts
+        if all(earlier["policy/skipped"] == 0 for earlier in lines[1 : n + 1]):
+            assert line["ledger/network_evaluations"] == n * (forward + used)
+            assert line["ledger/weighted_evaluations"] == n * (forward + 3 * used)
+
+
+def test_train_never_overwrites(entroflow, finished_run):
+    code, _, err = entroflow("train", "quickstart", *TINY, "--run", finished_run)
+    assert code == 2
+    assert one_line(err)
+    assert "--resume" in err
+
+
+def test_sample_writes_a_grid(entroflow, finished_run, tmp_path):
+    out = tmp_path / "samples.png"
+    code, said, _ = entroflow(
+        "sample", "a red circle left of a blue square", "three rings",
+        "--run", finished_run, "--count", 2, "--steps", 2, "--out", out,
+    )  # fmt: skip
+    assert code == 0
+    assert "base, tuned" in said
+    with Image.open(out) as picture:
+        width, height = picture.size
+    assert width > 2 * 32 * 4
+    assert height > 4 * 32 * 4
+
+
+def test_evaluate_prints_the_three_models(entroflow, finished_run):
+    code, out, _ = entroflow("evaluate", finished_run, "--images", 1, "--steps", 1, "--json")
+    assert code == 0
+    summary = json.loads(out)
+    assert set(summary["models"]) == {"base", "base_guided", "tuned"}
+    assert set(summary["models"]["tuned"]["scores"]) == {
+        "single_object", "two_object", "counting", "colors", "position", "color_attr", "overall",
+    }  # fmt: skip
+    code, out, _ = entroflow("evaluate", "--images", 1, "--steps", 1)
+    assert code == 0
+    assert "base, guidance" in out
+    assert "tuned" not in out
+
+
+def test_report_is_written_anew(entroflow, finished_run):
+    (finished_run / "report.html").unlink()
+    code, out, _ = entroflow("report", finished_run)
+    assert code == 0
+    assert (finished_run / "report.html").stat().st_size > 1000
+    assert "report.html" in out
+
+
+def test_recipes_are_listed_and_printed(entroflow):
+    code, out, _ = entroflow("recipes")
+    assert code == 0
+    assert "quickstart" in out
+    assert "flow_grpo" in out
+    code, out, _ = entroflow("recipes", "flow_grpo")
+    assert code == 0
+    assert "every_step" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("train", "quickstrat"), "did you mean 'quickstart'"),
+        (("train", "missing.yaml"), "missing.yaml"),
+        (("train", "quickstart", "optimiser.learning_rate=1"), "did you mean 'optimizer'"),
+        (("train", "quickstart", "optimizer.learning_rat=1"), "did you mean 'learning_rate'"),
+        (("train", "quickstart", "optimizer.learning_rate=fast"), "optimizer.learning_rate"),
+        (("train", "quickstart", "optimizer.learning_rate=-1"), "greater than 0"),
+        (("train", "quickstart", "allocation.group_size=1"), "allocation.group_size"),
+        (("train", "quickstart", "allocation.group_size='8'"), "allocation.group_size"),
+        (("train", "quickstart", "kernel.type=flow_sd"), "did you mean 'flow_sde'"),
+        (("train", "quickstart", "reward.type=no_such_module.reward"), "no_such_module"),
+        (("train", "quickstart", "reward.type=json.dums"), "did you mean 'dumps'"),
+        (("train", "quickstart", "exploration.size=50", "run.iterations=1"), "exploration.size"),
+        (("train", "quickstart", "policy.weights=none.safetensors"), "none.safetensors"),
+        (("train", "quickstart", "prompts.type=text", "prompts.path=none.txt"), "none.txt"),
+        (("train", "quickstart", "learning_rate=1"), "unknown section"),
+        (("train", "quickstart", "flow_grpo"), "one recipe at a time"),
+        (("train", "quickstart", "run.iterations=true"), "run.iterations"),
+        (("train", "--resume", "nowhere"), "nowhere"),
+        (("sample", "a purpel circle"), "did you mean 'purple'"),
+        (("sample", "circle of life"), "circle of life"),
+        (("evaluate", "nowhere"), "nowhere"),
+        (("evaluate", "--split", "train"), "--split"),
+        (("report", "nowhere"), "nowhere"),
+        (("recipes", "flow_grop"), "did you mean 'flow_grpo'"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(entroflow, tmp_path, monkeypatch, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = entroflow(*arguments)
+    assert code == 2, err
+    assert one_line(err)
+    assert named.lower() in err.lower()
+
+
+def test_torn_files_are_one_clear_line(entroflow, finished_run, tmp_path):
+    import shutil
+
+    for name in ("ema.safetensors", "state.json"):
+        run = tmp_path / name
+        shutil.copytree(finished_run, run)
+        for torn in run.glob(f"checkpoints/*/{name}"):
+            torn.write_bytes(torn.read_bytes()[:100])
+        code, _, err = entroflow("train", "--resume", run, "run.iterations=3")
+        assert code == 2, err
+        assert one_line(err)
+        assert "torn" in err
+    recipe = tmp_path / "torn.yaml"
+    recipe.write_text("run: {iterations: [")
+    code, _, err = entroflow("train", recipe)
+    assert code == 2
+    assert one_line(err)
+
+
+def test_unknown_option_exits_with_2(entroflow):
+    assert entroflow("train", "--fast")[0] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_iteration_saves_and_exits_cleanly(tmp_path, number):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "entroflow.cli", "train", "quickstart", *TINY]
+    process = subprocess.Popen(
+        [*command, "run.iterations=100000", "--run", str(run)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        assert time.monotonic() < deadline, process.communicate(timeout=5)
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert "report" in out
+    folder = RunFolder.open(run)
+    last = folder.metrics()[-1]["iteration"]
+    assert folder.latest().name == f"{last:08d}"
+    assert last < 100000
+
+
+def one_line(err: str) -> bool:
+    return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
