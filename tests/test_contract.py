@@ -1,8 +1,8 @@
-"""The contract between the stages: a method none of the shipped parts knows passes through them all.
+"""The contract between the stages: a method that no shipped part knows passes through them all.
 
-Two prompts, two allocation rounds; an anchor per prompt, branches with a merged step from two of its
-states, groups of 8 and 16, a completion from a middle state, and one failed reward, on a Gaussian
-policy whose densities are written out again here.
+Two prompts, two allocation rounds; an anchor per prompt, branches with a merged step from two of
+its states, groups of 8 and 16, a completion from a middle state, and one failed reward, on a
+Gaussian policy whose densities are written out again here.
 """
 
 from __future__ import annotations

@@ -1,11 +1,120 @@
-"""The HTML report of a run."""
+"""The HTML report of a run: one page that works offline.
+
+    RunFolder -> outcome (words), curves (figures), examples (pictures) -> report.html.j2
+
+Every part shows what the run folder has and leaves out what it has not.
+"""
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
+from typing import Any
 
-from entroflow.runs import RunFolder
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from ruamel.yaml import YAML
+
+import entroflow
+from entroflow.checkpoints import CheckpointError, read_state, write_text
+from entroflow.recipe import SECTIONS, TEXTS, Recipe
+from entroflow.report import curves, examples, outcome
+from entroflow.runs import EVALUATION, RECIPE, REPORT, RunFolder
+
+TEMPLATE = "report.html.j2"
 
 
 def write_report(folder: RunFolder) -> Path:
-    return folder.path / "report.html"
+    """Write `report.html` from what the run folder has; an older one is replaced.
+
+    Returns:
+        Its path.
+    """
+    # Only the page needs plotly: importing it takes longer than most commands do.
+    from plotly.offline import get_plotlyjs
+
+    loader = PackageLoader("entroflow", "report")
+    environment = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(TEMPLATE).render(
+        version=entroflow.__version__, plotly_js=get_plotlyjs(), **_content(folder)
+    )
+    write_text(folder.path / REPORT, page)
+    return folder.path / REPORT
+
+
+def _content(folder: RunFolder) -> dict[str, Any]:
+    """What the template shows."""
+    recipe_yaml = (folder.path / RECIPE).read_text(encoding="utf-8")
+    recipe = _read_recipe(recipe_yaml)
+    run = recipe.resolved["run"]
+    metrics = folder.metrics()
+    done = metrics[-1]["iteration"] if metrics else 0
+    complete = done >= run["iterations"]
+    evaluation = _evaluation(folder)
+    names = outcome.model_names(evaluation)
+    relative = outcome.ratios(metrics)
+    checkpointed, state = _latest_state(folder)
+    scores = outcome.scores_by_skill(evaluation)
+    return {
+        "recipe": recipe,
+        "recipe_yaml": recipe_yaml,
+        "run": run,
+        "run_path": shlex.quote(str(folder.path)),
+        "done": done,
+        "complete": complete,
+        "headline": outcome.headline(metrics, evaluation, complete),
+        "costs": outcome.costs(metrics),
+        "stages": outcome.stages(state),
+        "checkpointed": checkpointed,
+        "curves": curves.score_and_reward(metrics),
+        "progress": examples.over_iterations(folder, done),
+        "scores": scores,
+        "guided": outcome.guided_name(evaluation) if names else "",
+        "test_setting": outcome.setting(evaluation),
+        "skill_figure": curves.by_skill(scores) if scores else None,
+        "test_examples": examples.example_grid(
+            folder, [(f"test_{model}", name) for model, name in names.items()]
+        ),
+        "monitors": outcome.monitors(metrics),
+        "monitor_figure": curves.monitors(relative) if _is_curve(relative) else None,
+        "warnings": outcome.warnings(relative),
+        "under_the_hood": curves.under_the_hood(metrics),
+        "by_step": curves.by_step(metrics),
+    }
+
+
+def _is_curve(relative: curves.Ratios) -> bool:
+    return any(len(iterations) > 1 for iterations, _ in relative.values())
+
+
+def _read_recipe(text: str) -> Recipe:
+    """A run's recipe with its components left unbuilt: a report needs none of the user's code."""
+    resolved = YAML(typ="safe", pure=True).load(text)
+    name = resolved.pop("name", "recipe")
+    texts: dict[str, Any] = {key: str(resolved.get(key, "")) for key in TEXTS}
+    unbuilt: dict[str, Any] = dict.fromkeys(SECTIONS)
+    return Recipe(name=name, **texts, **unbuilt, resolved=resolved)
+
+
+def _evaluation(folder: RunFolder) -> dict[str, Any]:
+    """The final comparison; empty if it has not been made."""
+    path = folder.path / EVALUATION
+    if not path.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _latest_state(folder: RunFolder) -> tuple[int, dict[str, Any]]:
+    """Iteration and state of the latest checkpoint; empty if there is none to read."""
+    try:
+        state = read_state(folder.latest())
+    except CheckpointError:
+        return 0, {}
+    return state["iteration"], state

@@ -1,0 +1,432 @@
+"""The figures of the report, as plain plotly data.
+
+Colours are readable on white and on black; text and grid take theirs from the page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from entroflow.report.wording import Interval, number
+
+Metrics = Sequence[Mapping[str, Any]]
+Figure = dict[str, Any]
+
+GRAY, BLUE, ORANGE, TEAL, PURPLE = "#8a919e", "#3b82f6", "#d97706", "#0d9488", "#a855f7"
+BLUE_BAND = "rgba(59, 130, 246, 0.18)"
+FAINT = "rgba(138, 145, 158, 0.12)"
+ROUNDING = 1e-7
+"""Differences up to this, in numbers near 1, are rounding of float32, and not drawn."""
+SMALLEST_DEVIATION = 1e-9
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure with its title and how to read it; or a finding in words that needs no figure."""
+
+    title: str
+    reading: str
+    figure: Figure | None = None
+    finding: str = ""
+    wide: bool = False
+
+
+def series(metrics: Metrics, key: str) -> tuple[list[int], list[float]]:
+    """Iterations and values of one key, where it is there and finite."""
+    points = [(line["iteration"], line[key]) for line in metrics if is_finite(line.get(key))]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def is_finite(value: object) -> bool:
+    """Whether this is a number that can be drawn."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+# --- score and reward -----------------------------------------------------------------------------
+
+
+def score_and_reward(metrics: Metrics) -> list[Panel]:
+    """Held-out score, training reward and its spread, where there are two points or more."""
+    panels = [_score(metrics), _reward(metrics), _spread(metrics)]
+    return [panel for panel in panels if panel is not None]
+
+
+def _score(metrics: Metrics) -> Panel | None:
+    judged = [line for line in metrics if is_finite(line.get("eval/strict"))]
+    traces = []
+    if all(is_finite(line.get(f"eval/strict_{end}")) for line in judged for end in ("low", "high")):
+        iterations, low = series(judged, "eval/strict_low")
+        _, high = series(judged, "eval/strict_high")
+        outline = {"width": 0, "color": BLUE}
+        quiet = {"mode": "lines", "line": outline, "hoverinfo": "skip", "showlegend": False}
+        traces += [
+            {"x": iterations, "y": low, **quiet},
+            {"x": iterations, "y": high, **quiet, "fill": "tonexty", "fillcolor": BLUE_BAND},
+        ]
+    traces += [
+        _line(metrics, "eval/strict", "strict, with 95% interval", BLUE),
+        _line(metrics, "eval/score", "graded", TEAL, dash="dot"),
+    ]
+    if not _has_a_line(traces):
+        return None
+    return Panel(
+        "Score on held-out prompts",
+        "Always the same validation prompts and noise, drawn with the averaged weights (EMA). "
+        "Strict is the share of images that are right in every respect; graded gives partial "
+        "credit.",
+        _figure(traces, height=340, yaxis={"range": [-0.02, 1.02]}),
+        wide=True,
+    )
+
+
+def _reward(metrics: Metrics) -> Panel | None:
+    iterations, values = series(metrics, "reward/mean")
+    window = len(values) // 10
+    raw = _line(metrics, "reward/mean", "training", GRAY if window > 1 else BLUE)
+    traces = [raw]
+    if window > 1:
+        raw |= {"mode": "markers", "marker": {"size": 4, "color": GRAY, "opacity": 0.6}}
+        smooth = _style(f"mean of {2 * window + 1} iterations", BLUE, len(values)) | {
+            "mode": "lines"
+        }
+        traces += [{"x": iterations, "y": _moving_mean(values, window), **smooth}]
+    held_out = _line(metrics, "eval/reward", "held-out prompts", ORANGE, dash="dot")
+    traces += [held_out] if held_out["x"] else []
+    if not _has_a_line(traces[:1]):
+        return None
+    return Panel(
+        "Reward",
+        "What the training raises: the mean over an iteration's rollouts. Prompts change from "
+        "iteration to iteration, so single points scatter; held-out images are sampled without "
+        "step noise.",
+        _figure(traces),
+    )
+
+
+def _spread(metrics: Metrics) -> Panel | None:
+    trace = _line(metrics, "reward/std", "within-group std", PURPLE)
+    if not _has_a_line([trace]):
+        return None
+    return Panel(
+        "Spread of the reward within a group",
+        "Standard deviation among images of one group, averaged over groups. This contrast is all "
+        "the training learns from: at 0 it has nothing left to learn.",
+        _figure([trace], yaxis={"rangemode": "tozero"}),
+    )
+
+
+def _moving_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean over up to `window` neighbours on either side."""
+    parts = [values[max(0, i - window) : i + window + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+# --- models beside each other ---------------------------------------------------------------------
+
+
+def by_skill(models: Mapping[str, Mapping[str, Interval]]) -> Figure:
+    """Grouped bars of the strict score with intervals: model -> skill -> score."""
+    colors = dict(zip(models, _model_colors(len(models)), strict=True))
+    traces = [
+        {
+            "type": "bar",
+            "name": label,
+            "x": [skill.replace("_", " ") for skill in scores],
+            "y": [score.value for score in scores.values()],
+            "marker": {"color": colors[label]},
+            "error_y": {
+                "type": "data",
+                "symmetric": False,
+                "array": [score.high - score.value for score in scores.values()],
+                "arrayminus": [score.value - score.low for score in scores.values()],
+                "color": "#6b7280",
+                "thickness": 1.5,
+                "width": 3,
+            },
+            "hovertemplate": f"{label}: %{{y:.2f}}<extra></extra>",
+        }
+        for label, scores in models.items()
+    ]
+    figure = _figure(traces, height=340, xaxis={"title": None}, yaxis={"range": [0, 1.02]})
+    figure["layout"] |= {
+        "barmode": "group",
+        "bargap": 0.25,
+        "bargroupgap": 0.06,
+        "showlegend": True,
+    }
+    return figure
+
+
+def _model_colors(count: int) -> list[str]:
+    """Gray for the base, blue for the tuned (the last), orange between."""
+    return [GRAY, *[ORANGE] * (count - 2), BLUE][:count]
+
+
+# --- what the reward can't see --------------------------------------------------------------------
+
+
+MONITORS = {
+    "eval/texture": ("background texture", ORANGE),
+    "eval/diversity": ("diversity within a prompt", TEAL),
+    "eval/contrast": ("contrast", PURPLE),
+}
+"""Metric -> name and colour."""
+
+LIMITS = {"eval/texture": 3.0, "eval/diversity": 0.5}
+"""Ratios to the base beyond which a reader is warned."""
+
+Ratios = Mapping[str, tuple[Sequence[int], Sequence[float]]]
+"""Monitor -> iterations, and its values relative to the first."""
+
+
+def monitors(ratios: Ratios) -> Figure:
+    """Monitors relative to iteration 0, and their limits as dashed lines."""
+    traces = [
+        {"x": list(x), "y": list(y), **_style(*MONITORS[key], len(x))}
+        for key, (x, y) in ratios.items()
+    ]
+    reached = [value for _, values in ratios.values() for value in values if value > 0]
+    low, high = min([0.45, *reached]), max([3.3, *reached])
+    ticks = [0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100]
+    axis = {
+        "type": "log",
+        "range": [math.log10(low * 0.93), math.log10(high * 1.07)],
+        "tickvals": ticks,
+        "ticktext": [f"{tick:g}" for tick in ticks],
+        "title": {"text": "relative to iteration 0"},
+    }
+    figure = _figure(traces, height=300, yaxis=axis)
+    limits = [_level(LIMITS[key], MONITORS[key][1], "dash") for key in LIMITS if key in ratios]
+    figure["layout"]["shapes"] = [*limits, _level(1, GRAY, "dot")]
+    return figure
+
+
+def _level(y: float, color: str, dash: str) -> dict[str, Any]:
+    line = {"color": color, "width": 1, "dash": dash}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
+
+
+# --- under the hood -------------------------------------------------------------------------------
+
+OVER_ITERATIONS = (
+    (
+        "policy/clip_fraction",
+        "Clip fraction",
+        BLUE,
+        "Share of transitions whose ratio left the clip range. With one optimizer step per "
+        "iteration it is 0 by construction; large values say that the steps are too big.",
+    ),
+    (
+        "policy/kl",
+        "KL to the reference",
+        TEAL,
+        "How far the policy has moved from the base model, per latent value.",
+    ),
+    (
+        "policy/gradient_norm",
+        "Gradient norm",
+        BLUE,
+        "Before it is limited. Sudden peaks are a sign of instability.",
+    ),
+    (
+        "reward/tied_groups",
+        "Tied groups",
+        PURPLE,
+        "Groups whose images all earned the same reward: they teach nothing.",
+    ),
+    (
+        "reward/failed",
+        "Failed rewards",
+        ORANGE,
+        "Images that could not be scored. They are left out, never counted as 0.",
+    ),
+    (
+        "policy/skipped",
+        "Skipped transitions",
+        PURPLE,
+        "Transitions without any gradient, on which no network pass was spent.",
+    ),
+)
+"""Metric, title, colour, how to read it."""
+
+BY_STEP = (
+    ("ratio", "Ratio − 1", "Mean over the update. Blue is above 0, orange below.", 1.0),
+    ("clipped", "Clip fraction", "Share of transitions outside the clip range.", 0.0),
+    (
+        "advantage_size",
+        "Size of the advantage",
+        "Mean absolute value: how strong the signal is.",
+        0.0,
+    ),
+    ("loss", "Loss", "Mean of the loss term. Blue is above 0, orange below.", 0.0),
+    ("kl", "KL to the reference", "Where along the way the policy leaves the base model.", 0.0),
+)
+"""Metric of `by_step`, title, how to read it, and the value that is drawn as 0."""
+
+DIVERGING = ("ratio", "loss")
+"""Metrics of `by_step` that lie on both sides of that value, known up to rounding."""
+
+
+def under_the_hood(metrics: Metrics) -> list[Panel]:
+    """Is the training sound? One panel per quantity over iterations."""
+    panels = [_ratio_deviation(metrics)]
+    for key, title, color, reading in OVER_ITERATIONS:
+        trace = _line(metrics, key, title, color)
+        if not trace["x"]:
+            continue
+        finding = _constant(trace["y"], "iteration")
+        axis: dict[str, Any] = {"rangemode": "tozero"}
+        if all(isinstance(value, int) for value in trace["y"]):
+            kept = {name: trace[name] for name in ("x", "y", "name", "hovertemplate")}
+            trace = kept | {"type": "bar", "marker": {"color": color}}
+            axis |= {"dtick": 1} if max(trace["y"]) <= 5 else {}
+        figure = None if finding else _figure([trace], yaxis=axis)
+        panels.append(Panel(title, reading, figure, finding))
+    return [panel for panel in panels if panel is not None]
+
+
+def _ratio_deviation(metrics: Metrics) -> Panel | None:
+    title, reading = (
+        "Ratio before the first step",
+        "Largest |ratio − 1| before the first optimizer step, when rollout and training see the "
+        "same weights. It should be 0 up to rounding; anything near the clip range is a fault.",
+    )
+    trace = _line(metrics, "policy/ratio_max_deviation", "largest |ratio − 1|", ORANGE)
+    if not trace["x"]:
+        return None
+    if not any(trace["y"]):
+        return Panel(title, reading, finding="0 at every iteration.")
+    trace |= {
+        "customdata": trace["y"],
+        "y": [max(value, SMALLEST_DEVIATION) for value in trace["y"]],
+        "mode": "markers",
+        "hovertemplate": "%{customdata:.1e}<extra></extra>",
+    }
+    powers = range(-9, 1)
+    axis = {
+        "type": "log",
+        "tickvals": [10.0**power for power in powers],
+        "ticktext": ["≤1e−9", *(f"1e−{-power}" for power in powers[1:-1]), "1"],
+    }
+    return Panel(title, reading, _figure([trace], yaxis=axis))
+
+
+def by_step(metrics: Metrics) -> list[Panel]:
+    """The same quantities for each denoising step: heat maps, step x iteration."""
+    lines = [line for line in metrics if line.get("by_step")]
+    panels = []
+    for key, title, reading, zero in BY_STEP:
+        values = [line["by_step"].get(key, {}) for line in lines]
+        steps = sorted({int(step) for by in values for step in by})
+        if not steps:
+            continue
+        rows = [[_shifted(by.get(str(step)), zero) for by in values] for step in steps]
+        flat = [value for row in rows for value in row if value is not None]
+        rounding = ROUNDING if key in DIVERGING else 0.0
+        finding = _constant(flat, "step and iteration", rounding)
+        iterations = [line["iteration"] for line in lines]
+        figure = None if finding else _heat_map(iterations, steps, rows, key in DIVERGING)
+        panels.append(Panel(title, reading, figure, finding))
+    return panels
+
+
+def _shifted(value: object, zero: float) -> float | None:
+    return float(value) - zero if is_finite(value) else None  # type: ignore[arg-type]
+
+
+def _heat_map(
+    iterations: Sequence[int], steps: Sequence[int], rows: Sequence[Any], diverging: bool
+) -> Figure:
+    trace: dict[str, Any] = {
+        "type": "heatmap",
+        "x": list(iterations),
+        "y": [str(step) for step in steps],
+        "z": rows,
+        "colorbar": {
+            "thickness": 8,
+            "len": 1.0,
+            "outlinewidth": 0,
+            "nticks": 5,
+            "exponentformat": "power",
+        },
+        "hovertemplate": "iteration %{x}, step %{y}: %{z:.3g}<extra></extra>",
+        "ygap": 1,
+    }
+    if diverging:
+        trace |= {"colorscale": [[0, ORANGE], [0.5, FAINT], [1, BLUE]], "zmid": 0}
+    else:
+        most = max(value for row in rows for value in row if value is not None)
+        trace |= {"colorscale": [[0, FAINT], [1, BLUE]], "zmin": 0, "zmax": most}
+    axis = {
+        "type": "category",
+        "autorange": "reversed",
+        "title": {"text": "step"},
+        "showgrid": False,
+    }
+    height = min(420, 130 + 22 * len(steps))
+    return _figure([trace], height=height, xaxis={"showgrid": False}, yaxis=axis)
+
+
+def _constant(values: Sequence[float], per: str, rounding: float = 0.0) -> str:
+    """A sentence if all values are equal up to rounding, else nothing."""
+    if not values or max(values) - min(values) > rounding:
+        return ""
+    level = "0" if abs(values[0]) <= rounding else number(values[0])
+    exact = len(set(values)) == 1
+    return f"{level}{'' if exact else ' up to rounding'} at every {per}."
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+def _line(metrics: Metrics, key: str, name: str, color: str, dash: str = "solid") -> dict[str, Any]:
+    x, y = series(metrics, key)
+    return {"x": x, "y": y, **_style(name, color, len(x), dash)}
+
+
+def _style(name: str, color: str, points: int, dash: str = "solid") -> dict[str, Any]:
+    return {
+        "name": name,
+        "mode": "lines+markers" if points <= 40 else "lines",
+        "line": {"color": color, "width": 2, "dash": dash},
+        "marker": {"color": color, "size": 5},
+        "hovertemplate": f"{name}: %{{y:.3~g}}<extra></extra>",
+    }
+
+
+def _has_a_line(traces: Sequence[Mapping[str, Any]]) -> bool:
+    return any(len(trace["x"]) > 1 for trace in traces)
+
+
+def _figure(
+    traces: Sequence[dict[str, Any]],
+    height: int = 230,
+    xaxis: dict[str, Any] | None = None,
+    yaxis: dict[str, Any] | None = None,
+) -> Figure:
+    named = [trace for trace in traces if trace.get("name") and trace.get("showlegend", True)]
+    clear = "rgba(0,0,0,0)"
+    axis = {"automargin": True, "zeroline": False, "exponentformat": "power"}
+    layout = {
+        "height": height,
+        "margin": {"l": 8, "r": 8, "t": 30 if len(named) > 1 else 8, "b": 8},
+        "paper_bgcolor": clear,
+        "plot_bgcolor": clear,
+        "font": {"size": 12, "family": "system-ui, sans-serif"},
+        "showlegend": len(named) > 1,
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "y": 1,
+            "yanchor": "bottom",
+            "bgcolor": clear,
+            "traceorder": "normal",
+        },
+        "hovermode": "x",
+        "xaxis": axis | {"title": {"text": "iteration"}} | (xaxis or {}),
+        "yaxis": axis | (yaxis or {}),
+    }
+    return {"data": list(traces), "layout": layout}

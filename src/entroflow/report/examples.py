@@ -1,0 +1,119 @@
+"""Example images of a run as small pictures inside the page."""
+
+from __future__ import annotations
+
+import io
+import json
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from entroflow.runs import RunFolder
+
+LARGEST = 96
+"""Pixels; larger images are shown reduced to this, so that the page stays small."""
+MOST_BETWEEN = 3
+PNG, KNOWN = ".png", ".json"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image: its `data:` address and whether it is strictly right (None: not judged)."""
+
+    source: str
+    passed: bool | None
+
+
+@dataclass(frozen=True)
+class ExampleGrid:
+    """The same captions in every column.
+
+    Attributes:
+        columns: [c] headings.
+        right: [c] how many images of the column are strictly right (None: not judged).
+        rows: [n] caption and one image per column.
+        reduced: whether the images are shown smaller than they are.
+    """
+
+    columns: Sequence[str]
+    right: Sequence[int | None]
+    rows: Sequence[tuple[str, Sequence[Example]]]
+    reduced: bool
+
+    @property
+    def abreast(self) -> int:
+        """How many parts of the grid fit side by side on a wide screen."""
+        return 12 // (len(self.columns) + 1)
+
+
+def over_iterations(folder: RunFolder, last: int) -> ExampleGrid | None:
+    """The examples at the first and last evaluation up to iteration `last`, and some in between."""
+    found = [path.stem for path in folder.examples.glob(f"[0-9]*{PNG}")]
+    names = sorted((name for name in found if name.isdigit() and int(name) <= last), key=int)
+    shown = [names[i] for i in _spread(len(names))]
+    return example_grid(folder, [(name, f"iteration {int(name)}") for name in shown])
+
+
+def example_grid(folder: RunFolder, columns: Sequence[tuple[str, str]]) -> ExampleGrid | None:
+    """A grid of the saved examples named in `columns` (name, heading); None if there are none.
+
+    Columns whose files are missing, or whose captions differ from the last column's, are left out.
+    """
+    read = [(heading, *_read(folder.examples, name)) for name, heading in columns]
+    whole = [column for column in read if column[1]]
+    if not whole:
+        return None
+    captions = whole[-1][1]
+    whole = [column for column in whole if column[1] == captions]
+    parts = [examples for _, _, examples, _ in whole]
+    return ExampleGrid(
+        columns=[heading for heading, *_ in whole],
+        right=[_right(examples) for examples in parts],
+        rows=list(zip(captions, zip(*parts, strict=True), strict=True)),
+        reduced=any(side > LARGEST for *_, side in whole),
+    )
+
+
+def _spread(count: int) -> list[int]:
+    """Indices of the first, the last and up to `MOST_BETWEEN` in between, evenly."""
+    most = min(count, MOST_BETWEEN + 2)
+    return [round(i * (count - 1) / max(1, most - 1)) for i in range(most)]
+
+
+def _read(folder: Path, name: str) -> tuple[list[str], list[Example], int]:
+    """Captions, examples and side in pixels of one strip; empty if it is not there."""
+    picture, known = folder / f"{name}{PNG}", folder / f"{name}{KNOWN}"
+    if not (picture.is_file() and known.is_file()):
+        return [], [], 0
+    content: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
+    captions, passed = content["captions"], content.get("passed") or []
+    with Image.open(picture) as opened:
+        strip = opened.convert("RGB")
+    side = strip.height
+    if strip.width != side * len(captions):
+        return [], [], 0
+    examples = [
+        Example(
+            source=_data_address(strip.crop((i * side, 0, (i + 1) * side, side))),
+            passed=bool(passed[i]) if i < len(passed) else None,
+        )
+        for i in range(len(captions))
+    ]
+    return captions, examples, side
+
+
+def _data_address(image: Image.Image) -> str:
+    if image.height > LARGEST:
+        image = image.resize((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + b64encode(buffer.getvalue()).decode()
+
+
+def _right(examples: Sequence[Example]) -> int | None:
+    judged = [example.passed for example in examples if example.passed is not None]
+    return sum(judged) if judged else None

@@ -1,0 +1,229 @@
+"""What a run achieved and what it cost, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from entroflow.report.curves import LIMITS, MONITORS, Metrics, Ratios, is_finite, series
+from entroflow.report.wording import Interval, count, duration, number
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The outcome in one line: `measure`: `before` -> `after`, the gain, and what to make of it."""
+
+    measure: str
+    before: Interval
+    after: Interval | None
+    before_name: str
+    after_name: str
+    gain: Interval | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A share of the wall time."""
+
+    name: str
+    seconds: str
+    percent: float
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """A monitor at the first and the latest evaluation, and their ratio if the first is not 0."""
+
+    name: str
+    first: str
+    latest: str
+    ratio: str
+
+
+# --- headline -------------------------------------------------------------------------------------
+
+
+def headline(metrics: Metrics, evaluation: Mapping[str, Any], complete: bool) -> Headline | None:
+    """Test scores if the run was compared with its base, else validation; None without either."""
+    models = evaluation.get("models", {})
+    if "base" in models and "tuned" in models:
+        return _on_test_prompts(evaluation, complete)
+    judged = [line for line in metrics if is_finite(line.get("eval/strict"))]
+    if not judged:
+        return None
+    first, last = judged[0], judged[-1]
+    if len(judged) == 1:
+        verdict = "Only one evaluation so far: there is nothing to compare it with yet."
+    elif complete:
+        verdict = "These are validation prompts, with the same noise at both ends."
+    else:
+        verdict = (
+            "These are validation prompts, with the same noise at both ends; test prompts are "
+            "judged when the run is complete."
+        )
+    return Headline(
+        measure="Strict score on validation prompts",
+        before=_validation(first),
+        after=_validation(last) if len(judged) > 1 else None,
+        before_name=f"iteration {first['iteration']}",
+        after_name=f"iteration {last['iteration']}",
+        gain=None,
+        verdict=verdict,
+    )
+
+
+def _on_test_prompts(evaluation: Mapping[str, Any], complete: bool) -> Headline:
+    models = evaluation["models"]
+    before, after = (Interval.of(models[name]["scores"]["overall"]) for name in ("base", "tuned"))
+    found = evaluation["gain"]
+    gain = Interval(found["strict"], found["low"], found["high"])
+    if gain.low > 0:
+        verdict = "A clear gain: the 95% interval of the difference lies above 0."
+    elif gain.high < 0:
+        verdict = "A clear loss: the 95% interval of the difference lies below 0."
+    else:
+        verdict = "No clear difference: the 95% interval of the difference includes 0."
+    verdict += " Intervals are over images and noise of this one run, not over training seeds."
+    guided = guided_name(evaluation)
+    if guided:
+        score = Interval.of(models["base_guided"]["scores"]["overall"])
+        verdict += (
+            f" Guidance alone takes the base to {score} (scale {guided}, twice the cost per image)."
+        )
+    if not complete:
+        verdict += (
+            " The run has gone on since these scores were taken; they are renewed at its end."
+        )
+    return Headline("Strict score on test prompts", before, after, "base", "tuned", gain, verdict)
+
+
+def _validation(line: Mapping[str, Any]) -> Interval:
+    strict = line["eval/strict"]
+    low, high = (line.get(f"eval/strict_{end}", strict) for end in ("low", "high"))
+    return Interval(strict, low, high)
+
+
+# --- cost -----------------------------------------------------------------------------------------
+
+
+def costs(metrics: Metrics) -> list[tuple[str, str]]:
+    """The ledger at the latest iteration: name and amount, where they are known."""
+    latest = metrics[-1] if metrics else {}
+    named = {
+        "network_evaluations": "network evaluations",
+        "weighted_evaluations": "weighted evaluations",
+        "reward_calls": "images scored",
+        "decodes": "images decoded",
+        "optimizer_steps": "optimizer steps",
+    }
+    amounts = [
+        (name, count(latest[f"ledger/{key}"]))
+        for key, name in named.items()
+        if f"ledger/{key}" in latest
+    ]
+    if "seconds" in latest:
+        amounts.append(("training time", duration(latest["seconds"])))
+    return amounts
+
+
+def stages(state: Mapping[str, Any]) -> list[Stage]:
+    """Wall time by stage, from a checkpoint's state."""
+    timed = state.get("ledger", {}).get("seconds", {})
+    scoring = timed.get("score", 0.0)
+    seconds = {
+        # Rollouts are scored as they finish, so their time includes the scoring.
+        "sampling": timed.get("rollout", 0.0) - scoring,
+        "scoring": scoring,
+        "updating": timed.get("update", 0.0),
+        "evaluating": state.get("evaluation_ledger", {}).get("seconds", {}).get("evaluate", 0.0),
+    }
+    total = sum(seconds.values())
+    return [
+        Stage(name, duration(spent), round(100 * spent / total, 1))
+        for name, spent in seconds.items()
+        if spent > 0
+    ]
+
+
+# --- models beside each other ---------------------------------------------------------------------
+
+
+def guided_name(evaluation: Mapping[str, Any]) -> str:
+    """The base's best guidance scale, or nothing if no guidance was best."""
+    scale = evaluation.get("best_guidance", 1.0)
+    return f"{scale:g}" if scale != 1.0 and "base_guided" in evaluation["models"] else ""
+
+
+def model_names(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """Model -> its name for people, in the order they are shown."""
+    models = evaluation.get("models", {})
+    names = {"base": "base"}
+    if models and guided_name(evaluation):
+        names["base_guided"] = f"base, guidance {guided_name(evaluation)}"
+    names["tuned"] = "tuned"
+    return {model: name for model, name in names.items() if model in models}
+
+
+def setting(evaluation: Mapping[str, Any]) -> str:
+    """How the models were compared, in one sentence."""
+    models = list(evaluation.get("models", {}).values())
+    images = models[0]["scores"]["overall"]["images"] if models else 0
+    steps = evaluation.get("steps", "?")
+    return (
+        f"{count(images)} images per model, {steps} steps without noise, the same start for each."
+    )
+
+
+def scores_by_skill(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Interval]]:
+    """Name of the model -> skill -> strict score, `overall` first."""
+    scores = {}
+    for model, name in model_names(evaluation).items():
+        found = evaluation["models"][model]["scores"]
+        order = sorted(found, key=lambda skill: skill != "overall")
+        scores[name] = {skill: Interval.of(found[skill]) for skill in order}
+    return scores
+
+
+# --- what the reward can't see --------------------------------------------------------------------
+
+
+def ratios(metrics: Metrics) -> Ratios:
+    """Monitors relative to the first evaluation, where that is not 0."""
+    found = {}
+    for key in MONITORS:
+        iterations, values = series(metrics, key)
+        if values and values[0] > 0:
+            found[key] = (iterations, [value / values[0] for value in values])
+    return found
+
+
+def monitors(metrics: Metrics) -> list[Monitor]:
+    """Each monitor at the first and the latest evaluation."""
+    rows = []
+    for key, (name, _) in MONITORS.items():
+        _, values = series(metrics, key)
+        if values:
+            first, latest = values[0], values[-1]
+            ratio = f"× {latest / first:.2f}" if first > 0 else "–"
+            rows.append(Monitor(name, number(first), number(latest), ratio))
+    return rows
+
+
+def warnings(relative: Ratios) -> list[str]:
+    """What the latest ratios should make a reader doubt."""
+    latest = {key: values[-1] for key, (_, values) in relative.items()}
+    texture, diversity = latest.get("eval/texture", 1.0), latest.get("eval/diversity", 1.0)
+    found = []
+    if texture > LIMITS["eval/texture"]:
+        found.append(
+            f"Background texture is {texture:.1f} times that of the base: the policy may be "
+            "painting patterns that please the reward. Look closely at the backgrounds above."
+        )
+    if diversity < LIMITS["eval/diversity"]:
+        found.append(
+            f"Diversity has fallen to {diversity:.0%} of the base: the policy draws nearly the "
+            "same picture for every noise, and the score no longer tells the whole story."
+        )
+    return found
