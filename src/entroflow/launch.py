@@ -96,7 +96,7 @@ def resume(
     checkpoint = folder.latest()
     trainer = Trainer(recipe, policy)
     trainer.load(checkpoint)
-    folder.cut_metrics(trainer.iteration)
+    folder.cut_after(trainer.iteration)
     write_text(folder.path / RECIPE, recipe.to_yaml())
     return _run(folder, trainer, stop_after, watch)
 
@@ -164,7 +164,9 @@ def _compare(folder: RunFolder, trainer: Trainer) -> None:
         batch_size=recipe.sampling.batch_size,
         steps=recipe.evaluation.steps,
         images_per_skill=recipe.evaluation.test_images_per_skill,
+        ledger=trainer.evaluation_ledger,
     )
+    summary = {"iteration": trainer.iteration, "recipe_hash": recipe.hash, **summary}
     write_text(folder.path / EVALUATION, json.dumps(summary, indent=1) + "\n")
     for name, evaluated in found.items():
         folder.save_examples(f"test_{name}", evaluated)

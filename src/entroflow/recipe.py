@@ -127,9 +127,9 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """A short hash of everything that decides the numbers of a run but the seed."""
+        """A short hash of everything that decides the weights of a run but the seed."""
         content = {key: value for key, value in self.resolved.items() if key in SECTIONS}
-        content["run"] = {k: v for k, v in content["run"].items() if k != "seed"}
+        content["run"] = {"iterations": content["run"]["iterations"]}
         text = json.dumps(content, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 

@@ -98,10 +98,15 @@ class RunFolder:
                     raise RunError(f"{path}:{number} is torn; the run can't be read.") from None
         return parsed
 
-    def cut_metrics(self, iteration: int) -> None:
-        """Forget lines after `iteration`: they are about to be written again."""
+    def cut_after(self, iteration: int) -> None:
+        """Forget what was written after `iteration`: it is about to be written again."""
         kept = [line for line in self.metrics() if line["iteration"] <= iteration]
         write_text(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        outdated = [self.path / EVALUATION, *self.path.glob("*/test_*")]
+        for folder in (self.images, self.examples):
+            outdated += [path for path in folder.glob("[0-9]*") if int(path.stem) > iteration]
+        for path in outdated:
+            path.unlink(missing_ok=True)
 
     # --- pictures ------------------------------------------------------------------------------
 

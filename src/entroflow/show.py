@@ -54,14 +54,12 @@ class TrainingProgress:
         self._strict = math.nan
 
     def __enter__(self) -> TrainingProgress:
-        run, objective = self._recipe.run, self._recipe.objective
+        run = self._recipe.run
         console.print(
             f"[bold]{self._recipe.name}[/] {self._recipe.hash}  {self._recipe.title}",
             highlight=False,
         )
         console.print(f"{run.iterations} iterations, seed {run.seed}", highlight=False)
-        if hasattr(objective, "describe"):
-            console.print(objective.describe(), highlight=False)
         self._progress.start()
         return self
 
@@ -70,6 +68,13 @@ class TrainingProgress:
 
     def watch(self, metrics: Metrics, evaluated: Evaluated | None) -> None:
         """Show one iteration."""
+        if metrics["iteration"] == 0:
+            clip, D = metrics["policy/clip_range"], metrics["policy/dimensions"]
+            console.print(
+                f"clip range {clip:.2g} per dimension, {clip * D:.3g} on the true log-ratio "
+                f"(D = {D})",
+                highlight=False,
+            )
         if evaluated is not None:
             self._strict = metrics["eval/strict"]
             console.print(

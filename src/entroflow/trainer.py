@@ -43,6 +43,7 @@ class Trainer:
         self.recipe = recipe
         self.policy: Policy = recipe.policy.build() if policy is None else policy
         self.reward: Reward = recipe.reward if reward is None else reward
+        self.dimensions = math.prod(self.policy.latent_shape)
         self.base_grid = self.policy.sigmas(recipe.sampling.steps)
         self.iteration = 0
         self.seconds = 0.0
@@ -125,7 +126,7 @@ class Trainer:
     def _check(self, statistics: UpdateStatistics) -> None:
         """Warn where the first pass of the update disagrees with the rollout."""
         recipe = self.recipe
-        limit = 0.1 * recipe.objective.clip(math.prod(self.policy.latent_shape))
+        limit = 0.1 * recipe.objective.clip(self.dimensions)
         if statistics.ratio_deviation > limit:
             log.warning(
                 "iteration %d: before the first step the policy ratio is off by %.1e, more than a "
@@ -308,7 +309,12 @@ def train_in(
 
     try:
         if trainer.iteration == 0:
-            start: Metrics = {"iteration": 0, "seconds": 0.0}
+            start: Metrics = {
+                "iteration": 0,
+                "seconds": 0.0,
+                "policy/dimensions": trainer.dimensions,
+                "policy/clip_range": trainer.recipe.objective.clip(trainer.dimensions),
+            }
             start |= {f"ledger/{name}": count for name, count in trainer.ledger.counts().items()}
             yield finish(start)
         while trainer.iteration < end:

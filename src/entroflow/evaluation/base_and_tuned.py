@@ -12,6 +12,7 @@ from typing import Any
 
 from entroflow.evaluation.base import Evaluated
 from entroflow.evaluation.shapes import ShapesEvaluation
+from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
 from entroflow.shapes.grammar import Split
 
@@ -41,6 +42,7 @@ def compare_with_base(
     steps: int = 10,
     images_per_skill: int = 96,
     with_tuned: bool = True,
+    ledger: Ledger | None = None,
 ) -> tuple[dict[str, Any], dict[str, Evaluated]]:
     """Evaluate the reference weights (plain, and at their best guidance) and the moving average.
 
@@ -68,7 +70,7 @@ def compare_with_base(
             split=split, steps=steps, guidance=scale, images_per_skill=images_per_skill
         )
         with policy.weights(weights):
-            found[name] = evaluation.run(policy, seed=seed, batch_size=batch_size)
+            found[name] = evaluation.run(policy, seed=seed, batch_size=batch_size, ledger=ledger)
     summary: dict[str, Any] = {
         "split": split,
         "steps": steps,
@@ -92,8 +94,11 @@ def summary_of(evaluated: Evaluated) -> dict[str, Any]:
 
 
 def _gain(base: Evaluated, tuned: Evaluated) -> dict[str, float]:
-    """Gain in strict score with a 95% interval, as if the two were independent (wide)."""
+    """Gain in strict score with a 95% interval, as if the two were independent (wide; MOVER)."""
     before, after = base.scores["overall"], tuned.scores["overall"]
     gain = after.strict - before.strict
-    reach = math.hypot(*((score.high - score.low) / 2 for score in (before, after)))
-    return {"strict": gain, "low": gain - reach, "high": gain + reach}
+    return {
+        "strict": gain,
+        "low": gain - math.hypot(after.strict - after.low, before.high - before.strict),
+        "high": gain + math.hypot(after.high - after.strict, before.strict - before.low),
+    }

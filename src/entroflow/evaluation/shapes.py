@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import zip_longest
 from typing import Literal
 
@@ -116,8 +117,8 @@ def _by_skill(
 ) -> dict[str, SkillScore]:
     """Scores by skill with Wilson intervals, and overall: the mean of the skills.
 
-    The interval of the mean is normal, from the binomial variances of the skills. All intervals are
-    over images and noise; the prompts are taken as given.
+    The interval of the mean combines those of the skills (MOVER, Zou & Donner, 2008), so it does
+    not collapse at 0 or 1. All intervals are over images and noise; the prompts are taken as given.
     """
     scores = {}
     for skill in grammar.SKILLS:
@@ -128,12 +129,10 @@ def _by_skill(
         scores[skill] = SkillScore(right / n, interval.low, interval.high, mean, n)
     parts = list(scores.values())
     mean = sum(s.strict for s in parts) / len(parts)
-    variance = sum(s.strict * (1 - s.strict) / s.images for s in parts) / len(parts) ** 2
-    reach = 1.96 * variance**0.5
     scores["overall"] = SkillScore(
         strict=mean,
-        low=max(0.0, mean - reach),
-        high=min(1.0, mean + reach),
+        low=mean - math.hypot(*(s.strict - s.low for s in parts)) / len(parts),
+        high=mean + math.hypot(*(s.high - s.strict for s in parts)) / len(parts),
         graded=sum(s.graded for s in parts) / len(parts),
         images=sum(s.images for s in parts),
     )

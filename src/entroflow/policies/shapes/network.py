@@ -2,7 +2,7 @@
 
 Joint text-image attention with separate weights per modality (Esser et al., 2024, "Scaling
 rectified flow transformers"), AdaLN-zero modulation (Peebles & Xie, 2023), QK normalisation.
-Images enter through an overlapping convolutional stem, so that neighbouring patches agree at their seams.
+Images enter through an overlapping convolutional stem, so that patches agree at their seams.
 """
 
 from __future__ import annotations
