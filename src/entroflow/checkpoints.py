@@ -49,13 +49,23 @@ def write_checkpoint(
         plain = {key: value.detach().contiguous() for key, value in entries.items()}
         save_file(plain, temporary / f"{name}.safetensors")
     (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    for file in temporary.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+    outdated = folder.with_name(f".{folder.name}.old")
     if folder.exists():
-        outdated = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        shutil.rmtree(outdated, ignore_errors=True)
         folder.replace(outdated)
-        temporary.replace(folder)
-        shutil.rmtree(outdated)
-    else:
-        temporary.replace(folder)
+    temporary.replace(folder)
+    shutil.rmtree(outdated, ignore_errors=True)
+
+
+def checkpoint_exists(folder: Path) -> bool:
+    """Whether there is a checkpoint; one that a crash left half replaced is put back first."""
+    outdated = folder.with_name(f".{folder.name}.old")
+    if not folder.exists() and outdated.exists():
+        outdated.replace(folder)
+    return folder.exists()
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -43,8 +43,10 @@ class ShapesPrompts(Component):
 
     type: Literal["shapes"] = "shapes"
     per_iteration: int = Field(8, ge=1, description="prompts per iteration")
-    split: grammar.Split = "train"
-    skills: tuple[str, ...] = Field(grammar.SKILLS, min_length=1)
+    split: grammar.Split = Field("train", description="captions to draw from")
+    skills: tuple[str, ...] = Field(
+        grammar.SKILLS, min_length=1, description="skills, dealt evenly over the prompts"
+    )
 
     def model_post_init(self, _: Any) -> None:
         """Refuse unknown skills."""
@@ -98,7 +100,7 @@ class TextPrompts(_ListedPrompts):
     """One prompt per line of a text file; blank lines are skipped."""
 
     type: Literal["text"] = "text"
-    path: Path
+    path: Path = Field(description="text file in UTF-8")
 
     def load(self) -> list[Prompt]:
         """All prompts."""
@@ -109,8 +111,8 @@ class JSONLPrompts(_ListedPrompts):
     """One JSON object per line; `key` holds the prompt, everything else becomes its metadata."""
 
     type: Literal["jsonl"] = "jsonl"
-    path: Path
-    key: str = "prompt"
+    path: Path = Field(description="JSON Lines file in UTF-8")
+    key: str = Field("prompt", description="key of the prompt in each object")
 
     def load(self) -> list[Prompt]:
         """All prompts."""
@@ -130,11 +132,11 @@ class DatasetPrompts(_ListedPrompts):
     """A data set that `datasets.load_dataset` finds: a hub name, or a local file or folder."""
 
     type: Literal["dataset"] = "dataset"
-    name: str
-    config: str | None = None
-    split: str = "train"
-    key: str = "prompt"
-    data_files: tuple[str, ...] = ()
+    name: str = Field(description="hub name, local folder, or format such as json")
+    config: str | None = Field(None, description="configuration of the data set, if it has several")
+    split: str = Field("train", description="split of the data set")
+    key: str = Field("prompt", description="column of the prompt")
+    data_files: tuple[str, ...] = Field((), description="files to read; empty: the data set's own")
 
     def load(self) -> list[Prompt]:
         """All prompts."""

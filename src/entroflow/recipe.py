@@ -68,10 +68,12 @@ class Sampling(Component):
 class Optimizer(Component):
     """AdamW over the trainable weights, and their moving average."""
 
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, description="step size of AdamW, after the warm-up")
     warm_up: int = Field(0, ge=0, description="iterations of linear warm-up")
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="decays of AdamW's first and second moment, each in [0, 1)"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
     max_grad_norm: float = Field(
         1.0, gt=0, description="bound on the gradient norm, of log-probabilities not divided by D"
     )
@@ -84,8 +86,8 @@ class Optimizer(Component):
 class Run(Component):
     """How long, how often, and with which seed."""
 
-    iterations: int = Field(100, ge=0)
-    seed: int = Field(0, ge=0)
+    iterations: int = Field(100, ge=0, description="iterations of the whole run; 0 only evaluates")
+    seed: int = Field(0, ge=0, description="run seed, part of every noise address")
     evaluate_every: int = Field(10, ge=1, description="iterations between evaluations")
     checkpoint_every: int = Field(20, ge=1, description="iterations between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the latest checkpoints stay")

@@ -31,11 +31,13 @@ class ShapesEvaluation(Component):
     """ODE samples of held-out prompts, the same prompts and noise every time."""
 
     type: Literal["shapes"] = "shapes"
-    split: grammar.Split = "validation"
+    split: grammar.Split = Field("validation", description="captions evaluated while training")
     steps: int = Field(10, ge=1, description="ODE steps")
     guidance: float = Field(1.0, ge=0, description="guidance scale; 1 is none")
-    images_per_skill: int = Field(48, ge=1)
-    prompts_per_skill: int = Field(16, ge=1, description="at most; shared evenly by the images")
+    images_per_skill: int = Field(48, ge=1, description="images judged for each of the six skills")
+    prompts_per_skill: int = Field(
+        16, ge=1, description="most captions per skill; images are spread evenly over them"
+    )
     test_images_per_skill: int = Field(
         96, ge=1, description="in the comparison on test prompts when the run is complete"
     )

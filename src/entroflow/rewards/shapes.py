@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from entroflow.component import Component
@@ -22,7 +23,9 @@ class ShapesReward(Component):
     """How well an image shows its caption: `graded` gives partial credit, `strict` is 0 or 1."""
 
     type: Literal["shapes"] = "shapes"
-    credit: Literal["graded", "strict"] = "graded"
+    credit: Literal["graded", "strict"] = Field(
+        "graded", description="graded: partial credit in [0, 1]; strict: 1 if all is right, else 0"
+    )
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """See `Reward.score`.

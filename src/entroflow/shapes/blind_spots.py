@@ -16,9 +16,10 @@ from entroflow.shapes.recognise import recognise
 def background_texture(images: Tensor) -> Tensor:
     """[B] standard deviation, over background pixels, of what a 3x3 mean removes (RGB mean).
 
-    Background are the pixels at least two pixels from any that differ from the background colour as
+    Background are the pixels more than two pixels from any that differ from the background colour as
     an object does. 0 on rendered scenes. NaN where no background is left.
     """
+    images = images.detach().float()
     seen = recognise(images)
     solid = (seen.foreground > 0.5).float()[:, None]
     near = F.max_pool2d(solid, 5, stride=1, padding=2)

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -284,33 +284,54 @@ def attributes(spec: Spec) -> list[tuple[str, int]]:
 def one_attribute_wrong(
     spec: Spec, rng: np.random.Generator, split: Split | None = "train"
 ) -> Spec:
-    """A caption that differs from `spec` in one attribute, uniform over its attributes.
+    """A caption that differs from `spec` in one attribute, uniform over the attributes it states.
 
     The result stays inside the grammar and, unless `split` is None, inside `split`: label noise
-    must not leak a held-out prompt into pretraining.
+    must not leak a held-out prompt into pretraining. An attribute none of whose other values allow
+    that is left out.
+
+    Raises:
+        ValueError: no attribute can be changed.
     """
+    neighbours = _neighbours(spec, split)
+    if not neighbours:
+        raise ValueError(f"{text(spec)!r} has no neighbour in the grammar and split {split}.")
+    values = neighbours[int(rng.integers(len(neighbours)))]
+    return values[int(rng.integers(len(values)))]
+
+
+@cache
+def _neighbours(spec: Spec, split: Split | None) -> tuple[tuple[Spec, ...], ...]:
+    """Per attribute that `spec` states, the allowed captions that differ in it alone."""
     listed = _split_by_meaning()
-    choices = attributes(spec)
-    while True:
-        name, index = choices[rng.integers(len(choices))]
-        changed = _with_other_value(spec, name, index, rng)
-        if _meaning(changed) in listed and split in (None, split_of(changed)):
-            return changed
+    by_attribute = (
+        tuple(
+            other
+            for other in _with_other_values(spec, name, index)
+            if _meaning(other) in listed and split in (None, split_of(other))
+        )
+        for name, index in attributes(spec)
+    )
+    return tuple(values for values in by_attribute if values)
 
 
-def _with_other_value(spec: Spec, name: str, index: int, rng: np.random.Generator) -> Spec:
-    values = {
+def _with_other_values(spec: Spec, name: str, index: int) -> Iterator[Spec]:
+    every: dict[str, Sequence[str | int]] = {
         "shape": SHAPES,
         "color": COLORS,
         "size": SIZES,
         "count": tuple(COUNTS.values()),
         "relation": RELATIONS,
-    }[name]
-    holder = spec if name in ("count", "relation") else spec.things[index]
-    others = [value for value in values if value != getattr(holder, name)]
-    value = others[rng.integers(len(others))]
-    if holder is spec:
-        return replace(spec, **{name: value})  # type: ignore[arg-type]
-    things = list(spec.things)
-    things[index] = replace(things[index], **{name: value})  # type: ignore[arg-type]
-    return replace(spec, things=tuple(things))
+    }
+    of_spec = name in ("count", "relation")
+    present = getattr(spec if of_spec else spec.things[index], name)
+    for value in every[name]:
+        change: dict[str, Any] = {name: value}
+        if value == present:
+            continue
+        if of_spec:
+            yield replace(spec, **change)
+        else:
+            things = list(spec.things)
+            things[index] = replace(things[index], **change)
+            yield replace(spec, things=tuple(things))

@@ -12,7 +12,7 @@ object goes unseen, on purpose: `blind_spots` measures it instead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -26,6 +26,10 @@ from entroflow.shapes.scenes import AREA, PALETTE, RESOLUTION, coverage, pixel_a
 MOST_DETECTED = 8
 SMALLEST_AREA = 6.0
 """Pixels."""
+CHUNK = 64
+"""Images at a time: more no longer fit the caches, and take three times longer each."""
+LEAST_CONTRAST = 0.25
+"""Distance (RGB) below which a background hides a palette colour: it can't be seen before it."""
 RECOGNISABLE = 0.7
 """Overlap (intersection over union of coverage) below which an object has no recognised shape."""
 
@@ -71,7 +75,13 @@ def recognise(images: Tensor) -> Detections:
             f"the shapes world reads images [B, 3, {RESOLUTION}, {RESOLUTION}], "
             f"not {list(images.shape)}."
         )
-    images = images.detach().float().cpu()
+    parts = [_recognise(part) for part in images.detach().float().cpu().split(CHUNK)]
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Detections)}
+    return Detections(**{name: torch.cat(column) for name, column in columns.items()})
+
+
+def _recognise(images: Tensor) -> Detections:
+    images = images.contiguous()
     B = len(images)
     background = images.flatten(2).median(dim=2).values
     share, color = _explain(images, background)
@@ -133,7 +143,9 @@ def _explain(images: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
     difference = images - background[:, :, None, None]
     toward = PALETTE[None] - background[:, None]
     length = toward.norm(dim=2, keepdim=True)
-    unit = toward / length
+    visible = length > LEAST_CONTRAST
+    length = length.clamp(min=LEAST_CONTRAST)
+    unit = toward / length * visible
     evidence = torch.einsum("bkc,bchw->bhwk", unit, _blur(difference) + difference)
     color = evidence.argmax(dim=3)
     chosen = (unit / length).gather(1, color.flatten(1)[:, :, None].expand(-1, -1, 3))

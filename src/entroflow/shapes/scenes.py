@@ -16,6 +16,8 @@ from torch import Tensor
 from entroflow.shapes.grammar import COLORS, SHAPES, Spec
 
 RESOLUTION = 32
+MOST_ROUNDS = 2000
+"""Rounds of placement, 16 tries each, before a scene counts as impossible."""
 MOST_OBJECTS = 4
 PALETTE = torch.tensor(
     [
@@ -31,10 +33,12 @@ PALETTE = torch.tensor(
 """RGB in [0, 1], one row per name in `COLORS`."""
 assert len(PALETTE) == len(COLORS)
 
-SIZE_BOUNDARY = 5.6
+REACH = 1.16
+"""Farthest point of any shape from its centroid, in radii: the apex of the triangle."""
+SIZE_BOUNDARY = 5.5
 """Radius in pixels that parts small from large."""
-_RADII = {"small": (4.0, 5.0), "large": (6.2, 7.4)}
-_RADII_BY_COUNT = {1: (4.2, 7.2), 2: (4.2, 6.4), 3: (4.0, 5.2), 4: (3.8, 4.6)}
+_RADII = {"small": (4.0, 5.0), "large": (6.0, 6.8)}
+_RADII_BY_COUNT = {1: (4.2, 6.8), 2: (4.2, 6.2), 3: (4.0, 5.2), 4: (3.8, 4.6)}
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Scenes:
 
     Attributes:
         center: [B, K, 2] pixels, (x, y).
-        radius: [B, K] pixels; every shape of radius r fits a square of half width r.
+        radius: [B, K] pixels; no shape of radius r reaches farther than `REACH` r.
         shape, color: [B, K] indices into `SHAPES` and `COLORS`.
         present: [B, K] bool.
         tint: [B, K, 3] small offsets added to the palette colour.
@@ -101,16 +105,18 @@ def _place(
     center = np.zeros((B, K, 2))
     open_scenes = np.arange(B)
     tries = 16
-    while len(open_scenes):
+    for _ in range(MOST_ROUNDS):
+        if not len(open_scenes):
+            return center
         r = radius[open_scenes][:, None, :, None]
-        margin = 1.0 + r
+        margin = 0.5 + REACH * r
         trial = rng.uniform(margin, RESOLUTION - margin, (len(open_scenes), tries, K, 2))
         fits = _apart(trial, radius[open_scenes], present[open_scenes])
         fits &= _related(trial, relation[open_scenes])
         found = fits.any(axis=1)
         center[open_scenes[found]] = trial[found, fits[found].argmax(axis=1)]
         open_scenes = open_scenes[~found]
-    return center
+    raise RuntimeError("objects too large to stand apart; a radius range is wrong.")
 
 
 def _apart(center: np.ndarray, radius: np.ndarray, present: np.ndarray) -> np.ndarray:

@@ -33,7 +33,13 @@ def score(images: Tensor, specs: Sequence[Spec]) -> Verdict:
 
 
 def judge(seen: Detections, specs: Sequence[Spec]) -> Verdict:
-    """Judge what was recognised; `specs` has one entry per image."""
+    """Judge what was recognised; `specs` has one entry per image.
+
+    Raises:
+        ValueError: the numbers of images and specs differ.
+    """
+    if len(specs) != len(seen.present):
+        raise ValueError(f"{len(seen.present)} images need as many captions, not {len(specs)}.")
     shape, color, size, needed, relation = _requirements(specs)
     fit, exact = _matches(seen, shape, color, size)
     slots = torch.arange(MOST_OBJECTS) < needed[:, None]
@@ -111,7 +117,9 @@ def _relations(seen: Detections, relation: Tensor) -> tuple[Tensor, Tensor]:
     along, across = along.gather(3, chosen)[..., 0], across.gather(3, chosen)[..., 0]
     margin = torch.minimum(along - across, along - 2)
     free = (relation < 0)[:, None, None]
-    return (0.5 + margin / 16).clamp(0, 1), (margin > 0) | free
+    both = seen.present[:, :, None] & seen.present[:, None, :]
+    # Full marks from three pixels on, the least that rendered scenes show.
+    return (0.5 + margin / 6).clamp(0, 1) * both, (margin > 0) | free
 
 
 def _best_assignment(

@@ -2,7 +2,8 @@
 
 Joint text-image attention with separate weights per modality (Esser et al., 2024, "Scaling
 rectified flow transformers"), AdaLN-zero modulation (Peebles & Xie, 2023), QK normalisation.
-Images enter through an overlapping convolutional stem, so that patches agree at their seams.
+A convolution at full resolution goes before the patches and joins what comes back from them: the
+transformer decides what stands where, the convolutions draw it sharply.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from entroflow.policies.attention import attention
 RESOLUTION = 32
 PATCH = 4
 CHANNELS = 3
+FINE = 32
+"""Channels of the convolutions at full resolution."""
 
 
 class Modulation(nn.Module):
@@ -79,8 +82,25 @@ class Stream(nn.Module):
         return torch.addcmul(tokens, mlp_gate, self.narrow(wide))
 
 
+class LastTextStream(nn.Module):
+    """The text of the last block: it is read by the image, and nobody reads what it becomes."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.modulation = Modulation(width, 2)
+        self.kv = nn.Linear(width, 2 * width)
+        self.scale_k = nn.Parameter(torch.ones(width // heads))
+
+    def project(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v of the text, each [B, heads, L, head width]."""
+        B, L, _ = tokens.shape
+        k, v = self.kv(modulate(tokens, shift, scale)).view(B, L, 2, self.heads, -1).unbind(2)
+        return normalise(k, self.scale_k).transpose(1, 2), v.transpose(1, 2)
+
+
 class Block(nn.Module):
-    """One MM-DiT block: both streams attend to the concatenation of both."""
+    """One MM-DiT block: both streams attend to the concatenation of both, text first."""
 
     def __init__(self, width: int, heads: int, layer: int) -> None:
         super().__init__()
@@ -103,6 +123,25 @@ class Block(nn.Module):
             self.text.absorb(text, attended[:, :cut], text_parts),
             self.image.absorb(image, attended[:, cut:], image_parts),
         )
+
+
+class LastBlock(nn.Module):
+    """The last block: only the image attends, to both."""
+
+    def __init__(self, width: int, heads: int, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.text = LastTextStream(width, heads)
+        self.image = Stream(width, heads)
+
+    def forward(self, text: Tensor, image: Tensor, condition: Tensor) -> Tensor:
+        """New image [B, N, width] tokens."""
+        parts = self.image.modulation(condition)
+        text_k, text_v = self.text.project(text, *self.text.modulation(condition))
+        q, k, v = self.image.project(image, *parts[:2])
+        k, v = torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2)
+        attended = attention(q, k, v, layer=self.layer)
+        return self.image.absorb(image, attended.transpose(1, 2).flatten(2), parts)
 
 
 class ShapesNetwork(nn.Module):
@@ -128,15 +167,17 @@ class ShapesNetwork(nn.Module):
         self.word_positions = nn.Parameter(0.02 * torch.randn(caption_length, width))
         self.pooled_words = nn.Linear(width, width)
         self.sigma = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.stem = nn.Conv2d(
-            CHANNELS, width, kernel_size=2 * PATCH, stride=PATCH, padding=PATCH // 2
-        )
+        self.fine = nn.Conv2d(CHANNELS, FINE, kernel_size=3, padding=1)
+        self.stem = nn.Conv2d(FINE, width, kernel_size=2 * PATCH, stride=PATCH, padding=PATCH // 2)
         self.register_buffer("positions", sincos_positions(side, width), persistent=False)
-        self.blocks = nn.ModuleList(Block(width, heads, layer) for layer in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, layer) for layer in range(depth - 1))
+        self.last_block = LastBlock(width, heads, depth - 1)
         self.last_modulation = Modulation(width, 2)
-        self.last = nn.ConvTranspose2d(
-            width, CHANNELS, kernel_size=2 * PATCH, stride=PATCH, padding=PATCH // 2
+        self.unstem = nn.ConvTranspose2d(
+            width, FINE, kernel_size=2 * PATCH, stride=PATCH, padding=PATCH // 2
         )
+        self.join = nn.Conv2d(2 * FINE, FINE, kernel_size=3, padding=1)
+        self.last = nn.Conv2d(FINE, CHANNELS, kernel_size=3, padding=1)
         nn.init.normal_(self.words.weight, std=0.02)
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)
@@ -156,12 +197,15 @@ class ShapesNetwork(nn.Module):
         text = embedded + self.word_positions
         pooled = self.pooled_words(text.mean(dim=1))
         condition = F.silu(self.sigma(sigma_features(sigma, self.width)) + pooled)
-        grid = self.stem(x)
+        fine = self.fine(x.contiguous(memory_format=torch.channels_last))
+        grid = self.stem(F.silu(fine))
         image = grid.flatten(2).transpose(1, 2) + self.positions.to(grid.dtype)
         for block in self.blocks:
             text, image = block(text, image, condition)
+        image = self.last_block(text, image, condition)
         image = modulate(image, *self.last_modulation(condition))
-        velocity: Tensor = self.last(image.transpose(1, 2).unflatten(2, grid.shape[2:]))
+        coarse = self.unstem(image.transpose(1, 2).unflatten(2, grid.shape[2:]))
+        velocity: Tensor = self.last(F.silu(self.join(torch.cat([coarse, fine], dim=1))))
         return velocity
 
 

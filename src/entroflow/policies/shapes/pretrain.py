@@ -2,7 +2,7 @@
 
 The base model must be imperfect in a way that reinforcement learning can mend: every scene is drawn
 right, and with probability `label_noise` its caption is wrong in one attribute (uniform over the
-attributes that it states). The network learns the mixture; a reward can pick the right component.
+attributes that it states). One caption in ten is left out, for guidance. The network learns the mixture; a reward can pick the right component.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from torch.nn import functional as F
 
 from entroflow.checkpoints import (
     CheckpointError,
+    checkpoint_exists,
     load_optimizer_tensors,
     optimizer_tensors,
     read_state,
     read_tensors,
     write_checkpoint,
 )
+from entroflow.policies.base import WeightSets
 from entroflow.policies.shapes.network import ShapesNetwork
 from entroflow.policies.shapes.tokenizer import CAPTION_LENGTH, VOCABULARY, tokenize
 from entroflow.shapes import grammar
@@ -38,7 +40,7 @@ from entroflow.shapes.scenes import lay_out, render
 class Pretraining:
     """Settings of a pretraining run; the defaults made the shipped weights."""
 
-    steps: int = 10000
+    steps: int = 6500
     batch: int = 128
     learning_rate: float = 6e-3
     warm_up: int = 300
@@ -83,7 +85,7 @@ def flow_matching_loss(network: torch.nn.Module, settings: Pretraining, step: in
 
 def learning_rate_at(settings: Pretraining, step: int) -> float:
     """Linear warm-up, then a cosine to zero at the last step."""
-    warm = min(1.0, (step + 1) / settings.warm_up)
+    warm = min(1.0, (step + 1) / max(1, settings.warm_up))
     return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
 
 
@@ -103,7 +105,7 @@ def pretrain(
     average = copy.deepcopy(network).requires_grad_(False)
     start = 0
     checkpoint = folder / "checkpoint"
-    if checkpoint.exists():
+    if checkpoint_exists(checkpoint):
         start = _resume(checkpoint, settings, network, average, optimizers)
     parameters: list[Tensor] = list(network.parameters())
     averages: list[Tensor] = list(average.parameters())
@@ -120,13 +122,12 @@ def pretrain(
         decay = min(settings.ema, (step + 1) / (step + 10))
         torch._foreach_lerp_(averages, parameters, 1 - decay)
         recent.append({"step": step + 1, "loss": loss.item()})
-        yield step + 1, loss.item()
         if (step + 1) % checkpoint_every == 0 or step + 1 == settings.steps:
             write_checkpoint(
                 checkpoint,
                 {
-                    "network": network.state_dict(),
-                    "average": average.state_dict(),
+                    "network": dict(network.named_parameters()),
+                    "average": dict(average.named_parameters()),
                     "muon": optimizer_tensors(optimizers[0]),
                     "adamw": optimizer_tensors(optimizers[1]),
                 },
@@ -135,6 +136,7 @@ def pretrain(
             with (folder / "loss.jsonl").open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in recent)
             recent.clear()
+        yield step + 1, loss.item()
 
 
 def _optimizers(network: ShapesNetwork, settings: Pretraining) -> list[torch.optim.Optimizer]:
@@ -146,7 +148,7 @@ def _optimizers(network: ShapesNetwork, settings: Pretraining) -> list[torch.opt
     inside = {
         name
         for name, parameter in network.named_parameters()
-        if parameter.ndim == 2 and name.startswith("blocks.") and "modulation" not in name
+        if parameter.ndim == 2 and "block" in name and "modulation" not in name
     }
     named = dict(network.named_parameters())
     matrices = [named[name] for name in named if name in inside]
@@ -173,8 +175,10 @@ def _resume(
                 f"{checkpoint} was made with {field.name}={before}, not {now}; "
                 "use the same settings or another folder."
             )
-    network.load_state_dict(read_tensors(checkpoint / "network.safetensors"))
-    average.load_state_dict(read_tensors(checkpoint / "average.safetensors"))
+    for module, name in ((network, "network"), (average, "average")):
+        WeightSets(dict(module.named_parameters())).load(
+            read_tensors(checkpoint / f"{name}.safetensors")
+        )
     for optimizer, name in zip(optimizers, ("muon", "adamw"), strict=True):
         load_optimizer_tensors(optimizer, read_tensors(checkpoint / f"{name}.safetensors"))
     return int(state["step"])

@@ -1,0 +1,224 @@
+"""Write docs/recipes.md from the components themselves: python docs/build_recipe_reference.py."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+import textwrap
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+
+from entroflow.recipe import COMPONENTS, PLAIN, SECTIONS, TEXTS, load_recipe, shipped_recipes
+
+PAGE = Path(__file__).with_name("recipes.md")
+WIDTH = 100
+
+QUESTIONS = {
+    "policy": "Which model is trained?",
+    "prompts": "Which prompts does an iteration train on?",
+    "allocation": "How many rollouts does each prompt get?",
+    "exploration": "Which steps are random, from which states, over which sigma interval?",
+    "kernel": "From which Gaussian is the next state drawn?",
+    "reward": "How good is each image?",
+    "credit": "Which transition earns how much?",
+    "objective": "Which gradient follows?",
+    "evaluation": "How good are the weights, on prompts that training never sees?",
+}
+
+INTRODUCTION = """\
+# Recipes
+
+<!-- Written by docs/build_recipe_reference.py from the components. Edit those, then run it. -->
+
+A recipe is the only input of a run: one YAML file with one entry per section. A section names a
+component by its `type` and sets the keys of that component. What is left out has the default shown
+below; only `objective` must always be given, because there is no clip range that suits every model.
+This is a whole recipe:
+
+```yaml recipe
+reward: {type: shapes, credit: strict}
+objective: {type: clipped, clip_total: 2.0}
+run: {iterations: 50}
+```
+
+Nothing is dropped in silence. An unknown section, key or type is an error that names the nearest
+known one, and so is a value of the wrong type or out of range (`"8"` is a string, not a number).
+
+```sh
+entroflow recipes                  # list the shipped recipes
+entroflow recipes quickstart       # print one with every key written out
+entroflow train mine.yaml          # train by a file
+```
+
+Every run folder holds its recipe with all keys written out, as `recipe.yaml`; `load_recipe` reads
+it back. The recipe's hash covers all sections, but of `run` only `iterations`: runs that differ in
+the seed share it. It covers the dotted path of a part of your own, not the code behind it.
+
+## Overrides
+
+`section.key=value` changes one key, on the command line or from Python:
+
+```sh
+entroflow train quickstart optimizer.learning_rate=3e-5 run.seed=1
+entroflow train flow_grpo exploration.type=window exploration.size=4
+entroflow train quickstart objective.clip_total=null objective.clip_range=1e-4
+```
+
+```python run
+import entroflow
+
+recipe = entroflow.load_recipe("quickstart", ["optimizer.learning_rate=3e-5", "run.seed=1"])
+assert recipe.optimizer.learning_rate == 3e-5
+```
+
+- Overrides apply in order, to what the file says, before defaults are filled in.
+- The value is YAML: `null`, `true`, `1e-4`, `[0.9, 0.95]`. Quote it where the shell would split it.
+- A new `type` clears the other keys of its section, so set it first and its keys after it.
+- `entroflow train --resume RUN` takes overrides of `run` only, and not of `run.seed`: any other key
+  would make it another run.
+
+## Dotted paths
+
+Where a section has types, `type` may also be the dotted path of a class or function of your own, as
+in `reward: {type: my_rewards.blue}`. The module must be importable: it lies beside the recipe file,
+is installed, or is on `PYTHONPATH`. What is called depends on what the path names:
+
+- a pydantic model (derive it from `entroflow.component.Component`): the keys are its fields, with
+  their defaults, types and ranges, as for the shipped components below. Give it no field `type`;
+- any other class: called with the keys, which must fit its signature; their values are not checked;
+- a function, in the section `reward`: used as the reward itself, and takes no keys.
+
+`sampling`, `optimizer` and `run` have no types. [Extending](extending.md) shows a working part of
+your own for each of the other sections that need one.
+"""
+
+
+def reference() -> str:
+    """The page."""
+    parts = [INTRODUCTION, _shipped(), "## Sections\n", _contents()]
+    for section in SECTIONS:
+        if section in PLAIN:
+            parts.append(f"## {section}\n\n{_component(PLAIN[section])}")
+            continue
+        parts.append(f"## {section}\n\n{QUESTIONS[section]}\n")
+        for position, (name, path) in enumerate(COMPONENTS[section].items()):
+            default = " (default)" if position == 0 else ""
+            parts.append(f"### type: {name}{default}\n")
+            parts.append(_component(_imported(path)))
+    parts.append(_texts())
+    return "\n".join(parts)
+
+
+def _shipped() -> str:
+    lines = ["## Shipped recipes\n"]
+    for name in shipped_recipes():
+        recipe = load_recipe(name)
+        paper = f" [{recipe.paper}]" if recipe.paper else ""
+        text = f"- `{name}`: {recipe.title}{paper}. {recipe.notes}".strip()
+        lines.append(_wrapped(text, subsequent_indent="  "))
+    return "\n".join(lines) + "\n"
+
+
+def _contents() -> str:
+    return _wrapped(" · ".join(f"[{section}](#{section})" for section in SECTIONS)) + "\n"
+
+
+def _texts() -> str:
+    names = ", ".join(f"`{text}`" for text in TEXTS)
+    return (
+        "## Texts\n\n"
+        + _wrapped(
+            f"{names} and `name` may stand beside the sections. They are for people: they change "
+            "no number, are no part of the hash, and have no overrides. The name is that of the "
+            "file if none is given; a run without a folder of its own goes to `runs/NAME-TIME`."
+        )
+        + "\n"
+    )
+
+
+def _component(component: type[BaseModel]) -> str:
+    """The docstring of a component, and a table of its keys."""
+    paragraphs = (inspect.getdoc(component) or "").split("\n\n")
+    text = "\n\n".join(_wrapped(" ".join(part.split())) for part in paragraphs)
+    schema = component.model_json_schema()
+    required = schema.get("required", [])
+    table = ["| key | default | values | meaning |", "|---|---|---|---|"]
+    for key, found in schema["properties"].items():
+        if key == "type":
+            continue
+        default = "required" if key in required else _code(found["default"])
+        cells = (f"`{key}`", default, _values(found), found.get("description", ""))
+        table.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    if len(table) == 2:
+        return f"{text}\n\nNo keys.\n"
+    return f"{text}\n\n" + "\n".join(table) + "\n"
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """The type and range of a key, in words."""
+    if "anyOf" in schema:
+        return " or ".join(_values(option) for option in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(_code(value) for value in schema["enum"])
+    if schema["type"] == "array":
+        if "prefixItems" in schema:
+            return f"list of {len(schema['prefixItems'])} {_values(schema['prefixItems'][0])}s"
+        least = f", at least {schema['minItems']}" if schema.get("minItems") else ""
+        return f"list of {_values(schema['items'])}s{least}"
+    if schema["type"] == "null":
+        return "`null`"
+    kind = "path" if schema.get("format") == "path" else schema["type"]
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[name]:g}" for name, sign in bounds.items() if name in schema]
+    return " ".join([kind, ", ".join(limits)]).strip()
+
+
+def _code(value: object) -> str:
+    """A value as a recipe would spell it."""
+    plain = isinstance(value, str) and YAML(typ="safe", pure=True).load(value) == value
+    if isinstance(value, list):
+        return "`[" + ", ".join(_code(entry).strip("`") for entry in value) + "]`"
+    return f"`{value}`" if plain else f"`{json.dumps(value)}`"
+
+
+def _wrapped(text: str, subsequent_indent: str = "") -> str:
+    """Text in lines of `WIDTH`; none begins with an operator, which Markdown would take for a list.
+
+    Formulas keep their spaces by standing as one word while lines are broken.
+    """
+    glued = re.sub(r" ([-+=*/<>]) ", "\0\\1\0", text)
+    lines = textwrap.fill(
+        glued,
+        WIDTH,
+        subsequent_indent=subsequent_indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return lines.replace("\0", " ")
+
+
+def _imported(path: str) -> type[BaseModel]:
+    module, _, name = path.rpartition(".")
+    component: type[BaseModel] = getattr(import_module(module), name)
+    return component
+
+
+def main() -> None:
+    """Write the page, or with --check only say whether it is up to date."""
+    if sys.argv[1:] not in ([], ["--check"]):
+        sys.exit("usage: python docs/build_recipe_reference.py [--check]")
+    page = reference()
+    if "--check" not in sys.argv:
+        PAGE.write_text(page, encoding="utf-8")
+    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
+        sys.exit(f"{PAGE.name} is out of date; run python docs/build_recipe_reference.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The documentation: what is generated is up to date, and the code in it runs.
+
+A block of a page is marked behind its language:
+    python run           runs by itself
+    python file=NAME     a module that is saved beside a recipe; the YAML block after it chooses it
+    yaml recipe          a whole recipe
+Unmarked Python blocks must compile.
+"""
+
+import importlib
+import os
+import re
+import runpy
+import shlex
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ruamel.yaml import YAML
+
+import entroflow
+from entroflow.recipe import build_recipe, load_recipe
+from entroflow.shapes import grammar
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md"]
+BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TINY = (
+    "run.iterations=2", "prompts.per_iteration=2", "allocation.group_size=4", "sampling.steps=3",
+    "exploration.size=1", "evaluation.images_per_skill=2", "evaluation.steps=1",
+    "evaluation.test_images_per_skill=1",
+)  # fmt: skip
+
+
+def blocks_of(page):
+    """The fenced blocks of a page that name a language."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        SimpleNamespace(
+            language=match[1],
+            mark=match[2].strip(),
+            code=match[3],
+            where=f"{page.name}:{text[: match.start()].count(chr(10)) + 1}",
+        )
+        for match in BLOCK.finditer(text)
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+PARTS = {
+    module.mark.removeprefix("file="): (module, section)
+    for module, section in pairwise(BLOCKS)
+    if module.mark.startswith("file=")
+}
+
+
+def by_place(blocks):
+    return pytest.mark.parametrize("block", blocks, ids=lambda block: block.where)
+
+
+def yaml(text):
+    return YAML(typ="safe", pure=True).load(text)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty current folder, in which modules can be found; nothing found there stays known."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    importlib.invalidate_caches()
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+def test_the_recipe_reference_is_up_to_date():
+    script = runpy.run_path(str(ROOT / "docs" / "build_recipe_reference.py"))
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert page == script["reference"](), "run python docs/build_recipe_reference.py"
+
+
+def test_every_key_of_a_recipe_is_described():
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    keys = [line for line in page.splitlines() if line.startswith("| `")]
+    assert len(keys) > 40
+    assert not [line for line in keys if re.search(r"\|\s*\|", line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(BLOCK, "", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings}
+            assert anchor in anchors, target
+
+
+def test_splits_of_the_shapes_world_have_the_sizes_that_are_written():
+    page = (ROOT / "docs" / "shapes-world.md").read_text(encoding="utf-8")
+    for skill in grammar.SKILLS:
+        counts = [sum(map(len, grammar.split_forms(split)[skill])) for split in grammar.SPLITS]
+        assert f"| `{skill}` | " + " | ".join(f"{n:,}" for n in counts) + " |" in page
+
+
+def test_constants_of_the_shapes_world_have_the_values_that_are_written():
+    page = (ROOT / "docs" / "shapes-world.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+(?:\.\w+)+)` \| ([\d.,]+)", page, re.MULTILINE)
+    assert len(rows) > 5
+    for path, value in rows:
+        module, _, names = path.partition(".")
+        found = importlib.import_module(
+            f"entroflow.{'policies.' if module == 'pretrain' else ''}shapes.{module}"
+        )
+        for name in names.split("."):
+            found = getattr(found, name)
+        assert float(value.replace(",", "")) == found, path
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+@by_place([block for block in BLOCKS if block.language == "python"])
+def test_python_compiles(block):
+    assert block.mark in ("", "run") or block.mark.startswith("file="), block.mark
+    compile(block.code, block.where, "exec")
+
+
+@by_place([block for block in BLOCKS if block.mark == "run"])
+def test_marked_python_runs(block, elsewhere):
+    exec(compile(block.code, block.where, "exec"), {"__name__": "block"})
+
+
+@by_place([block for block in BLOCKS if block.language == "yaml"])
+def test_yaml_is_a_recipe_or_sections_of_one(block):
+    mapping = yaml(block.code)
+    if block.mark == "recipe":
+        build_recipe(mapping)
+    else:
+        assert mapping.keys() <= load_recipe("quickstart").resolved.keys()
+
+
+@by_place([block for block in BLOCKS if block.language == "sh"])
+def test_recipes_and_overrides_on_the_command_line_are_right(block):
+    for line in block.code.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["entroflow", "train"] and words[2:3] in (["quickstart"], ["flow_grpo"]):
+            load_recipe(words[2], [word for word in words[3:] if "=" in word])
+
+
+# --- examples -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_ones_own_trains(name, elsewhere):
+    module, section = PARTS[name]
+    (elsewhere / name).write_text(module.code)
+    recipe = {**yaml(load_recipe("quickstart").to_yaml()), **yaml(section.code)}
+    with (elsewhere / "mine.yaml").open("w") as file:
+        YAML().dump(recipe, file)
+    run = entroflow.train("mine.yaml", TINY, run="run", stop_after=1)
+    kept = load_recipe(run.path / "recipe.yaml").resolved
+    for key, fields in yaml(section.code).items():
+        assert fields.items() <= kept[key].items()
+    last = run.metrics()[-1]
+    assert last["iteration"] == 1
+    assert last["reward/failed"] == 0
+    assert last["policy/gradient_norm"] > 0
+    assert last["policy/ratio_max_deviation"] < 1e-6
+    assert last["policy/kl"] < 1e-6
+
+
+def test_every_part_that_is_explained_is_tested():
+    sections = [next(iter(yaml(section.code))) for _, section in PARTS.values()]
+    assert sorted(sections) == sorted(
+        ["reward", "reward", "exploration", "credit", "kernel", "policy", "prompts"]
+    )
+
+
+def test_the_example_of_an_own_reward_runs(elsewhere, monkeypatch, capsys):
+    example = ROOT / "examples" / "own_reward.py"
+    monkeypatch.setattr(sys, "argv", [str(example), *TINY])
+    runpy.run_path(str(example), run_name="__main__")
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^iteration +\d+  blue [+-]0\.\d{4}$", said, re.MULTILINE)) == 2
+    assert len(os.listdir("runs")) == 1

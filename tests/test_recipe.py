@@ -1,0 +1,593 @@
+"""Recipes: what is shipped, what the loader refuses, and a user's own components."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from entroflow.recipe import (
+    COMPONENTS,
+    PLAIN,
+    SECTIONS,
+    RecipeError,
+    build_recipe,
+    load_recipe,
+    recipe_titles,
+    shipped_recipes,
+)
+from entroflow.rewards.base import FunctionReward
+
+SHIPPED = sorted(shipped_recipes())
+CLIP = {"objective": {"clip_range": 0.1}}
+"""The only setting without a default."""
+
+REQUIRED = {
+    ("prompts", "text"): {"path": "prompts.txt"},
+    ("prompts", "jsonl"): {"path": "prompts.jsonl"},
+    ("prompts", "dataset"): {"name": "json"},
+    ("objective", "clipped"): {"clip_range": 0.1},
+}
+
+CHANGES = {
+    "policy": {"weights": "other.safetensors", "precision": "fp32", "shift": 3.0},
+    "prompts": {"per_iteration": 9, "split": "validation", "skills": ["colors"]},
+    "allocation": {"group_size": 25},
+    "sampling": {"steps": 9, "guidance": 2.0, "batch_size": 65, "state_dtype": "bfloat16"},
+    "exploration": {"start": 1, "size": 2},
+    "kernel": {"noise_level": 0.9},
+    "reward": {"credit": "strict"},
+    "credit": {"scale": "none", "ddof": 1, "epsilon": 0.0, "advantage_clip": 4.0},
+    "objective": {
+        "clip_total": 2.5, "kl": 0.1, "kl_weight": "step_length", "minibatches": 2, "epochs": 2,
+    },
+    "optimizer": {
+        "learning_rate": 2e-4, "warm_up": 1, "betas": [0.9, 0.95], "weight_decay": 0.1,
+        "max_grad_norm": 2.0, "micro_batch": 65, "ema": 0.5,
+    },
+    "run": {"iterations": 101},
+}  # fmt: skip
+"""Another value than the default for every setting that decides the weights of a run."""
+
+BASE = {"exploration": {"type": "window"}, "objective": {"clip_total": 2.0}}
+
+TYPES = {
+    "prompts": {"type": "text", "path": "prompts.txt"},
+    "exploration": {"type": "every_step"},
+    "kernel": {"type": "ode"},
+    "credit": {"type": "shuffled"},
+}
+
+
+def written(folder, text, name="mine.yaml"):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def reread(recipe, folder):
+    """The recipe as written out and loaded again."""
+    return load_recipe(written(folder, recipe.to_yaml(), "again.yaml"))
+
+
+def assert_same(one, other):
+    assert other.resolved == one.resolved
+    assert other.hash == one.hash
+    assert other.name == one.name
+    for section in SECTIONS:
+        assert type(getattr(other, section)) is type(getattr(one, section))
+
+
+def changed(**sections):
+    """The recipe of `BASE` with some keys changed; another `type` starts from nothing."""
+    mapping = dict(BASE)
+    for section, fields in sections.items():
+        kept = mapping.get(section, {}) if isinstance(fields, dict) and "type" not in fields else {}
+        mapping[section] = {**kept, **fields} if isinstance(fields, dict) else fields
+    return build_recipe(mapping)
+
+
+# --- what is shipped ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_reads_back_as_it_is(name, tmp_path):
+    recipe = load_recipe(name)
+    assert_same(recipe, reread(recipe, tmp_path))
+    assert_same(recipe, load_recipe(shipped_recipes()[name]))
+    assert reread(recipe, tmp_path).to_yaml() == recipe.to_yaml()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_key_of_a_shipped_file_arrives(name):
+    """Nothing is dropped or converted; and every other key is written out with its default."""
+    recipe = load_recipe(name)
+    stated = YAML(typ="safe").load(shipped_recipes()[name].read_text())
+    for section, fields in stated.items():
+        if section in SECTIONS:
+            assert fields.items() <= recipe.resolved[section].items(), section
+        else:
+            assert recipe.resolved[section] == getattr(recipe, section) == fields
+    for section in SECTIONS:
+        component = getattr(recipe, section)
+        assert set(recipe.resolved[section]) == set(type(component).model_fields)
+
+
+def test_titles_name_every_shipped_recipe():
+    titles = recipe_titles()
+    assert list(titles) == SHIPPED
+    assert all(titles.values())
+    assert "2505.05470" in titles["flow_grpo"]
+
+
+@pytest.mark.parametrize(
+    ("section", "kind"), [(s, kind) for s, kinds in COMPONENTS.items() for kind in kinds]
+)
+def test_every_listed_type_can_be_chosen(section, kind, tmp_path):
+    fields = {"type": kind, **REQUIRED.get((section, kind), {})}
+    recipe = build_recipe({**CLIP, section: fields})
+    chosen = type(getattr(recipe, section))
+    assert f"{chosen.__module__}.{chosen.__name__}" == COMPONENTS[section][kind]
+    assert recipe.resolved[section]["type"] == kind
+    assert_same(recipe, reread(recipe, tmp_path))
+
+
+def test_components_and_recipes_are_frozen():
+    recipe = load_recipe("quickstart")
+    for section in SECTIONS:
+        component = getattr(recipe, section)
+        field = next(iter(type(component).model_fields))
+        with pytest.raises(ValueError, match="frozen"):
+            setattr(component, field, getattr(component, field))
+    with pytest.raises(AttributeError):
+        recipe.title = "another"
+
+
+# --- reading back anything ------------------------------------------------------------------------
+
+positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+written_text = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]) | st.just("\n"))
+
+
+@settings(
+    max_examples=50, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(
+    title=written_text,
+    rate=positive,
+    betas=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
+    seed=st.integers(0, 2**62),
+    path=written_text.filter(bool),
+)
+def test_any_value_reads_back_bit_for_bit(tmp_path, title, rate, betas, seed, path):
+    """Also titles like `null` or `1e-4`, paths like `yes`, and the smallest floats."""
+    recipe = build_recipe(
+        {
+            **CLIP,
+            "title": title,
+            "optimizer": {"learning_rate": rate, "betas": list(betas)},
+            "run": {"seed": seed},
+            "prompts": {"type": "text", "path": path},
+        }
+    )
+    assert recipe.optimizer.learning_rate == rate
+    assert recipe.optimizer.betas == betas
+    assert recipe.title == title
+    again = reread(recipe, tmp_path)
+    assert again.resolved == recipe.resolved
+    assert again.hash == recipe.hash
+    assert again.prompts.path == recipe.prompts.path
+
+
+# --- the hash -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [(s, key) for s, fields in CHANGES.items() for key in fields]
+)
+def test_hash_changes_with_a_setting_that_decides_the_weights(section, key):
+    value = CHANGES[section][key]
+    assert changed().resolved[section][key] != value
+    assert changed(**{section: {key: value}}).hash != changed().hash
+
+
+def test_every_setting_has_been_considered():
+    """A new field must be added to the table above; the evaluation decides no weights."""
+    resolved = changed().resolved
+    for section in set(SECTIONS) - {"evaluation", "run"}:
+        assert set(resolved[section]) - {"type", "clip_range"} == set(CHANGES[section]), section
+
+
+@pytest.mark.parametrize("section", TYPES)
+def test_hash_changes_with_a_type(section):
+    assert changed(**{section: TYPES[section]}).hash != changed().hash
+
+
+def test_hashes_of_different_recipes_differ():
+    recipes = [changed()] + [load_recipe(name) for name in SHIPPED]
+    for section, fields in CHANGES.items():
+        recipes += [changed(**{section: {key: value}}) for key, value in fields.items()]
+    assert len({recipe.hash for recipe in recipes}) == len(recipes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"title": "another"}, {"paper": "another"}, {"notes": "another"}, {"name": "another"},
+        {"run": {"seed": 7}}, {"run": {"evaluate_every": 3}}, {"run": {"checkpoint_every": 3}},
+        {"run": {"keep_checkpoints": 3}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_hash_ignores_what_decides_no_weights(change):
+    assert changed(**change).hash == changed().hash
+
+
+def test_hash_ignores_the_order_of_keys_and_defaults_written_out():
+    recipe = load_recipe("quickstart")
+    turned = {
+        section: dict(reversed(fields.items())) if isinstance(fields, dict) else fields
+        for section, fields in reversed(recipe.resolved.items())
+    }
+    assert build_recipe(turned).hash == recipe.hash
+
+
+# --- what the loader refuses ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("run: {seed: 1, seed: 2}", 'duplicate key "seed"'),
+        ("run: {seed: 1}\nrun: {seed: 2}", 'duplicate key "run"'),
+        ("- run\n- policy", "must be a mapping of sections, not a list"),
+        ("quickstart", "must be a mapping of sections, not a str"),
+        ("run: [1, 2]", "run must hold keys and values"),
+        ("run: 5", "run must hold keys and values"),
+        ("run: {seed: 1", "is not valid YAML"),
+        ("run: !!python/object:os.system {}", "is not valid YAML"),
+        ("optimiser: {}", "unknown section 'optimiser'; did you mean 'optimizer'?"),
+        ("1: {}", "unknown section 1"),
+        ("run: {1: 2}", "run: unknown key '1'"),
+        ("run: {sed: 1}", "run: unknown key 'sed'; did you mean 'seed'?"),
+        ("run: {sed: 1, iteration: 2}", "(1 more like this)"),
+        ("run: {seed: -1}", "run.seed: input should be greater than or equal to 0, not -1"),
+        ("run: {seed: '1'}", "run.seed: input should be a valid integer, not '1'"),
+        ("run: {seed: 1.0}", "run.seed"),
+        ("run: {seed: true}", "run.seed"),
+        ("run: {seed: }", "run.seed"),
+        ("sampling: {state_dtype: float16}", "sampling.state_dtype"),
+        ("sampling: {steps: 1}", "sampling.steps"),
+        ("optimizer: {learning_rate: .nan}", "optimizer.learning_rate"),
+        ("optimizer: {max_grad_norm: .inf}", "optimizer.max_grad_norm"),
+        ("optimizer: {learning_rate: 0}", "optimizer.learning_rate"),
+        ("optimizer: {betas: [0.9]}", "betas"),
+        ("optimizer: {betas: [0.9, 0.95, 0.99]}", "optimizer.betas"),
+        ("optimizer: {ema: 1}", "optimizer.ema"),
+        ("kernel: {type: [flow_sde]}", "kernel.type must be a name"),
+        ("kernel: {type: flow}", "kernel.type: unknown type 'flow'; did you mean 'flow_sde'?"),
+        ("kernel: {type: ode, noise_level: 1}", "kernel: unknown key 'noise_level'"),
+        ("prompts: {type: text}", "prompts: key 'path' is missing"),
+        ("prompts: {skills: []}", "prompts.skills"),
+        ("prompts: {skills: [circle]}", "unknown skills ['circle']; known: single_object"),
+        ("objective: {}", "exactly one of clip_range and clip_total"),
+        ("objective: {clip_range: 1, clip_total: 1}", "exactly one of clip_range and clip_total"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_one_line_that_says_where(tmp_path, text, said):
+    if "objective" not in text and not text.startswith(("-", "quickstart")):
+        text += "\nobjective: {clip_range: 0.1}"
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(written(tmp_path, text))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert str(refused.value).startswith("mine")
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"no recipe 'quikstart'; did you mean 'quickstart'"):
+        load_recipe("quikstart")
+    with pytest.raises(RecipeError, match=r"no recipe file .*none\.yaml"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="is not a YAML file"):
+        load_recipe(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00run")
+    with pytest.raises(RecipeError, match="is not a YAML file"):
+        load_recipe(tmp_path / "binary.yaml")
+
+
+def test_an_empty_file_lacks_only_the_clip_range(tmp_path):
+    with pytest.raises(RecipeError, match="exactly one of clip_range and clip_total"):
+        load_recipe(written(tmp_path, ""))
+    empty = "\n".join(f"{section}:" for section in SECTIONS if section != "objective")
+    recipe = load_recipe(written(tmp_path, f"objective: {{clip_range: 0.1}}\n{empty}"))
+    assert recipe.resolved == build_recipe(CLIP).resolved
+
+
+def test_a_file_goes_by_its_name_and_the_mapping_is_left_alone(tmp_path):
+    assert load_recipe(written(tmp_path, "objective: {clip_range: 0.1}")).name == "mine"
+    mapping = {"run": {"seed": 3}, "kernel": {"type": "ode"}, **CLIP}
+    build_recipe(mapping)
+    assert mapping == {"run": {"seed": 3}, "kernel": {"type": "ode"}, **CLIP}
+
+
+# --- overrides ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optimizer.learning_rate=1e-4", 1e-4),
+        ("optimizer.learning_rate=3", 3.0),
+        ("optimizer.betas=[0.9, 0.95]", (0.9, 0.95)),
+        ("prompts.skills=[colors, counting]", ("colors", "counting")),
+        ("policy.precision=fp32", "fp32"),
+        ("run.iterations=7", 7),
+        ("policy.weights=null", None),
+        ("policy.weights=", None),
+    ],
+)
+def test_an_override_is_read_as_yaml(override, value):
+    recipe = load_recipe("quickstart", [override])
+    section, key = override.partition("=")[0].split(".")
+    assert getattr(getattr(recipe, section), key) == value
+    plain = load_recipe("quickstart")
+    assert {s for s in SECTIONS if recipe.resolved[s] != plain.resolved[s]} <= {section}
+
+
+def test_the_last_override_wins_and_others_stay():
+    recipe = load_recipe("quickstart", ["run.seed=1", "run.iterations=5", "run.seed=2"])
+    assert (recipe.run.seed, recipe.run.iterations) == (2, 5)
+    assert recipe.run.evaluate_every == load_recipe("quickstart").run.evaluate_every
+
+
+def test_an_override_reaches_into_nested_keys(own_parts, tmp_path):
+    own_parts("class Nested:\n    def __init__(self, inner): self.inner = inner\n", "nested_parts")
+    text = "reward: {type: nested_parts.Nested, inner: {a: 1, b: 2}}\nobjective: {clip_range: 1}"
+    recipe = load_recipe(
+        written(tmp_path, text), ["reward.inner.b=[3, 4]", "reward.inner.c.d=1e-3"]
+    )
+    assert recipe.reward.inner == {"a": 1, "b": [3, 4], "c": {"d": 1e-3}}
+
+
+def test_a_value_may_hold_an_equals_sign_or_be_no_yaml():
+    overrides = ["prompts.type=text", "prompts.path=a=b.txt"]
+    assert str(load_recipe("quickstart", overrides).prompts.path) == "a=b.txt"
+    overrides = ["prompts.type=text", "prompts.path=@[odd"]
+    assert str(load_recipe("quickstart", overrides).prompts.path) == "@[odd"
+
+
+def test_another_type_starts_from_its_own_defaults():
+    """`size` and `start` of a window mean nothing to `every_step`; and back again."""
+    recipe = load_recipe("quickstart", ["exploration.type=every_step"])
+    assert recipe.resolved["exploration"] == {"type": "every_step"}
+    overrides = [
+        "exploration.size=1", "exploration.type=every_step", "exploration.type=window",
+        "exploration.start=2",
+    ]  # fmt: skip
+    recipe = load_recipe("quickstart", overrides)
+    assert recipe.resolved["exploration"] == {"type": "window", "start": 2, "size": 3}
+
+
+def test_the_same_type_again_keeps_its_fields():
+    recipe = load_recipe("flow_grpo", ["credit.type=terminal"])
+    assert recipe.resolved == load_recipe("flow_grpo").resolved
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run", "run=5", "run.=5", ".seed=5", "=", "run.seed", "runs.seed=1", "title=mine",
+        "run.seed.more=1", "run.seed=fast", "run.seed=1.0", "run.sed=1", "optimizer.betas.0=1",
+        "run.iterations=", "kernel.type=ode_", "kernel.type=[ode]",
+    ],
+)  # fmt: skip
+def test_a_wrong_override_is_refused_in_one_line(override):
+    with pytest.raises(RecipeError) as refused:
+        load_recipe("quickstart", [override])
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) > 20
+
+
+# --- components of one's own ----------------------------------------------------------------------
+
+PARTS = '''
+from pydantic import BaseModel
+from entroflow.component import Component
+from entroflow.rewards.shapes import ShapesReward
+
+NUMBER = 5
+
+class Typed(Component):
+    """As the shipped components are."""
+    scale: float = 2.0
+    names: tuple[str, ...] = ("a", "b")
+
+class Loose(BaseModel):
+    """Ignores what it does not know, as pydantic does by default."""
+    scale: float = 2.0
+
+class Named(Component):
+    type: str = "named"
+    scale: float = 2.0
+
+class Child(ShapesReward):
+    """A shipped component, slightly changed."""
+
+class Plain:
+    def __init__(self, scale, offset=0):
+        self.scale, self.offset = scale, offset
+
+def function(images, prompts, metadata):
+    return [0.0] * len(images)
+'''
+
+
+@pytest.fixture
+def own_parts(tmp_path, monkeypatch):
+    """Write a module beside the recipe: (source, name). It is forgotten after the test."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
+    names = []
+
+    def write(source, name):
+        names.append(name)
+        (tmp_path / f"{name}.py").write_text(source)
+
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+numbers = itertools.count()
+
+
+@pytest.fixture
+def parts(own_parts):
+    """Name of a module with `PARTS` beside the recipe; each test has another name."""
+    name = f"own_parts_{next(numbers)}"
+    own_parts(PARTS, name)
+    return name
+
+
+def own(tmp_path, fields, section="reward"):
+    return load_recipe(written(tmp_path, f"objective: {{clip_range: 0.1}}\n{section}: {fields}"))
+
+
+def test_a_typed_class_beside_the_recipe(tmp_path, parts):
+    recipe = own(tmp_path, f"{{type: {parts}.Typed, names: [c]}}")
+    assert type(recipe.reward).__name__ == "Typed"
+    assert (recipe.reward.scale, recipe.reward.names) == (2.0, ("c",))
+    expected = {"type": f"{parts}.Typed", "scale": 2.0, "names": ["c"]}
+    assert recipe.resolved["reward"] == expected
+    assert_same(recipe, reread(recipe, tmp_path))
+    other = own(tmp_path, f"{{type: {parts}.Typed, names: [d]}}")
+    assert other.hash != recipe.hash
+
+
+def test_a_plain_class_beside_the_recipe(tmp_path, parts):
+    recipe = own(tmp_path, f"{{type: {parts}.Plain, scale: [1, 2]}}")
+    assert (recipe.reward.scale, recipe.reward.offset) == ([1, 2], 0)
+    assert recipe.resolved["reward"] == {"type": f"{parts}.Plain", "scale": [1, 2]}
+    assert_same(recipe, reread(recipe, tmp_path))
+
+
+def test_a_function_beside_the_recipe_is_a_reward(tmp_path, parts):
+    recipe = own(tmp_path, f"{{type: {parts}.function}}")
+    assert isinstance(recipe.reward, FunctionReward)
+    assert recipe.reward.function is sys.modules[parts].function
+    assert_same(recipe, reread(recipe, tmp_path))
+
+
+@pytest.mark.parametrize("section", [s for s in SECTIONS if s not in PLAIN])
+def test_any_chosen_section_takes_a_component_of_ones_own(tmp_path, parts, section):
+    fields = f"{{type: {parts}.Plain, scale: 1}}"
+    text = f"{section}: {fields}"
+    if section != "objective":
+        text += "\nobjective: {clip_range: 0.1}"
+    recipe = load_recipe(written(tmp_path, text))
+    assert getattr(recipe, section).scale == 1
+    assert_same(recipe, reread(recipe, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ("{{type: {0}.Typed, scal: 1}}", "reward: unknown key 'scal'; did you mean 'scale'?"),
+        ("{{type: {0}.Typed, scale: big}}", "reward.scale: input should be a valid number"),
+        ("{{type: {0}.Plain, scale: 1, ofset: 1}}", "unexpected keyword argument 'ofset'"),
+        ("{{type: {0}.Plain}}", "missing a required argument: 'scale'"),
+        ("{{type: {0}.Plain, scale: 1, 5: 1}}", "reward: "),
+        ("{{type: {0}.function, scale: 1}}", "a function takes no keys, but ['scale']"),
+        ("{{type: {0}.Plian}}", "has no 'Plian'; did you mean 'Plain'?"),
+        ("{{type: {0}.NUMBER}}", "NUMBER is neither a class nor a function"),
+        ("{{type: no_such_module.Reward}}", "can't import 'no_such_module'"),
+        ("{{type: '{0}.'}}", "has no ''"),
+    ],
+)
+def test_a_wrong_component_of_ones_own_is_refused(tmp_path, parts, fields, said):
+    with pytest.raises(RecipeError) as refused:
+        own(tmp_path, fields.format(parts))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_function_is_no_component_of_another_section(tmp_path, parts):
+    with pytest.raises(RecipeError, match="missing a required argument"):
+        own(tmp_path, f"{{type: {parts}.function}}", "credit")
+
+
+# --- nothing is dropped in silence ----------------------------------------------------------------
+
+
+def known_defect(reason):
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+@known_defect("an empty list, 0, false and '' pass for an empty section")
+@pytest.mark.parametrize("value", ["[]", "0", "false", "''"])
+def test_a_section_that_is_no_mapping_is_refused(tmp_path, value):
+    with pytest.raises(RecipeError, match="run must hold keys and values"):
+        load_recipe(written(tmp_path, f"objective: {{clip_range: 0.1}}\nrun: {value}"))
+
+
+@known_defect("pydantic ignores unknown keys unless a class forbids them")
+def test_an_unknown_key_of_a_class_that_ignores_it_is_refused(tmp_path, parts):
+    with pytest.raises(RecipeError, match="scal"):
+        own(tmp_path, f"{{type: {parts}.Loose, scal: 1}}")
+
+
+@known_defect("a field `type` of the class replaces the dotted path")
+@pytest.mark.parametrize("name", ["Named", "Child"])
+def test_a_class_with_a_field_called_type_reads_back_as_itself(tmp_path, parts, name):
+    """`Child` inherits the `type` of a shipped reward, which must not be loaded in its place."""
+    recipe = own(tmp_path, f"{{type: {parts}.{name}}}")
+    assert_same(recipe, reread(recipe, tmp_path))
+
+
+@known_defect("choosing the default type by name clears the fields the file gives it")
+def test_naming_the_type_that_a_file_leaves_out_keeps_its_fields(tmp_path):
+    text = "objective: {clip_range: 0.1}\ncredit: {scale: global}"
+    recipe = load_recipe(written(tmp_path, text), ["credit.type=terminal"])
+    assert recipe.credit.scale == "global"
+
+
+@known_defect("an override of `type` clears overrides that came before it")
+def test_an_override_before_its_type_counts():
+    recipe = load_recipe("flow_grpo", ["exploration.size=2", "exploration.type=window"])
+    assert recipe.exploration.size == 2
+
+
+@known_defect("null becomes the text 'None'")
+def test_an_empty_title_is_no_title(tmp_path):
+    recipe = load_recipe(written(tmp_path, "title:\nobjective: {clip_range: 0.1}"))
+    assert recipe.title == ""
+
+
+@known_defect("importlib's ValueError passes through")
+def test_a_dotted_path_without_a_module_is_refused():
+    with pytest.raises(RecipeError, match=r"\.reward"):
+        build_recipe({**CLIP, "reward": {"type": ".reward"}})
+
+
+@known_defect("noise packs the seed into 64 bits and fails with struct.error in the first step")
+def test_a_seed_too_large_for_the_noise_is_refused():
+    with pytest.raises(RecipeError, match=r"run\.seed"):
+        build_recipe({**CLIP, "run": {"seed": 2**63}})
+
+
+@known_defect("torch refuses them with a traceback when the run starts")
+def test_betas_outside_of_0_and_1_are_refused():
+    with pytest.raises(RecipeError, match=r"optimizer\.betas"):
+        build_recipe({**CLIP, "optimizer": {"betas": [0.9, 1.0]}})
+
+
+@known_defect("a console script has no current folder on its path, though the message says so")
+def test_a_component_in_the_current_folder_is_found(tmp_path, parts, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("quickstart", [f"reward.type={parts}.function"])
+    assert isinstance(recipe.reward, FunctionReward)
