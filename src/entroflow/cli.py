@@ -62,6 +62,7 @@ def train(
     """Train by a recipe. Ctrl-C finishes the iteration, saves, and exits; `--resume` goes on."""
     names = [argument for argument in arguments or [] if "=" not in argument]
     overrides = [argument for argument in arguments or [] if "=" in argument]
+    name = names[0] if names else "quickstart"
     if len(names) > 1:
         raise InputError(f"one recipe at a time, not {' and '.join(names)}.")
     if resume is not None and (names or run is not None):
@@ -76,12 +77,14 @@ def train(
     if resume is not None:
         recipe = load_recipe(RunFolder.open(resume).path / RECIPE, overrides)
     else:
-        recipe = load_recipe(names[0] if names else "quickstart", overrides)
+        recipe = load_recipe(name, overrides)
     with TrainingProgress(recipe) as progress:
         if resume is not None:
             folder = launch.resume(resume, overrides, stop_after=stop_after, watch=progress.watch)
         else:
-            folder = launch.train(recipe, run=run, stop_after=stop_after, watch=progress.watch)
+            folder = launch.train(
+                name, overrides, run=run, stop_after=stop_after, watch=progress.watch
+            )
     progress.close_with(folder)
     typer.echo(f"run     {folder.path}")
     typer.echo(f"report  {folder.path / REPORT}")

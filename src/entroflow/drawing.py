@@ -11,7 +11,7 @@ from entroflow import pictures
 from entroflow.checkpoints import read_tensors
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
-from entroflow.recipe import load_recipe
+from entroflow.recipe import load_component
 from entroflow.runs import RECIPE, RunFolder
 from entroflow.sampling.kernels import ODE
 from entroflow.sampling.noise import Stream
@@ -34,12 +34,12 @@ def open_policy(run: Path | None, weights: str) -> tuple[Policy, list[str]]:
         InputError: no run folder, or no whole checkpoint in it.
     """
     if run is None:
-        policy: Policy = load_recipe("quickstart").policy.build()
+        policy: Policy = load_component("quickstart", "policy").build()
         policy.weights.keep("reference")
         return policy, ["base"]
     folder = RunFolder.open(run)
     checkpoint = folder.best() or folder.latest()
-    policy = load_recipe(folder.path / RECIPE).policy.build()
+    policy = load_component(folder.path / RECIPE, "policy").build()
     policy.weights.keep("reference")
     policy.weights.keep("ema", read_tensors(checkpoint / f"{weights}.safetensors"))
     return policy, ["base", "tuned"]

@@ -7,7 +7,6 @@ import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    recipe: Recipe | str | Path = "quickstart",
+    recipe: str | Path = "quickstart",
     overrides: Sequence[str] = (),
     *,
     policy: Policy | None = None,
@@ -41,8 +40,8 @@ def train(
     """Train by a recipe in a new run folder.
 
     Args:
-        recipe: a recipe, the name of a shipped one, or a file.
-        overrides: `section.key=value`, as on the command line; not with a ready `Recipe`.
+        recipe: the name of a shipped recipe, or a file.
+        overrides: `section.key=value`, as on the command line.
         policy: a policy of your own instead of the recipe's.
         reward: a reward of your own instead of the recipe's: an object with `score`, or a plain
             function (images [n, 3, H, W] in [0, 1], prompts, metadata) -> n numbers.
@@ -56,11 +55,9 @@ def train(
     Raises:
         InputError: a recipe, folder or prompt is wrong.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, overrides)
-    recipe = _with_own(recipe, policy, reward)
-    trainer = Trainer(recipe, policy)
-    folder = RunFolder.create(Path(run) if run else default_folder(recipe), recipe.to_yaml())
+    loaded = load_recipe(recipe, overrides, _given(policy, reward))
+    trainer = Trainer(loaded, policy)
+    folder = RunFolder.create(Path(run) if run else default_folder(loaded), loaded.to_yaml())
     return _run(folder, trainer, stop_after, watch)
 
 
@@ -92,7 +89,7 @@ def resume(
                 f"a resumed run can change keys of 'run' except the seed, not {override!r}; "
                 "start a new run for another recipe."
             )
-    recipe = _with_own(load_recipe(folder.path / RECIPE, overrides), policy, reward)
+    recipe = load_recipe(folder.path / RECIPE, overrides, _given(policy, reward))
     checkpoint = folder.latest()
     trainer = Trainer(recipe, policy)
     trainer.load(checkpoint)
@@ -106,20 +103,14 @@ def default_folder(recipe: Recipe) -> Path:
     return Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _with_own(
-    recipe: Recipe, policy: Policy | None, reward: Reward | RewardFunction | None
-) -> Recipe:
-    """The recipe with the caller's objects in it, named by where they come from."""
-    resolved = dict(recipe.resolved)
+def _given(policy: Policy | None, reward: Reward | RewardFunction | None) -> dict[str, Any]:
+    """The caller's objects by section."""
+    given: dict[str, Any] = {}
     if policy is not None:
-        resolved["policy"] = {"type": f"{type(policy).__module__}.{type(policy).__qualname__}"}
+        given["policy"] = policy
     if reward is not None:
-        named = reward if callable(reward) else type(reward)
-        resolved["reward"] = {"type": f"{named.__module__}.{getattr(named, '__qualname__', '?')}"}
-        recipe = replace(
-            recipe, reward=reward if hasattr(reward, "score") else FunctionReward(reward)
-        )
-    return replace(recipe, resolved=resolved)
+        given["reward"] = reward if hasattr(reward, "score") else FunctionReward(reward)
+    return given
 
 
 def _run(
@@ -163,6 +154,7 @@ def _compare(folder: RunFolder, trainer: Trainer) -> None:
         seed=recipe.run.seed + 1,
         batch_size=recipe.sampling.batch_size,
         steps=recipe.evaluation.steps,
+        guidance=recipe.evaluation.guidance,
         images_per_skill=recipe.evaluation.test_images_per_skill,
         ledger=trainer.evaluation_ledger,
     )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 from ruamel.yaml import YAML
@@ -54,6 +54,9 @@ COMPONENTS: dict[str, dict[str, str]] = {
 """Section -> type -> where the component lives; imported only when a recipe names it."""
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Sampling(Component):
     """How rollouts are sampled."""
 
@@ -70,7 +73,7 @@ class Optimizer(Component):
 
     learning_rate: float = Field(1e-4, gt=0, description="step size of AdamW, after the warm-up")
     warm_up: int = Field(0, ge=0, description="iterations of linear warm-up")
-    betas: tuple[float, float] = Field(
+    betas: tuple[Decay, Decay] = Field(
         (0.9, 0.999), description="decays of AdamW's first and second moment, each in [0, 1)"
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
@@ -129,7 +132,7 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """A short hash of everything that decides the weights of a run but the seed."""
+        """A short hash of all settings but the seed and how often to evaluate and save."""
         content = {key: value for key, value in self.resolved.items() if key in SECTIONS}
         content["run"] = {"iterations": content["run"]["iterations"]}
         text = json.dumps(content, sort_keys=True)
@@ -162,8 +165,17 @@ def recipe_titles() -> dict[str, str]:
     return titles
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    name_or_path: str | Path,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+) -> Recipe:
     """Read a recipe: a shipped name or a file, then `section.key=value` overrides in order.
+
+    Args:
+        name_or_path: of the recipe.
+        overrides: changes to it.
+        given: see `build_recipe`.
 
     Raises:
         RecipeError: unknown recipe, section, key or type; a value of the wrong type or out of
@@ -173,14 +185,41 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     mapping = _parse_yaml(text, name)
     for override in overrides:
         _apply_override(mapping, override)
-    if folder is not None and str(folder) not in sys.path:
-        # A user's components live beside the recipe that names them.
-        sys.path.insert(0, str(folder))
-    return build_recipe(mapping, name)
+    _search_beside(folder)
+    return build_recipe(mapping, name, given)
 
 
-def build_recipe(mapping: Mapping[str, Any], name: str = "recipe") -> Recipe:
+def _search_beside(folder: Path | None) -> None:
+    """A user's components live beside the recipe that names them, or in the current folder."""
+    for place in (folder, Path.cwd()):
+        if place is not None and str(place) not in sys.path:
+            sys.path.insert(0, str(place))
+
+
+def _home(part: Any) -> str:
+    """The dotted path of the class or function an object comes from."""
+    named = part.function if hasattr(part, "function") else type(part)
+    return f"{named.__module__}.{getattr(named, '__qualname__', type(part).__name__)}"
+
+
+def load_component(name_or_path: str | Path, section: str) -> Any:
+    """One component of a recipe; the others are neither imported nor built.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+    """
+    name, text, folder = _find(str(name_or_path))
+    _search_beside(folder)
+    return _build(section, dict(_parse_yaml(text, name).get(section) or {}), name)[0]
+
+
+def build_recipe(
+    mapping: Mapping[str, Any], name: str = "recipe", given: Mapping[str, Any] | None = None
+) -> Recipe:
     """Build a recipe from a plain mapping.
+
+    Args:
+        given: section -> a ready object of the caller's instead of what the mapping says.
 
     Raises:
         RecipeError: see `load_recipe`.
@@ -194,6 +233,9 @@ def build_recipe(mapping: Mapping[str, Any], name: str = "recipe") -> Recipe:
     parts: dict[str, Any] = dict(texts)
     resolved: dict[str, Any] = {key: value for key, value in texts.items() if value}
     for section in SECTIONS:
+        if given and section in given:
+            parts[section], resolved[section] = given[section], {"type": _home(given[section])}
+            continue
         fields = mapping.get(section) or {}
         if not isinstance(fields, Mapping):
             raise RecipeError(f"{name}: {section} must hold keys and values, not {fields!r}.")
@@ -249,7 +291,8 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
         parsed = YAML(typ="safe", pure=True).load(value)
     except YAMLError:
         parsed = value
-    if keys[-1] == "type" and target.get("type") != parsed:
+    default = next(iter(COMPONENTS.get(keys[0], {"": ""})))
+    if keys[1:] == ["type"] and target.get("type", default) != parsed:
         # Fields of the old type mean nothing to the new one.
         target.clear()
     target[keys[-1]] = parsed
@@ -281,7 +324,7 @@ def _users(
     chosen = _imported(kind, f"{where}.type")
     if inspect.isclass(chosen) and issubclass(chosen, BaseModel):
         component, resolved = _validated(chosen, fields, where)
-        return component, {"type": kind, **resolved}
+        return component, {**resolved, "type": kind}
     if section == "reward" and inspect.isfunction(chosen):
         if fields:
             raise RecipeError(f"{where}: a function takes no keys, but {sorted(fields)} are given.")

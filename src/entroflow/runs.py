@@ -13,6 +13,7 @@ report.html             made from the above
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,6 +85,8 @@ class RunFolder:
         """Add one line; it is on disk when this returns."""
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole lines; a last line torn by a crash is left out."""

@@ -18,6 +18,8 @@ from entroflow.checkpoints import (
     read_state,
     read_tensors,
 )
+from entroflow.credit.normalise import is_tied
+from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated
 from entroflow.exploration.base import Request
 from entroflow.ledger import Ledger
@@ -67,6 +69,11 @@ class Trainer:
         rollouts, scores = self._roll_out(prompts)
         advantages = self.recipe.credit.advantages(rollouts, scores)
         transitions = transitions_of(rollouts, advantages)
+        if not len(transitions):
+            raise InputError(
+                "no step of the plan is stochastic, so there is nothing to learn from; choose "
+                "another kernel than ode, or a wider exploration."
+            )
         with self.ledger.timed("update"):
             statistics = self._update(transitions, [prompt.text for prompt in prompts])
         self.iteration += 1
@@ -171,12 +178,8 @@ class Trainer:
                 f"every reward of iteration {self.iteration} failed; nothing to learn from. "
                 "The warnings above say why; the last checkpoint is unharmed."
             )
-        spreads = [
-            values[(group == g) & valid].std(correction=0)
-            for g in group.unique()
-            if ((group == g) & valid).any()
-        ]
-        spread = torch.stack(spreads)
+        groups = [values[(group == g) & valid] for g in group.unique()]
+        spread = torch.stack([g.std(correction=0) for g in groups if len(g)])
         terms = statistics.terms
         return {
             "iteration": self.iteration,
@@ -184,7 +187,7 @@ class Trainer:
             "reward/mean": values[valid].mean().item(),
             "reward/std": spread.mean().item(),
             "reward/failed": int((~valid).sum()),
-            "reward/tied_groups": int((spread == 0).sum()),
+            "reward/tied_groups": sum(is_tied(g) for g in groups if len(g) > 1),
             "policy/loss": terms.get("loss", 0.0),
             "policy/ratio_max_deviation": statistics.ratio_deviation,
             "policy/clip_fraction": terms.get("clipped", 0.0),
@@ -280,7 +283,7 @@ def train_in(
     end = settings.iterations if stop_after is None else min(stop_after, settings.iterations)
     best = -math.inf
     for line in folder.metrics():
-        best = max(best, line.get("eval/score", -math.inf))
+        best = max(best, _standing(line))
     saved = -1
 
     def save() -> None:
@@ -298,8 +301,8 @@ def train_in(
         if n % settings.evaluate_every == 0 or n == settings.iterations:
             found = trainer.evaluate()
             metrics |= evaluation_metrics(found)
-            if metrics["eval/score"] > best:
-                best = metrics["eval/score"]
+            if _standing(metrics) > best:
+                best = _standing(metrics)
                 save()
                 folder.mark_best(n, best)
         if n % settings.checkpoint_every == 0 or n == end:
@@ -308,7 +311,7 @@ def train_in(
         return metrics, found
 
     try:
-        if trainer.iteration == 0:
+        if trainer.iteration == 0 and not folder.metrics():
             start: Metrics = {
                 "iteration": 0,
                 "seconds": 0.0,
@@ -323,6 +326,12 @@ def train_in(
         # Closed between two iterations; after an error the last checkpoint stands instead.
         save()
         raise
+
+
+def _standing(metrics: Metrics) -> float:
+    """What the best checkpoint is chosen by: the held-out reward, or -inf without an evaluation."""
+    reward = metrics.get("eval/reward", math.nan)
+    return -math.inf if math.isnan(reward) else float(reward)
 
 
 def _mean(values: list[float]) -> float:

@@ -13,6 +13,14 @@ SPREAD_FLOOR = 1e-9
 """Rewards that differ by less than this (relative to their mean, or to 1) count as equal."""
 
 
+def is_tied(rewards: Tensor) -> bool:
+    """Whether the rewards [n] of a group count as equal; a group of one or none is tied."""
+    if len(rewards) < 2:
+        return True
+    spread = (rewards.max() - rewards.min()).item()
+    return spread <= SPREAD_FLOOR * max(1.0, abs(rewards.mean().item()))
+
+
 def group_advantages(
     rewards: Tensor,
     group: Tensor,
@@ -48,11 +56,9 @@ def group_advantages(
     count = per_group(valid.double())
     mean = per_group(values) / count.clamp(min=1)
     centred = (values - mean[index]).where(valid, 0.0)
-    highest = torch.full((groups,), -torch.inf, dtype=torch.float64)
-    highest = highest.scatter_reduce(0, index[valid], rewards[valid], "amax")
-    lowest = torch.full((groups,), torch.inf, dtype=torch.float64)
-    lowest = lowest.scatter_reduce(0, index[valid], rewards[valid], "amin")
-    tied = ~(highest - lowest > SPREAD_FLOOR * mean.abs().clamp(min=1))
+    tied = torch.tensor(
+        [is_tied(values[valid & (index == g)]) for g in range(groups)], dtype=torch.bool
+    )
 
     if scale == "group":
         variance = per_group(centred.square()) / (count - ddof).clamp(min=1)

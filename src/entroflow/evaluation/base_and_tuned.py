@@ -40,18 +40,19 @@ def compare_with_base(
     batch_size: int,
     split: Split = "test",
     steps: int = 10,
+    guidance: float = 1.0,
     images_per_skill: int = 96,
     with_tuned: bool = True,
     ledger: Ledger | None = None,
 ) -> tuple[dict[str, Any], dict[str, Evaluated]]:
-    """Evaluate the reference weights (plain, and at their best guidance) and the moving average.
+    """Evaluate the reference weights (also at their best guidance) and the moving average.
 
     Returns:
         A summary ready for JSON, and the evaluations: `base`, `base_guided` and, unless left out,
         `tuned`.
     """
     with policy.weights("reference"):
-        guidance, _ = best_guidance(
+        best, _ = best_guidance(
             policy,
             seed=seed,
             batch_size=batch_size,
@@ -60,9 +61,9 @@ def compare_with_base(
         )
     found = {}
     for name, weights, scale in (
-        ("base", "reference", 1.0),
-        ("base_guided", "reference", guidance),
-        ("tuned", "ema", 1.0),
+        ("base", "reference", guidance),
+        ("base_guided", "reference", best),
+        ("tuned", "ema", guidance),
     ):
         if name == "tuned" and not with_tuned:
             continue
@@ -75,7 +76,8 @@ def compare_with_base(
         "split": split,
         "steps": steps,
         "seed": seed,
-        "best_guidance": guidance,
+        "guidance": guidance,
+        "best_guidance": best,
         "models": {name: summary_of(evaluated) for name, evaluated in found.items()},
     }
     if with_tuned:

@@ -21,6 +21,10 @@ class Objective(Protocol):
     minibatches: int
     epochs: int
 
+    def clip(self, dimensions: int) -> float:
+        """The clip range per dimension for latents of D values."""
+        ...
+
     def terms(
         self,
         transitions: Transitions,

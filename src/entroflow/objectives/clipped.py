@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from entroflow.component import Component
@@ -22,19 +22,27 @@ class Clipped(Component):
 
     type: Literal["clipped"] = "clipped"
     clip_range: float | None = Field(None, gt=0, description="clip range per dimension")
-    clip_total: float | None = Field(None, gt=0, description="clip range of the true log-ratio")
+    clip_total: float | None = Field(
+        None,
+        gt=0,
+        description="clip range of the true log-ratio; 6.6 if neither is given, which is 1e-4 per "
+        "dimension for latents of 65,536 values",
+    )
     kl: float = Field(0.0, ge=0, description="weight of the KL to the reference, per dimension")
-    kl_weight: Literal["true", "step_length"] = Field(
-        "true",
+    kl_weight: Literal["uniform", "step_length"] = Field(
+        "uniform",
         description="step_length: KL times |sigma' - sigma|, as Flow-GRPO's published code does",
     )
     minibatches: int = Field(1, ge=1, description="optimizer steps per pass over the rollouts")
     epochs: int = Field(1, ge=1, description="passes over the rollouts")
 
-    def model_post_init(self, _: Any) -> None:
-        """Ask for exactly one clip range."""
-        if (self.clip_range is None) == (self.clip_total is None):
-            raise ValueError("give exactly one of clip_range and clip_total")
+    @model_validator(mode="before")
+    @classmethod
+    def _one_clip_range(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        given = [fields.get(name) is not None for name in ("clip_range", "clip_total")]
+        if all(given):
+            raise ValueError("give clip_range or clip_total, not both")
+        return fields if any(given) else {**fields, "clip_total": 6.6}
 
     @property
     def needs_old_mean(self) -> bool:

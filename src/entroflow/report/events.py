@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ class Events:
         self._writer = SummaryWriter(str(folder))
 
     def numbers(self, metrics: Mapping[str, Any]) -> None:
-        """Every number of one iteration."""
+        """Every finite number of one iteration."""
         iteration = metrics["iteration"]
         for name, value in metrics.items():
-            if isinstance(value, int | float) and name != "iteration":
+            if isinstance(value, int | float) and math.isfinite(value) and name != "iteration":
                 self._writer.add_scalar(name, value, iteration)
 
     def picture(self, name: str, picture: Image, iteration: int) -> None:

@@ -16,8 +16,8 @@ from entroflow.shapes.recognise import recognise
 def background_texture(images: Tensor) -> Tensor:
     """[B] standard deviation, over background pixels, of what a 3x3 mean removes (RGB mean).
 
-    Background are the pixels more than two pixels from any that differ from the background colour as
-    an object does. 0 on rendered scenes. NaN where no background is left.
+    Background are the pixels more than two pixels from any that differ from the background colour
+    as an object does. 0 on rendered scenes. NaN where no background is left.
     """
     images = images.detach().float()
     seen = recognise(images)

@@ -2,7 +2,8 @@
 
 The base model must be imperfect in a way that reinforcement learning can mend: every scene is drawn
 right, and with probability `label_noise` its caption is wrong in one attribute (uniform over the
-attributes that it states). One caption in ten is left out, for guidance. The network learns the mixture; a reward can pick the right component.
+attributes that it states). The network learns the mixture; a reward can pick the right component.
+One caption in ten is left out, for guidance.
 """
 
 from __future__ import annotations
