@@ -87,7 +87,7 @@ assert recipe.optimizer.learning_rate == 3e-5
 
 Where a section has types, `type` may also be the dotted path of a class or function of your own, as
 in `reward: {type: my_rewards.blue}`. The module must be importable: it lies beside the recipe file,
-is installed, or is on `PYTHONPATH`. What is called depends on what the path names:
+in the current folder, or is installed. What is called depends on what the path names:
 
 - a pydantic model (derive it from `entroflow.component.Component`): the keys are its fields, with
   their defaults, types and ranges, as for the shipped components below. Give it no field `type`;

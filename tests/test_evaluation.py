@@ -345,7 +345,7 @@ def comparison(policy, **settings):
 
 
 def tuned_policy(base, tuned, **settings):
-    """A policy whose reference and moving average have the given skills, and its live weights 0.3."""
+    """A policy with the given skills of reference and moving average; its live weights have 0.3."""
     policy = DrawnPolicy(skill=0.3, **settings)
     policy.weights.keep("reference", {"skill": torch.tensor(base)})
     policy.weights.keep("ema", {"skill": torch.tensor(tuned)})

@@ -382,7 +382,7 @@ def test_kl_of_a_step_follows_from_the_difference_of_velocities():
     check_kl_by_step()
 
 
-@pytest.mark.parametrize("weighting", ["true", "step_length"])
+@pytest.mark.parametrize("weighting", ["uniform", "step_length"])
 def test_gradient_of_the_kl(weighting):
     """d KL / dshift = (dmean/dshift)^2 difference / (s^2 D), times |dt| as in Flow-GRPO's code."""
     seen, difference = away_from_reference()
@@ -401,7 +401,7 @@ def test_kl_weighted_by_step_length_is_the_true_kl_times_the_step_length():
     seen, _ = away_from_reference()
     true, coded = (
         updated(seen, Clipped(clip_range=1e-4, kl=1.0, kl_weight=weighting)).by_step["loss"]
-        for weighting in ("true", "step_length")
+        for weighting in ("uniform", "step_length")
     )
     grid = seen.rollouts.plan.base_grid.tolist()
     for step in range(STEPS - 1):
