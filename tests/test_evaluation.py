@@ -401,6 +401,17 @@ def test_the_base_gets_its_best_guidance(right_at):
     assert found["base"].scores["overall"].strict == float(right_at == 1)
 
 
+def test_all_but_the_guided_base_are_judged_at_the_guidance_of_the_recipe():
+    summary, found = comparison(tuned_policy(1.0, 1.0, right_at=2.0), guidance=2.0)
+    assert {name: e.scores["overall"].strict for name, e in found.items()} == {
+        "base": 1, "base_guided": 1, "tuned": 1,
+    }  # fmt: skip
+    assert (summary["guidance"], summary["best_guidance"]) == (2.0, 2.0)
+    summary, found = comparison(tuned_policy(1.0, 1.0, right_at=1.5), guidance=2.0)
+    assert [found[name].scores["overall"].strict for name in ("base", "tuned")] == [0, 0]
+    assert (summary["guidance"], summary["best_guidance"]) == (2.0, 1.5)
+
+
 def test_without_tuned_weights_only_the_base_is_shown():
     policy = DrawnPolicy()
     policy.weights.keep("reference")

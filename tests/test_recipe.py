@@ -16,6 +16,7 @@ from entroflow.recipe import (
     SECTIONS,
     RecipeError,
     build_recipe,
+    load_component,
     load_recipe,
     recipe_titles,
     shipped_recipes,
@@ -23,14 +24,10 @@ from entroflow.recipe import (
 from entroflow.rewards.base import FunctionReward
 
 SHIPPED = sorted(shipped_recipes())
-CLIP = {"objective": {"clip_range": 0.1}}
-"""The only setting without a default."""
-
 REQUIRED = {
     ("prompts", "text"): {"path": "prompts.txt"},
     ("prompts", "jsonl"): {"path": "prompts.jsonl"},
     ("prompts", "dataset"): {"name": "json"},
-    ("objective", "clipped"): {"clip_range": 0.1},
 }
 
 CHANGES = {
@@ -49,9 +46,13 @@ CHANGES = {
         "learning_rate": 2e-4, "warm_up": 1, "betas": [0.9, 0.95], "weight_decay": 0.1,
         "max_grad_norm": 2.0, "micro_batch": 65, "ema": 0.5,
     },
+    "evaluation": {
+        "split": "test", "steps": 11, "guidance": 2.0, "images_per_skill": 49,
+        "prompts_per_skill": 17, "test_images_per_skill": 97,
+    },
     "run": {"iterations": 101},
 }  # fmt: skip
-"""Another value than the default for every setting that decides the weights of a run."""
+"""Another value than the default for every setting but the seed and how often to evaluate."""
 
 BASE = {"exploration": {"type": "window"}, "objective": {"clip_total": 2.0}}
 
@@ -129,7 +130,7 @@ def test_titles_name_every_shipped_recipe():
 )
 def test_every_listed_type_can_be_chosen(section, kind, tmp_path):
     fields = {"type": kind, **REQUIRED.get((section, kind), {})}
-    recipe = build_recipe({**CLIP, section: fields})
+    recipe = build_recipe({section: fields})
     chosen = type(getattr(recipe, section))
     assert f"{chosen.__module__}.{chosen.__name__}" == COMPONENTS[section][kind]
     assert recipe.resolved[section]["type"] == kind
@@ -168,7 +169,6 @@ def test_any_value_reads_back_bit_for_bit(tmp_path, title, rate, betas, seed, pa
     """Also titles like `null` or `1e-4`, paths like `yes`, and the smallest floats."""
     recipe = build_recipe(
         {
-            **CLIP,
             "title": title,
             "optimizer": {"learning_rate": rate, "betas": list(betas)},
             "run": {"seed": seed},
@@ -190,16 +190,16 @@ def test_any_value_reads_back_bit_for_bit(tmp_path, title, rate, betas, seed, pa
 @pytest.mark.parametrize(
     ("section", "key"), [(s, key) for s, fields in CHANGES.items() for key in fields]
 )
-def test_hash_changes_with_a_setting_that_decides_the_weights(section, key):
+def test_hash_changes_with_a_setting(section, key):
     value = CHANGES[section][key]
     assert changed().resolved[section][key] != value
     assert changed(**{section: {key: value}}).hash != changed().hash
 
 
 def test_every_setting_has_been_considered():
-    """A new field must be added to the table above; the evaluation decides no weights."""
+    """A new field must be added to the table above."""
     resolved = changed().resolved
-    for section in set(SECTIONS) - {"evaluation", "run"}:
+    for section in set(SECTIONS) - {"run"}:
         assert set(resolved[section]) - {"type", "clip_range"} == set(CHANGES[section]), section
 
 
@@ -224,7 +224,7 @@ def test_hashes_of_different_recipes_differ():
     ],
     ids=str,
 )  # fmt: skip
-def test_hash_ignores_what_decides_no_weights(change):
+def test_hash_ignores_the_seed_and_how_often_to_evaluate_and_save(change):
     assert changed(**change).hash == changed().hash
 
 
@@ -275,13 +275,10 @@ def test_hash_ignores_the_order_of_keys_and_defaults_written_out():
         ("prompts: {type: text}", "prompts: key 'path' is missing"),
         ("prompts: {skills: []}", "prompts.skills"),
         ("prompts: {skills: [circle]}", "unknown skills ['circle']; known: single_object"),
-        ("objective: {}", "exactly one of clip_range and clip_total"),
-        ("objective: {clip_range: 1, clip_total: 1}", "exactly one of clip_range and clip_total"),
+        ("objective: {clip_range: 1, clip_total: 1}", "give clip_range or clip_total, not both"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_one_line_that_says_where(tmp_path, text, said):
-    if "objective" not in text and not text.startswith(("-", "quickstart")):
-        text += "\nobjective: {clip_range: 0.1}"
     with pytest.raises(RecipeError) as refused:
         load_recipe(written(tmp_path, text))
     assert said in str(refused.value)
@@ -301,19 +298,21 @@ def test_a_missing_recipe_is_named(tmp_path):
         load_recipe(tmp_path / "binary.yaml")
 
 
-def test_an_empty_file_lacks_only_the_clip_range(tmp_path):
-    with pytest.raises(RecipeError, match="exactly one of clip_range and clip_total"):
-        load_recipe(written(tmp_path, ""))
-    empty = "\n".join(f"{section}:" for section in SECTIONS if section != "objective")
-    recipe = load_recipe(written(tmp_path, f"objective: {{clip_range: 0.1}}\n{empty}"))
-    assert recipe.resolved == build_recipe(CLIP).resolved
+def test_everything_has_a_default(tmp_path):
+    """Also sections that are named and left empty."""
+    named = "".join(f"{section}:\n" for section in SECTIONS)
+    for text in ("", named):
+        assert load_recipe(written(tmp_path, text)).resolved == build_recipe({}).resolved
+    assert build_recipe({}).resolved["objective"]["clip_total"] == 6.6
+    alone = build_recipe({"objective": {"clip_range": 0.1}})
+    assert alone.resolved["objective"]["clip_total"] is None
 
 
 def test_a_file_goes_by_its_name_and_the_mapping_is_left_alone(tmp_path):
-    assert load_recipe(written(tmp_path, "objective: {clip_range: 0.1}")).name == "mine"
-    mapping = {"run": {"seed": 3}, "kernel": {"type": "ode"}, **CLIP}
+    assert load_recipe(written(tmp_path, "run: {seed: 1}")).name == "mine"
+    mapping = {"run": {"seed": 3}, "kernel": {"type": "ode"}}
     build_recipe(mapping)
-    assert mapping == {"run": {"seed": 3}, "kernel": {"type": "ode"}, **CLIP}
+    assert mapping == {"run": {"seed": 3}, "kernel": {"type": "ode"}}
 
 
 # --- overrides ------------------------------------------------------------------------------------
@@ -348,7 +347,7 @@ def test_the_last_override_wins_and_others_stay():
 
 def test_an_override_reaches_into_nested_keys(own_parts, tmp_path):
     own_parts("class Nested:\n    def __init__(self, inner): self.inner = inner\n", "nested_parts")
-    text = "reward: {type: nested_parts.Nested, inner: {a: 1, b: 2}}\nobjective: {clip_range: 1}"
+    text = "reward: {type: nested_parts.Nested, inner: {a: 1, b: 2}}"
     recipe = load_recipe(
         written(tmp_path, text), ["reward.inner.b=[3, 4]", "reward.inner.c.d=1e-3"]
     )
@@ -367,7 +366,7 @@ def test_another_type_starts_from_its_own_defaults():
     recipe = load_recipe("quickstart", ["exploration.type=every_step"])
     assert recipe.resolved["exploration"] == {"type": "every_step"}
     overrides = [
-        "exploration.size=1", "exploration.type=every_step", "exploration.type=window",
+        "exploration.type=every_step", "exploration.type=window",
         "exploration.start=2",
     ]  # fmt: skip
     recipe = load_recipe("quickstart", overrides)
@@ -455,7 +454,7 @@ def parts(own_parts):
 
 
 def own(tmp_path, fields, section="reward"):
-    return load_recipe(written(tmp_path, f"objective: {{clip_range: 0.1}}\n{section}: {fields}"))
+    return load_recipe(written(tmp_path, f"{section}: {fields}"))
 
 
 def test_a_typed_class_beside_the_recipe(tmp_path, parts):
@@ -488,7 +487,7 @@ def test_any_chosen_section_takes_a_component_of_ones_own(tmp_path, parts, secti
     fields = f"{{type: {parts}.Plain, scale: 1}}"
     text = f"{section}: {fields}"
     if section != "objective":
-        text += "\nobjective: {clip_range: 0.1}"
+        text += ""
     recipe = load_recipe(written(tmp_path, text))
     assert getattr(recipe, section).scale == 1
     assert_same(recipe, reread(recipe, tmp_path))
@@ -532,7 +531,7 @@ def known_defect(reason):
 @pytest.mark.parametrize("value", ["[]", "0", "false", "''"])
 def test_a_section_that_is_no_mapping_is_refused(tmp_path, value):
     with pytest.raises(RecipeError, match="run must hold keys and values"):
-        load_recipe(written(tmp_path, f"objective: {{clip_range: 0.1}}\nrun: {value}"))
+        load_recipe(written(tmp_path, f"run: {value}"))
 
 
 @known_defect("pydantic ignores unknown keys unless a class forbids them")
@@ -541,7 +540,6 @@ def test_an_unknown_key_of_a_class_that_ignores_it_is_refused(tmp_path, parts):
         own(tmp_path, f"{{type: {parts}.Loose, scal: 1}}")
 
 
-@known_defect("a field `type` of the class replaces the dotted path")
 @pytest.mark.parametrize("name", ["Named", "Child"])
 def test_a_class_with_a_field_called_type_reads_back_as_itself(tmp_path, parts, name):
     """`Child` inherits the `type` of a shipped reward, which must not be loaded in its place."""
@@ -549,9 +547,8 @@ def test_a_class_with_a_field_called_type_reads_back_as_itself(tmp_path, parts, 
     assert_same(recipe, reread(recipe, tmp_path))
 
 
-@known_defect("choosing the default type by name clears the fields the file gives it")
 def test_naming_the_type_that_a_file_leaves_out_keeps_its_fields(tmp_path):
-    text = "objective: {clip_range: 0.1}\ncredit: {scale: global}"
+    text = "credit: {scale: global}"
     recipe = load_recipe(written(tmp_path, text), ["credit.type=terminal"])
     assert recipe.credit.scale == "global"
 
@@ -564,30 +561,57 @@ def test_an_override_before_its_type_counts():
 
 @known_defect("null becomes the text 'None'")
 def test_an_empty_title_is_no_title(tmp_path):
-    recipe = load_recipe(written(tmp_path, "title:\nobjective: {clip_range: 0.1}"))
+    recipe = load_recipe(written(tmp_path, "title:"))
     assert recipe.title == ""
 
 
 @known_defect("importlib's ValueError passes through")
 def test_a_dotted_path_without_a_module_is_refused():
-    with pytest.raises(RecipeError, match=r"\.reward"):
-        build_recipe({**CLIP, "reward": {"type": ".reward"}})
+    with pytest.raises(RecipeError, match=r"reward\.type: can't import"):
+        build_recipe({"reward": {"type": ".reward"}})
 
 
 @known_defect("noise packs the seed into 64 bits and fails with struct.error in the first step")
 def test_a_seed_too_large_for_the_noise_is_refused():
     with pytest.raises(RecipeError, match=r"run\.seed"):
-        build_recipe({**CLIP, "run": {"seed": 2**63}})
+        build_recipe({"run": {"seed": 2**63}})
 
 
-@known_defect("torch refuses them with a traceback when the run starts")
 def test_betas_outside_of_0_and_1_are_refused():
     with pytest.raises(RecipeError, match=r"optimizer\.betas"):
-        build_recipe({**CLIP, "optimizer": {"betas": [0.9, 1.0]}})
+        build_recipe({"optimizer": {"betas": [0.9, 1.0]}})
 
 
-@known_defect("a console script has no current folder on its path, though the message says so")
 def test_a_component_in_the_current_folder_is_found(tmp_path, parts, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe("quickstart", [f"reward.type={parts}.function"])
     assert isinstance(recipe.reward, FunctionReward)
+
+
+def test_objects_of_the_caller_take_the_place_of_sections(tmp_path):
+    """They are named by where they come from, and what the file says there is not even built."""
+
+    class Own:
+        def score(self, images, prompts): ...
+
+    mapping = {"reward": {"type": "no_such_module.Reward"}, "run": {"seed": 5}}
+    own = Own()
+    recipe = build_recipe(mapping, given={"reward": own})
+    assert recipe.reward is own
+    assert recipe.run.seed == 5
+    assert recipe.resolved["reward"]["type"].startswith(f"{__name__}.")
+    function = FunctionReward(test_titles_name_every_shipped_recipe)
+    recipe = build_recipe(mapping, given={"reward": function})
+    home = {"type": f"{__name__}.test_titles_name_every_shipped_recipe"}
+    assert recipe.resolved["reward"] == home
+    with pytest.raises(RecipeError, match="no_such_module"):
+        build_recipe(mapping)
+
+
+def test_one_component_needs_nothing_of_the_others(tmp_path):
+    text = "reward: {type: no_such_module.Reward}\npolicy: {shift: 3, precision: fp32}"
+    policy = load_component(written(tmp_path, text), "policy")
+    assert (policy.shift, policy.precision) == (3.0, "fp32")
+    assert load_component("flow_grpo", "credit") == load_recipe("flow_grpo").credit
+    with pytest.raises(RecipeError, match=r"policy\.shift"):
+        load_component(written(tmp_path, "policy: {shift: -1}"), "policy")
