@@ -63,17 +63,13 @@ class Trainer:
         )
 
     def step(self) -> Metrics:
-        """One iteration: the whole method in six lines."""
+        """One iteration: the whole method, a line a stage."""
         start = perf_counter()
         prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
         rollouts, scores = self._roll_out(prompts)
         advantages = self.recipe.credit.advantages(rollouts, scores)
         transitions = transitions_of(rollouts, advantages)
-        if not len(transitions):
-            raise InputError(
-                "no step of the plan is stochastic, so there is nothing to learn from; choose "
-                "another kernel than ode, or a wider exploration."
-            )
+        self._refuse_if_useless(rollouts, scores, transitions)
         with self.ledger.timed("update"):
             statistics = self._update(transitions, [prompt.text for prompt in prompts])
         self.iteration += 1
@@ -114,6 +110,21 @@ class Trainer:
             rounds.append(rollouts)
             spent = spent + sizes
         return join_rollouts(rounds), join_scores(scores)
+
+    def _refuse_if_useless(
+        self, rollouts: Rollouts, scores: Scores, transitions: Transitions
+    ) -> None:
+        """Stop where an update could teach nothing, now or ever."""
+        if not len(transitions):
+            raise InputError(
+                "no step of the plan is stochastic, so there is nothing to learn from; choose "
+                "another kernel than ode, or a wider exploration."
+            )
+        if scores.values[rollouts.plan.scored].isnan().all():
+            raise InputError(
+                f"every reward of iteration {self.iteration + 1} failed; the warnings say why "
+                "(the last checkpoint is unharmed: mend the reward and go on with --resume)."
+            )
 
     def _update(self, transitions: Transitions, prompts: list[str]) -> UpdateStatistics:
         recipe, settings = self.recipe, self.recipe.optimizer
@@ -173,11 +184,6 @@ class Trainer:
         scored = rollouts.plan.scored
         values, group = scores.values[scored], rollouts.plan.group[scored]
         valid = ~values.isnan()
-        if not valid.any():
-            raise RuntimeError(
-                f"every reward of iteration {self.iteration} failed; nothing to learn from. "
-                "The warnings above say why; the last checkpoint is unharmed."
-            )
         groups = [values[(group == g) & valid] for g in group.unique()]
         spread = torch.stack([g.std(correction=0) for g in groups if len(g)])
         terms = statistics.terms
