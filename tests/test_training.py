@@ -472,7 +472,7 @@ def test_a_reward_that_always_fails_ends_the_run_loudly(tmp_path, caplog):
     def reward(images, prompts, metadata):
         raise ConnectionError("the judge is away")
 
-    with pytest.raises(RuntimeError, match="every reward of iteration 1 failed"):
+    with pytest.raises(InputError, match="every reward of iteration 1 failed"):
         train(tmp_path / "run", reward=reward)
     assert "the judge is away" in caplog.text
     folder = RunFolder.open(tmp_path / "run")
