@@ -68,14 +68,15 @@ def main() -> None:
     trainer = Trainer(load_recipe("quickstart", arguments.overrides))
     policy = trainer.policy
     trainer.step()
-    forward_batch, backward_batch = best(forward_seconds, policy), best(forward_backward_seconds, policy)
+    forward_batch, backward_batch = (
+        best(forward_seconds, policy),
+        best(forward_backward_seconds, policy),
+    )
     ratios, scoring, iterations, bare = [], [], [], []
     for _ in range(arguments.repeats):
         before = trainer.ledger.counts(), dict(trainer.ledger.seconds)
         trainer.step()
-        spent = {
-            stage: trainer.ledger.seconds[stage] - before[1][stage] for stage in before[1]
-        }
+        spent = {stage: trainer.ledger.seconds[stage] - before[1][stage] for stage in before[1]}
         backward = (
             trainer.ledger.weighted_evaluations - before[0]["weighted_evaluations"]
             - trainer.ledger.network_evaluations + before[0]["network_evaluations"]

@@ -35,9 +35,7 @@ def measure(images: int) -> dict:
             split=split, steps=steps, guidance=guidance, images_per_skill=images
         )
         found = evaluation.run(policy, seed=1, batch_size=64)
-        results.append(
-            {"split": split, "steps": steps, "guidance": guidance, **summary_of(found)}
-        )
+        results.append({"split": split, "steps": steps, "guidance": guidance, **summary_of(found)})
         print(split, steps, guidance, found.scores["overall"], flush=True)
         if split == "test" and steps == STEPS[0]:
             sheet = pictures.grid(found.images, 6, found.captions, found.passed)

@@ -149,7 +149,6 @@ def test_a_state_that_is_no_json_keeps_the_old_checkpoint(tmp_path):
     assert_holds(folder, 1.0)
 
 
-@pytest.mark.xfail(strict=True, reason="between the two renames there is no folder")
 def test_a_crash_between_the_renames_leaves_a_checkpoint(tmp_path, monkeypatch):
     """Old or new, a reader finds one of them at every moment."""
     folder = tmp_path / "run"
@@ -169,7 +168,6 @@ def test_a_crash_between_the_renames_leaves_a_checkpoint(tmp_path, monkeypatch):
     assert read_state(folder)["value"] in (1.0, 2.0)
 
 
-@pytest.mark.xfail(strict=True, reason="the old folder can't be moved onto one that is left over")
 def test_a_crash_while_the_old_checkpoint_is_removed_does_not_stop_the_next(tmp_path, monkeypatch):
     """The next run may have the same process number, as the first process of a container has."""
     folder = tmp_path / "run"

@@ -218,7 +218,6 @@ def test_a_missing_empty_or_binary_file_is_named(tmp_path, kind):
         kind(path=tmp_path / "empty").batch(0, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="str.splitlines cuts at characters that JSON allows in text")
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
 def test_a_line_of_jsonl_ends_at_a_line_feed_only(tmp_path, separator):
     path = tmp_path / "prompts.jsonl"
@@ -227,14 +226,12 @@ def test_a_line_of_jsonl_ends_at_a_line_feed_only(tmp_path, separator):
     assert texts(JSONLPrompts(path=path).load()) == [text]
 
 
-@pytest.mark.xfail(strict=True, reason="the mark stays in the first prompt")
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a cow\n", encoding="utf-8-sig")
     assert texts(TextPrompts(path=path).load()) == ["a cow"]
 
 
-@pytest.mark.xfail(strict=True, reason="errors of load_dataset pass through with a traceback")
 def test_a_missing_file_of_a_dataset_is_wrong_input(tmp_path, local_datasets):
     with pytest.raises(InputError, match=r"none\.json"):
         DatasetPrompts(name="json", data_files=(str(tmp_path / "none.json"),)).batch(0, 0)

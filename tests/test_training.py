@@ -225,7 +225,6 @@ def test_a_run_resumed_from_its_start_is_one_in_one_go(tmp_path):
     assert_same_run(whole, parts)
 
 
-@pytest.mark.xfail(strict=True, reason="the checkpoint is written before the metrics it belongs to")
 def test_a_crash_between_checkpoint_and_metrics_loses_no_line(tmp_path, monkeypatch):
     whole = train(tmp_path / "whole")
     append = RunFolder.append_metrics
@@ -341,7 +340,6 @@ def test_the_latest_checkpoints_and_the_best_stay(tmp_path, keep, scores, best):
     assert json.loads((folder.checkpoints / "best.json").read_text())["score"] == scores[best]
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is removed when a new best is marked")
 def test_an_outdated_best_goes_when_the_last_iteration_is_the_best(tmp_path):
     folder = train(
         tmp_path / "run",
@@ -495,14 +493,12 @@ def test_the_wrong_number_of_values_is_wrong_input(tmp_path, wrong):
         train(tmp_path / "run", reward=reward)
 
 
-@pytest.mark.xfail(strict=True, reason="torch.as_tensor raises outside of what is caught")
 @pytest.mark.parametrize("returned", [None, "good", [None] * 4, ["good"] * 4])
 def test_values_that_are_no_numbers_are_wrong_input(returned):
     with pytest.raises(InputError, match="number"):
         sampled(lambda images, prompts, metadata: returned)
 
 
-@pytest.mark.xfail(strict=True, reason="the graph of the reward hangs on the advantages")
 def test_a_reward_of_a_network_needs_no_no_grad():
     """Its parameters want gradients of their own; the update must not run back into them."""
     judge = torch.nn.Linear(12, 1)
@@ -555,7 +551,6 @@ def test_a_run_of_passed_parts_resumes_with_passed_parts(tmp_path, own):
     assert folder.metrics()[-1]["iteration"] == 3
 
 
-@pytest.mark.xfail(strict=True, reason="the folder of the first recipe file is not written down")
 def test_a_run_with_a_component_beside_its_recipe_resumes(tmp_path, monkeypatch):
     """In another process, which knows the run folder only."""
     name = "reward_beside_the_recipe"
@@ -587,7 +582,6 @@ class Reinforce:
         return {"loss": -transitions.advantage.to(log_prob) * log_prob}
 
 
-@pytest.mark.xfail(strict=True, reason="the update takes `ratio` from the terms")
 def test_an_objective_of_ones_own_needs_only_what_the_protocol_says(tmp_path):
     """On policy its gradient is that of the clipped objective, and so is the run."""
     mine = Trainer(replace(recipe(), objective=Reinforce()), PixelPolicy())
@@ -692,13 +686,7 @@ def test_shuffled_rewards_do_not_raise_the_expected_reward(method):
     "credit",
     [
         "terminal",
-        pytest.param(
-            "shuffled",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="a group's advantages sum to 0, so those of the others lean the other way",
-            ),
-        ),
+        "shuffled",
     ],
 )
 def test_the_expected_gradient_of_a_control_is_zero(credit):

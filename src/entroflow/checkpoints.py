@@ -75,6 +75,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         CheckpointError: missing or torn.
     """
     path = folder / STATE_FILE
+    checkpoint_exists(folder)
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return state

@@ -147,7 +147,12 @@ class DatasetPrompts(_ListedPrompts):
                 "prompts of type 'dataset' need the extra: pip install 'entroflow[datasets]'"
             ) from None
         files = list(self.data_files) or None
-        table = datasets.load_dataset(self.name, self.config, split=self.split, data_files=files)
+        try:
+            table = datasets.load_dataset(
+                self.name, self.config, split=self.split, data_files=files
+            )
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise InputError(f"can't load the data set {self.name!r}: {error}") from error
         return [
             _prompt_from_record(dict(record), self.key, f"{self.name}[{index}]")
             for index, record in enumerate(table)
@@ -156,7 +161,8 @@ class DatasetPrompts(_ListedPrompts):
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        # Not str.splitlines: it also cuts at characters that JSON allows within a text.
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise InputError(f"there is no prompt file {path}.") from None
     except (UnicodeDecodeError, IsADirectoryError):

@@ -13,7 +13,7 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -90,7 +90,7 @@ class Run(Component):
     """How long, how often, and with which seed."""
 
     iterations: int = Field(100, ge=0, description="iterations of the whole run; 0 only evaluates")
-    seed: int = Field(0, ge=0, description="run seed, part of every noise address")
+    seed: int = Field(0, ge=0, lt=2**63 - 1, description="run seed, part of every noise address")
     evaluate_every: int = Field(10, ge=1, description="iterations between evaluations")
     checkpoint_every: int = Field(20, ge=1, description="iterations between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the latest checkpoints stay")
@@ -102,6 +102,8 @@ SECTIONS = (
     "reward", "credit", "objective", "optimizer", "evaluation", "run",
 )  # fmt: skip
 TEXTS = ("title", "paper", "notes")
+FOUND_IN = "found_in"
+"""Key of a run's recipe: the folder of the recipe file, where components of the user's may lie."""
 
 
 class RecipeError(InputError):
@@ -129,6 +131,7 @@ class Recipe:
     evaluation: Any
     run: Run
     resolved: Mapping[str, Any]
+    found_in: Path | None = None
 
     @property
     def hash(self) -> str:
@@ -145,7 +148,8 @@ class Recipe:
         writer = YAML()
         writer.width = 100
         out = StringIO()
-        writer.dump({"name": self.name, **self.resolved}, out)
+        home = {FOUND_IN: str(self.found_in)} if self.found_in else {}
+        writer.dump({"name": self.name, **home, **self.resolved}, out)
         return out.getvalue()
 
 
@@ -183,10 +187,20 @@ def load_recipe(
     """
     name, text, folder = _find(str(name_or_path))
     mapping = _parse_yaml(text, name)
-    for override in overrides:
+    folder = _home_folder(mapping, folder)
+    # A type goes before its fields, wherever it stands.
+    for override in sorted(overrides, key=lambda o: not o.partition("=")[0].endswith(".type")):
         _apply_override(mapping, override)
     _search_beside(folder)
-    return build_recipe(mapping, name, given)
+    recipe = build_recipe(mapping, name, given)
+    own = any("." in recipe.resolved[section].get("type", "") for section in SECTIONS)
+    return replace(recipe, found_in=folder) if own else recipe
+
+
+def _home_folder(mapping: dict[str, Any], folder: Path | None) -> Path | None:
+    """Where the recipe lay first: what a run wrote down, or else the file's own folder."""
+    written = mapping.pop(FOUND_IN, None)
+    return Path(written) if isinstance(written, str) else folder
 
 
 def _search_beside(folder: Path | None) -> None:
@@ -209,8 +223,9 @@ def load_component(name_or_path: str | Path, section: str) -> Any:
         RecipeError: see `load_recipe`.
     """
     name, text, folder = _find(str(name_or_path))
-    _search_beside(folder)
-    return _build(section, dict(_parse_yaml(text, name).get(section) or {}), name)[0]
+    mapping = _parse_yaml(text, name)
+    _search_beside(_home_folder(mapping, folder))
+    return _build(section, dict(mapping.get(section) or {}), name)[0]
 
 
 def build_recipe(
@@ -225,18 +240,18 @@ def build_recipe(
         RecipeError: see `load_recipe`.
     """
     mapping = dict(mapping)
-    name = str(mapping.pop("name", name))
+    name = str(mapping.pop("name", None) or name)
     for key in mapping:
         if key not in SECTIONS and key not in TEXTS:
             raise RecipeError(f"{name}: unknown section {key!r}{_hint(key, [*SECTIONS, *TEXTS])}")
-    texts = {key: str(mapping.get(key, "")) for key in TEXTS}
+    texts = {key: "" if mapping.get(key) is None else str(mapping[key]) for key in TEXTS}
     parts: dict[str, Any] = dict(texts)
     resolved: dict[str, Any] = {key: value for key, value in texts.items() if value}
     for section in SECTIONS:
         if given and section in given:
             parts[section], resolved[section] = given[section], {"type": _home(given[section])}
             continue
-        fields = mapping.get(section) or {}
+        fields = {} if mapping.get(section) is None else mapping[section]
         if not isinstance(fields, Mapping):
             raise RecipeError(f"{name}: {section} must hold keys and values, not {fields!r}.")
         parts[section], resolved[section] = _build(section, dict(fields), name)
@@ -344,7 +359,7 @@ def _imported(path: str, where: str) -> Any:
     module_name, _, attribute = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise RecipeError(
             f"{where}: can't import {module_name!r} ({error}); it must be installed, or lie beside "
             "the recipe or in the current folder."
@@ -358,6 +373,13 @@ def _imported(path: str, where: str) -> Any:
 def _validated(
     chosen: type[BaseModel], fields: dict[str, Any], where: str
 ) -> tuple[BaseModel, dict[str, Any]]:
+    if chosen.model_config.get("extra", "ignore") == "ignore":
+        # pydantic would drop them in silence.
+        names = sorted(chosen.model_fields)
+        aliases = {field.alias for field in chosen.model_fields.values()}
+        for key in fields:
+            if key not in names and key not in aliases:
+                raise RecipeError(f"{where}: unknown key {key!r}{_hint(key, names)}")
     try:
         # JSON rules: lists may become tuples and strings paths, but "8" is no number.
         component = chosen.model_validate_json(json.dumps(fields, default=str), strict=True)

@@ -138,11 +138,15 @@ class RunFolder:
         """Write a checkpoint; of the older ones only the latest `keep - 1` and the best remain."""
         folder = self.checkpoints / f"{iteration:08d}"
         checkpoints.write_checkpoint(folder, tensors, state)
+        self.prune(keep)
+        return folder
+
+    def prune(self, keep: int) -> None:
+        """Remove all checkpoints but the latest `keep` and the best."""
         best = self.best()
         for outdated in self.all_checkpoints()[:-keep]:
             if best is None or outdated != best:
                 shutil.rmtree(outdated)
-        return folder
 
     def mark_best(self, iteration: int, score: float) -> None:
         """Name the checkpoint of `iteration` the best by evaluation."""

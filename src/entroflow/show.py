@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -56,7 +57,8 @@ class TrainingProgress:
     def __enter__(self) -> TrainingProgress:
         run = self._recipe.run
         console.print(
-            f"[bold]{self._recipe.name}[/] {self._recipe.hash}  {self._recipe.title}",
+            f"[bold]{escape(self._recipe.name)}[/] {self._recipe.hash}  "
+            f"{escape(self._recipe.title)}",
             highlight=False,
         )
         console.print(f"{run.iterations} iterations, seed {run.seed}", highlight=False)

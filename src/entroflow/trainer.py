@@ -307,13 +307,15 @@ def train_in(
         if n % settings.evaluate_every == 0 or n == settings.iterations:
             found = trainer.evaluate()
             metrics |= evaluation_metrics(found)
-            if _standing(metrics) > best:
-                best = _standing(metrics)
-                save()
-                folder.mark_best(n, best)
+        # Before the checkpoint: a crash in between must not lose the line.
+        folder.append_metrics(metrics)
+        if found is not None and _standing(metrics) > best:
+            best = _standing(metrics)
+            save()
+            folder.mark_best(n, best)
+            folder.prune(settings.keep_checkpoints)
         if n % settings.checkpoint_every == 0 or n == end:
             save()
-        folder.append_metrics(metrics)
         return metrics, found
 
     try:

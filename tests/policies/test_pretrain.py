@@ -277,7 +277,7 @@ def test_the_full_network_resumes_bit_equal(tmp_path):
     settings = Pretraining(steps=2, batch=2, warm_up=1)
     list(pretrain(settings, tmp_path / "whole", checkpoint_every=1))
     run = pretrain(settings, tmp_path / "parts", checkpoint_every=1)
-    next(run), next(run)
+    next(run)
     run.close()
     assert read_state(tmp_path / "parts" / "checkpoint")["step"] == 1
     assert len(list(pretrain(settings, tmp_path / "parts", checkpoint_every=1))) == 1
@@ -310,7 +310,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path):
 def test_other_settings_in_the_same_folder_are_refused(tmp_path, change):
     """The message names the setting and both values; the checkpoint stays."""
     run = pretrain(TINY, tmp_path, checkpoint_every=1)
-    next(run), next(run)
+    next(run)
     run.close()
     before = tensors_of(tmp_path)
     (name, value), *_ = change.items()
@@ -325,7 +325,7 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, change):
 def test_a_torn_checkpoint_is_refused(tmp_path, left):
     """Whichever of its files is cut, and wherever."""
     run = pretrain(TINY, tmp_path, checkpoint_every=1)
-    next(run), next(run)
+    next(run)
     run.close()
     files = sorted((tmp_path / "checkpoint").glob("*.safetensors"))
     assert len(files) >= 3
@@ -341,7 +341,7 @@ def test_a_torn_checkpoint_is_refused(tmp_path, left):
 @pytest.mark.usefixtures("tiny_network")
 def test_a_checkpoint_without_a_file_or_with_a_torn_state_is_refused(tmp_path):
     run = pretrain(TINY, tmp_path, checkpoint_every=1)
-    next(run), next(run)
+    next(run)
     run.close()
     (tmp_path / "checkpoint" / "average.safetensors").rename(tmp_path / "kept")
     with pytest.raises(CheckpointError, match=r"average\.safetensors is missing"):
@@ -362,9 +362,8 @@ def test_the_average_is_the_exponential_moving_average(tmp_path):
     start = dict(module.ShapesNetwork(VOCABULARY, CAPTION_LENGTH).named_parameters())
     expected = {name: value.detach().double() for name, value in start.items()}
     run = pretrain(TINY, tmp_path, checkpoint_every=1)
-    next(run)
     for step in range(TINY.steps):
-        next(run, None)
+        next(run)
         weights = read_tensors(tmp_path / "checkpoint" / "network.safetensors")
         decay = min(TINY.ema, (step + 1) / (step + 10))
         for name, average in expected.items():

@@ -140,7 +140,6 @@ def test_a_child_must_start_where_its_parent_is():
         )  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="a child without steps is accepted and never has an image")
 def test_a_child_can_not_start_at_the_end_of_its_parent():
     """Its row would never finish, its image stay empty and its reward count as failed."""
     plan = random_fresh(np.random.default_rng(0), steps=4, prompts=2)

@@ -183,7 +183,6 @@ def test_a_monitor_looks_at_every_picture_alone(monitor, drawn):
     torch.testing.assert_close(monitor(images), alone, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="the 3x3 mean is taken in float32 only")
 def test_texture_takes_pictures_of_other_precision():
     image = (plain() + dots(0.05)).double()
     assert background_texture(image).item() == pytest.approx(0.05 * DOT_TEXTURE, rel=1e-3)

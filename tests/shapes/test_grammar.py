@@ -308,7 +308,6 @@ def test_label_noise_reaches_every_training_caption_one_attribute_away():
                 assert stats.chisquare([drawn[other] for other in group]).pvalue > 1e-4
 
 
-@pytest.mark.xfail(strict=True, reason="rejected draws favour attributes that are rarely rejected")
 def test_label_noise_is_uniform_over_the_attributes_that_can_be_wrong():
     """Chi-square over the stated attributes with another value inside the training captions."""
     rng = np.random.default_rng(2)

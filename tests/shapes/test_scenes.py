@@ -203,12 +203,7 @@ def test_objects_never_touch(drawn):
             assert cdist(one, other).min() > 0.1
 
 
-APEX = pytest.mark.xfail(strict=True, reason="an apex is 1.16 radii from the centre, the margin 1")
-
-
-@pytest.mark.parametrize(
-    "shape", [pytest.param(s, marks=APEX) if s == "triangle" else s for s in SHAPES]
-)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_objects_are_inside_the_frame(shape):
     """Large ones, which reach out furthest: no point of the outline is outside the picture."""
     scenes = lay_out([parse(f"a large {shape}")] * 3000, np.random.default_rng(4))

@@ -123,9 +123,9 @@ def test_graded_of_right_scenes_is_1_but_for_how_clear_the_relation_is(large):
         if spec.relation:
             along, across = (part[b].item() for part in offsets[spec.relation])
             margin = min(along - abs(across), along - 2)
-            expected[b] = (2 + min(1, 0.5 + margin / 16)) / 3
-    # Half a pixel of the centres is 1/96 of the score.
-    close = (verdict.graded - expected).abs() < 0.011
+            expected[b] = (2 + min(1, 0.5 + margin / 6)) / 3
+    # Half a pixel of the centres is 1/36 of the score.
+    close = (verdict.graded - expected).abs() < 0.028
     assert close.double().mean() >= 0.995
     assert verdict.graded.mean() > 0.99
 
@@ -272,7 +272,6 @@ def test_other_shapes_than_images_are_refused(shape):
         score(torch.zeros(shape), [parse("a ring")])
 
 
-@pytest.mark.xfail(strict=True, reason="one caption is broadcast over all images")
 def test_as_many_captions_as_images_are_needed():
     with pytest.raises(ValueError, match="caption"):
         score(torch.zeros(2, 3, 32, 32), [parse("a ring")])
@@ -434,7 +433,7 @@ def test_graded_agrees_with_the_best_of_all_assignments(cases):
                     "below": (y1 - y2, x2 - x1),
                 }[spec.relation]
                 margin = min(along - abs(across), along - 2)
-                related = min(1.0, max(0.0, 0.5 + margin / 16))
+                related = min(1.0, max(0.0, 0.5 + margin / 6))
                 possible.append((count + fit + related) / 3)
         assert np.min(np.abs(np.array(possible) - graded[b].item())) < 1e-5
     assert len(kinds) > 20
@@ -479,7 +478,6 @@ def test_graded_below_1_without_a_relation_is_not_strict(cases):
     assert verdict.strict[(verdict.graded == 1) & ~related].all()
 
 
-@pytest.mark.xfail(strict=True, reason="an empty slot counts as an object at its stored centre")
 def test_a_relation_to_a_missing_object_earns_nothing():
     """One of two objects: count 1/2, objects 1/2, relation 0, wherever the object stands."""
     circle = SHAPES.index("circle")
@@ -491,7 +489,6 @@ def test_a_relation_to_a_missing_object_earns_nothing():
         assert judge(seen, specs).graded.tolist() == pytest.approx([1 / 3] * len(places))
 
 
-@pytest.mark.xfail(strict=True, reason="an empty slot counts as an object at its stored centre")
 def test_what_empty_slots_hold_does_not_matter(cases):
     specs, pictures, seen = cases
     other = detections(pictures, np.random.default_rng(12))

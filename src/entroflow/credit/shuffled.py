@@ -28,5 +28,7 @@ class Shuffled(Terminal):
         values = scores.values.clone()
         for group in plan.group.unique():
             mine = ((plan.group == group) & (plan.role == Role.ROLLOUT)).nonzero()[:, 0]
-            values[mine] = scores.values[torch.roll(mine, 1)]
+            # The first keeps its own. A group's advantages sum to 0: if none were its own, those of
+            # the others would lean against each image, and the policy would learn the opposite.
+            values[mine[1:]] = scores.values[torch.roll(mine[1:], 1)]
         return super().advantages(rollouts, Scores(values, scores.statuses))

@@ -91,7 +91,9 @@ def update(
                 (dimensions * loss).backward()
                 _gather(gathered, terms, minibatch[chunk], part.advantage[chunk])
                 if first:
-                    deviation = (terms["ratio"].detach() - 1).abs().max().item()
+                    old = passes.transitions.log_prob.to(passes.log_prob)
+                    ratio = torch.exp(passes.log_prob.detach() - old)
+                    deviation = (ratio - 1).abs().max().item()
                     statistics.ratio_deviation = max(statistics.ratio_deviation, deviation)
             norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
             if not norm.isfinite():

@@ -16,7 +16,9 @@ class Events:
     """Writes event files that TensorBoard shows."""
 
     def __init__(self, folder: Path) -> None:
-        self._writer = SummaryWriter(str(folder))
+        # A resumed run must not write into the file of its first part.
+        part = len(list(folder.glob("events*"))) if folder.exists() else 0
+        self._writer = SummaryWriter(str(folder), filename_suffix=f".{part}")
 
     def numbers(self, metrics: Mapping[str, Any]) -> None:
         """Every finite number of one iteration."""

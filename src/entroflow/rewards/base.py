@@ -61,16 +61,22 @@ class FunctionReward:
         """
         name = getattr(self.function, "__qualname__", repr(self.function))
         try:
-            returned = self.function(
-                images, [p.text for p in prompts], [dict(p.metadata) for p in prompts]
-            )
+            with torch.no_grad():
+                returned = self.function(
+                    images, [p.text for p in prompts], [dict(p.metadata) for p in prompts]
+                )
         except Exception as error:
             log.warning("reward %s failed on %d images: %s", name, len(images), error)
             return Scores(
                 torch.full((len(images),), torch.nan, dtype=torch.float64),
                 (Status.ERROR,) * len(images),
             )
-        values = torch.as_tensor(returned, dtype=torch.float64)
+        try:
+            values = torch.as_tensor(returned, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(
+                f"reward {name} must return one number per image, not {returned!r:.80}."
+            ) from None
         if values.shape != (len(images),):
             raise InputError(
                 f"reward {name} must return one number per image: {len(images)} images, "

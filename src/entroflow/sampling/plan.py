@@ -173,6 +173,8 @@ def with_children(
         parent_step=parent_step,
         noise_member=plan.noise_member[parent],
     )
+    if (parent_step >= plan.length[parent]).any():
+        raise ValueError("a child can't start at the end of its parent.")
     started = plan.points[parent, parent_step]
     if not torch.equal(points[:, 0], started):
         raise ValueError("a child must start at the grid point of its parent's state.")
