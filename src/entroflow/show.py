@@ -89,7 +89,7 @@ class TrainingProgress:
                 f"{compact(metrics['ledger/weighted_evaluations'])} weighted evaluations  "
                 f"{metrics['seconds']:.0f} s",
                 highlight=False,
-                markup=True,
+                soft_wrap=True,
             )
         reward = f"reward {metrics['reward/mean']:.3f}  " if "reward/mean" in metrics else ""
         spent = compact(metrics["ledger/network_evaluations"])
