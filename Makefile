@@ -1,4 +1,4 @@
-# make train   set up and post-train the embedded model (about ten minutes on two cores)
+# make train   set up and post-train the embedded model
 # make test    set up and run the tests
 # make check   set up, then lint, formatting and types
 # Each target may be run again; set-up is skipped when nothing changed.

@@ -176,7 +176,7 @@ def pretrain_shapes(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 0,
     seed: Seed = 0,
 ) -> None:
-    """Train the embedded model from nothing, as the shipped weights were (over an hour)."""
+    """Train the embedded model from nothing, as the shipped weights were."""
     from entroflow.policies.shapes.pretrain import Pretraining, export_weights, pretrain
     from entroflow.show import steps_progress
 

@@ -1,4 +1,4 @@
-"""A control: every image earns the reward of another image of its group."""
+"""A control: images earn the rewards of other images of their group."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from entroflow.sampling.rollouts import Rollouts
 
 
 class Shuffled(Terminal):
-    """Terminal credit with the rewards of each group handed on by one place.
+    """Terminal credit with the rewards of each group handed on by one place, all but the first's.
 
-    Rollouts of a group are exchangeable, so this breaks the tie between image and reward and leaves
-    everything else as it was: what is still learnt is no effect of the reward.
+    Rollouts of a group are exchangeable, so in expectation the gradient is zero (groups of three or
+    more), and everything else is as it was: what is still learnt is no effect of the reward.
     """
 
     type: Literal["shuffled"] = "shuffled"  # type: ignore[assignment]
