@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from entroflow import pictures
@@ -50,7 +49,7 @@ def measure(images: int) -> dict:
 
 def card(measured: dict) -> str:
     """The model card as Markdown."""
-    settings = asdict(Pretraining())
+    settings = Pretraining()
     lines = [
         "# Model card: the embedded base model",
         "",
@@ -61,12 +60,13 @@ def card(measured: dict) -> str:
         "- **Purpose**: a base to post-train on a laptop. It knows how to draw, and follows captions "
         "imperfectly on purpose. It is of no use for anything else.",
         "- **Data**: scenes rendered on the fly from training captions alone; "
-        f"{settings['label_noise']:.0%} of the captions are wrong in one attribute, uniform over the "
-        f"attributes stated; {settings['caption_dropout']:.0%} are left out. Validation and test "
+        f"{settings.label_noise:.0%} of the captions are wrong in one attribute, uniform over the "
+        f"attributes stated; {settings.caption_dropout:.0%} are left out. Validation and test "
         "prompts never occur.",
-        f"- **Training**: rectified flow, {settings['steps']} steps of batch {settings['batch']}, Muon "
-        f"and AdamW, learning rate {settings['learning_rate']:g} with cosine decay, moving average "
-        f"{settings['ema']:g}, bfloat16 products; {measured['pretraining_minutes']:.0f} minutes on two "
+        f"- **Training**: rectified flow, {settings.steps} steps of batch {settings.batch}, Muon "
+        f"and AdamW, learning rate {settings.learning_rate:g} in {settings.cycles} cosine cycles "
+        f"(the first of {settings.first_cycle} steps, each later one twice as long), moving average "
+        f"{settings.ema:g}, bfloat16 products; {measured['pretraining_minutes']:.0f} minutes on two "
         "CPU cores.",
         "- **Make it again**: `entroflow pretrain shapes --folder base`.",
         f"- **Weights**: `base.safetensors`, float16, {measured['bytes'] / 1e6:.1f} MB, "

@@ -9,6 +9,7 @@ import torch
 
 from entroflow import pictures
 from entroflow.checkpoints import read_tensors
+from entroflow.errors import InputError
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
 from entroflow.recipe import load_component
@@ -39,7 +40,13 @@ def open_policy(run: Path | None, weights: str) -> tuple[Policy, list[str]]:
         return policy, ["base"]
     folder = RunFolder.open(run)
     checkpoint = folder.best() or folder.latest()
-    policy = load_component(folder.path / RECIPE, "policy").build()
+    settings = load_component(folder.path / RECIPE, "policy")
+    if not hasattr(settings, "build"):
+        raise InputError(
+            f"{run} was trained with a policy object from Python ({type(settings).__name__}); "
+            "its weights can be used from Python only."
+        )
+    policy = settings.build()
     policy.weights.keep("reference")
     policy.weights.keep("ema", read_tensors(checkpoint / f"{weights}.safetensors"))
     return policy, ["base", "tuned"]

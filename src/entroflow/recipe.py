@@ -183,8 +183,12 @@ def load_recipe(
 
     Raises:
         RecipeError: unknown recipe, section, key or type; a value of the wrong type or out of
-            range; a file that is missing or no YAML.
+            range; an override of a section that is given; a file that is missing or no YAML.
     """
+    for override in overrides:
+        section = override.partition(".")[0]
+        if given and section in given:
+            raise RecipeError(f"{override}: {section} is given as an object; set its fields there.")
     name, text, folder = _find(str(name_or_path))
     mapping = _parse_yaml(text, name)
     folder = _home_folder(mapping, folder)

@@ -1,5 +1,6 @@
 """Pretraining: its data, its loss, and runs that stop and go on."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -143,7 +144,7 @@ def test_a_batch_is_a_function_of_the_seed_and_the_step():
     first = {step: batch_of_scenes(settings, step) for step in (7, 2, 3)}
     torch.manual_seed(123)
     np.random.seed(9)
-    other = Pretraining(batch=16, seed=5, steps=10, learning_rate=1.0, ema=0.5)
+    other = Pretraining(batch=16, seed=5, first_cycle=10, learning_rate=1.0, ema=0.5)
     for step in (2, 3, 7):
         images, words = batch_of_scenes(other, step)
         assert torch.equal(images, first[step][0])
@@ -213,19 +214,37 @@ def test_sigmas_are_logit_normal_and_noise_is_standard():
 
 
 def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
-    settings = Pretraining(steps=1000, warm_up=100, learning_rate=2.0)
-    rates = [learning_rate_at(settings, step) for step in range(1001)]
+    settings = Pretraining(cycles=1, first_cycle=1000, warm_up=100, learning_rate=2.0)
+    rates = [learning_rate_at(settings, step) for step in range(1000)]
     for step in range(100):
         cosine = 1 + math.cos(math.pi * step / 1000)
         assert rates[step] == pytest.approx((step + 1) / 100 * cosine)
     assert rates[500] == pytest.approx(1.0)
-    assert rates[1000] == pytest.approx(0, abs=1e-12)
+    assert rates[999] == pytest.approx(1 + math.cos(math.pi * 0.999))
     assert all(one > two for one, two in itertools.pairwise(rates[100:]))
+
+
+def test_later_cycles_are_the_first_one_stretched():
+    """Three cycles of 100, 200 and 400 steps, each a cosine of its own length."""
+    settings = Pretraining(cycles=3, first_cycle=100, warm_up=1, learning_rate=2.0)
+    assert settings.steps == 700
+    rates = [learning_rate_at(settings, step) for step in range(settings.steps)]
+    for start, length in ((0, 100), (100, 200), (300, 400)):
+        for step in range(length):
+            expected = 1 + math.cos(math.pi * step / length)
+            assert rates[start + step] == pytest.approx(expected), (start, step)
+
+
+def test_every_cycle_warms_up():
+    settings = Pretraining(cycles=2, first_cycle=1000, warm_up=10, learning_rate=2.0)
+    for step in range(10):
+        cosine = 1 + math.cos(math.pi * step / 2000)
+        assert learning_rate_at(settings, 1000 + step) == pytest.approx((step + 1) / 10 * cosine)
 
 
 # --- runs -----------------------------------------------------------------------------------------
 
-TINY = Pretraining(steps=6, batch=4, warm_up=2, ema=0.9)
+TINY = Pretraining(cycles=2, first_cycle=2, batch=4, warm_up=2, ema=0.9)
 
 
 @pytest.fixture
@@ -274,7 +293,7 @@ def test_a_run_stopped_and_resumed_is_bit_equal_to_one_in_one_go(tmp_path, stop)
 
 def test_the_full_network_resumes_bit_equal(tmp_path):
     """As above with the network that is shipped, at two steps."""
-    settings = Pretraining(steps=2, batch=2, warm_up=1)
+    settings = Pretraining(cycles=1, first_cycle=2, batch=2, warm_up=1)
     list(pretrain(settings, tmp_path / "whole", checkpoint_every=1))
     run = pretrain(settings, tmp_path / "parts", checkpoint_every=1)
     next(run)
@@ -293,10 +312,20 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path):
 
 
 @pytest.mark.usefixtures("tiny_network")
+def test_a_finished_run_goes_on_with_more_cycles(tmp_path):
+    """As if all cycles had been asked for at once."""
+    list(pretrain(dataclasses.replace(TINY, cycles=1), tmp_path / "parts"))
+    assert read_state(tmp_path / "parts" / "checkpoint")["step"] == 2
+    assert [step for step, _ in pretrain(TINY, tmp_path / "parts")] == [3, 4, 5, 6]
+    list(pretrain(TINY, tmp_path / "whole"))
+    assert_same(tensors_of(tmp_path / "parts"), tensors_of(tmp_path / "whole"))
+
+
+@pytest.mark.usefixtures("tiny_network")
 @pytest.mark.parametrize(
     "change",
     [
-        {"steps": 7},
+        {"first_cycle": 3},
         {"batch": 5},
         {"learning_rate": 1e-4},
         {"warm_up": 3},
@@ -387,7 +416,7 @@ def test_exported_weights_are_the_average_in_half_precision(tmp_path):
 @pytest.mark.usefixtures("tiny_network")
 def test_training_lowers_the_loss(tmp_path):
     """Well below that of the velocity 0, which it starts from."""
-    settings = Pretraining(steps=40, batch=16, warm_up=5, learning_rate=5e-3)
+    settings = Pretraining(cycles=1, first_cycle=40, batch=16, warm_up=5, learning_rate=5e-3)
     losses = [loss for _, loss in pretrain(settings, tmp_path)]
     at_zero = [
         flow_matching_loss(lambda x, *_: torch.zeros_like(x), settings, step).item()

@@ -39,9 +39,14 @@ from entroflow.shapes.scenes import lay_out, render
 
 @dataclass(frozen=True)
 class Pretraining:
-    """Settings of a pretraining run; the defaults made the shipped weights."""
+    """Settings of a pretraining run; the defaults made the shipped weights.
 
-    steps: int = 6500
+    The learning rate goes down in `cycles` cosine cycles, the first `first_cycle` steps long and
+    each later one twice as long as the one before. A finished run can go on with more cycles.
+    """
+
+    cycles: int = 2
+    first_cycle: int = 6500
     batch: int = 128
     learning_rate: float = 6e-3
     warm_up: int = 300
@@ -50,6 +55,11 @@ class Pretraining:
     caption_dropout: float = 0.1
     ema: float = 0.999
     seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all cycles."""
+        return self.first_cycle * (2**self.cycles - 1)
 
 
 def batch_of_scenes(settings: Pretraining, step: int) -> tuple[Tensor, Tensor]:
@@ -85,9 +95,17 @@ def flow_matching_loss(network: torch.nn.Module, settings: Pretraining, step: in
 
 
 def learning_rate_at(settings: Pretraining, step: int) -> float:
-    """Linear warm-up, then a cosine to zero at the last step."""
-    warm = min(1.0, (step + 1) / max(1, settings.warm_up))
-    return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    """Cosine cycles with warm restarts, each twice as long as the one before.
+
+    SGDR (Loshchilov & Hutter, 2017, equation 5 with T_mult = 2), with a linear warm-up at the start
+    of each cycle.
+    """
+    start, length = 0, settings.first_cycle
+    while step >= start + length:
+        start, length = start + length, 2 * length
+    warm = min(1.0, (step - start + 1) / max(1, settings.warm_up))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - start) / length))
+    return settings.learning_rate * warm * cosine
 
 
 def pretrain(
@@ -170,6 +188,8 @@ def _resume(
 ) -> int:
     state = read_state(checkpoint)
     for field in fields(Pretraining):
+        if field.name == "cycles":
+            continue
         before, now = state["settings"].get(field.name), getattr(settings, field.name)
         if before != now:
             raise CheckpointError(
