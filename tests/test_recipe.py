@@ -598,6 +598,12 @@ def test_objects_of_the_caller_take_the_place_of_sections(tmp_path):
         build_recipe(mapping)
 
 
+def test_an_override_of_a_given_object_is_refused():
+    """It could only be ignored."""
+    with pytest.raises(RecipeError, match=r"reward\.credit=strict: reward is given as an object"):
+        load_recipe("quickstart", ["reward.credit=strict"], {"reward": object()})
+
+
 def test_one_component_needs_nothing_of_the_others(tmp_path):
     text = "reward: {type: no_such_module.Reward}\npolicy: {shift: 3, precision: fp32}"
     policy = load_component(written(tmp_path, text), "policy")

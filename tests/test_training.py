@@ -22,6 +22,7 @@ import entroflow
 from entroflow.checkpoints import CheckpointError, read_tensors
 from entroflow.credit.shuffled import Shuffled
 from entroflow.credit.terminal import Terminal
+from entroflow.drawing import open_policy
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated, SkillScore
 from entroflow.objectives import update as update_module
@@ -81,6 +82,14 @@ class Scripted(Shift):
 
     def run(self, policy, **options):
         return replace(super().run(policy, **options), reward=next(self.scores))
+
+
+class Blind(Shift):
+    """Shows no examples."""
+
+    def run(self, policy, **options):
+        found = super().run(policy, **options)
+        return replace(found, images=found.images[:0], captions=[], passed=[])
 
 
 class RunningScale:
@@ -551,6 +560,24 @@ def test_a_run_of_passed_parts_resumes_with_passed_parts(tmp_path, own):
     assert folder.metrics()[-1]["iteration"] == 3
 
 
+def test_a_run_does_not_resume_with_another_reward_or_policy(tmp_path):
+    folder = train(tmp_path / "run", stop_after=1)
+    own = rf"policy {HERE}.PixelPolicy, not {HERE}.NeedsShift"
+    with pytest.raises(InputError, match=own):
+        entroflow.resume(folder.path, policy=NeedsShift(0.0), reward=brightness)
+    own = rf"reward {HERE}.brightness, not {HERE}.Brightness"
+    with pytest.raises(InputError, match=own):
+        entroflow.resume(folder.path, policy=PixelPolicy(), reward=Brightness())
+    assert folder.metrics()[-1]["iteration"] == 1
+
+
+def test_a_passed_policy_can_not_be_opened_from_the_command_line(tmp_path):
+    """It is no settings to build a policy from, and the message says so."""
+    folder = train(tmp_path / "run", stop_after=1)
+    with pytest.raises(InputError, match="trained with a policy object from Python"):
+        open_policy(folder.path, "ema")
+
+
 def test_a_run_with_a_component_beside_its_recipe_resumes(tmp_path, monkeypatch):
     """In another process, which knows the run folder only."""
     name = "reward_beside_the_recipe"
@@ -844,6 +871,13 @@ def test_the_ledger_counts_forward_backward_and_reference_passes(tmp_path):
         assert line["ledger/reward_calls"] == line["ledger/decodes"] == n * ROLLOUTS
         assert line["ledger/optimizer_steps"] == 2 * n
     assert (folder.path / METRICS).read_text().count("\n") == 4
+
+
+def test_an_evaluation_may_have_no_examples(tmp_path):
+    folder = train(tmp_path / "run", evaluation={"type": f"{HERE}.Blind"})
+    assert folder.metrics()[-1]["iteration"] == 3
+    assert (folder.path / "report.html").is_file()
+    assert not folder.examples.exists()
 
 
 def test_a_watcher_sees_every_iteration_with_its_evaluation(tmp_path):

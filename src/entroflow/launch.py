@@ -17,7 +17,7 @@ from entroflow.evaluation.base import Evaluated
 from entroflow.evaluation.base_and_tuned import compare_with_base
 from entroflow.evaluation.shapes import ShapesEvaluation
 from entroflow.policies.base import Policy
-from entroflow.recipe import Recipe, load_recipe
+from entroflow.recipe import Recipe, chosen_type, load_recipe
 from entroflow.report.events import Events
 from entroflow.report.page import write_report
 from entroflow.rewards.base import FunctionReward, Reward, RewardFunction
@@ -80,7 +80,7 @@ def resume(
         stop_after, watch: see `train`.
 
     Raises:
-        InputError: no run folder, no checkpoint, or a torn one.
+        InputError: no run folder, no checkpoint, or a torn one; another policy or reward.
     """
     folder = RunFolder.open(Path(run))
     for override in overrides:
@@ -89,7 +89,12 @@ def resume(
                 f"a resumed run can change keys of 'run' except the seed, not {override!r}; "
                 "start a new run for another recipe."
             )
-    recipe = load_recipe(folder.path / RECIPE, overrides, _given(policy, reward))
+    given = _given(policy, reward)
+    recipe = load_recipe(folder.path / RECIPE, overrides, given)
+    for section in given:
+        before, now = chosen_type(folder.path / RECIPE, section), recipe.resolved[section]["type"]
+        if before != now:
+            raise InputError(f"{run} was started with the {section} {before}, not {now}.")
     checkpoint = folder.latest()
     trainer = Trainer(recipe, policy)
     trainer.load(checkpoint)
@@ -125,7 +130,7 @@ def _run(
         with asked_to_stop() as stopping:
             for metrics, evaluated in iterations:
                 events.numbers(metrics)
-                if evaluated is not None:
+                if evaluated is not None and len(evaluated.images):
                     _keep_examples(folder, events, metrics["iteration"], evaluated)
                 if watch is not None:
                     watch(metrics, evaluated)

@@ -232,6 +232,13 @@ def load_component(name_or_path: str | Path, section: str) -> Any:
     return _build(section, dict(mapping.get(section) or {}), name)[0]
 
 
+def chosen_type(name_or_path: str | Path, section: str) -> str:
+    """What a recipe chooses for a section, without importing or building it."""
+    name, text, _ = _find(str(name_or_path))
+    fields = _parse_yaml(text, name).get(section) or {}
+    return str(fields.get("type", next(iter(COMPONENTS[section]))))
+
+
 def build_recipe(
     mapping: Mapping[str, Any], name: str = "recipe", given: Mapping[str, Any] | None = None
 ) -> Recipe:

@@ -35,7 +35,7 @@ class Evaluated:
         scores: by skill, and `overall`.
         reward: mean of the reward that is trained on.
         diversity, texture, contrast: monitors; see `shapes.blind_spots`.
-        images: [n, 3, H, W] examples, the same prompts and noise at every evaluation.
+        images: [n, 3, H, W] examples, the same prompts and noise at every evaluation; may be none.
         captions: [n] their prompts.
         passed: [n] whether each is strictly right.
     """

@@ -16,6 +16,7 @@ from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
 from entroflow.rewards.base import Reward
+from entroflow.rewards.base import score as score_rollouts
 from entroflow.sampling.kernels import ODE
 from entroflow.sampling.noise import Stream
 from entroflow.sampling.plan import fresh_rows
@@ -63,19 +64,20 @@ class ShapesEvaluation(Component):
         kernel = ODE()
         std = kernel.std(grid[:-1], grid[1:], grid)
         rollouts = Rollouts.empty(fresh_rows(prompts, sizes, none, grid, std), policy.latent_shape)
-        for _ in sample(
+        finished = sample(
             policy, kernel, rollouts, seed=seed, iteration=0, guidance=self.guidance,
             batch_size=batch_size, initial=Stream.EVALUATION, ledger=ledger,
-        ):  # fmt: skip
+        )  # fmt: skip
+        rewards = torch.full((rollouts.plan.rows,), torch.nan)
+        if reward is not None:
+            rewards = score_rollouts(reward, rollouts, finished, ledger).values
+        for _ in finished:
             pass
         images, prompt = rollouts.images, rollouts.plan.prompt
         assert images is not None
         verdict = score(images, [specs[p] for p in prompt.tolist()])
         skills = [specs[p].skill for p in prompt.tolist()]
         examples = _examples(skills)
-        rewards = torch.full((len(images),), torch.nan, dtype=torch.float64)
-        if reward is not None:
-            rewards = reward.score(images, [prompts[p] for p in prompt.tolist()]).values
         return Evaluated(
             scores=_by_skill(verdict.strict.double(), verdict.graded.double(), skills),
             reward=rewards.nanmean().item(),
