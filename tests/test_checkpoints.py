@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from entroflow.checkpoints import (
     optimizer_tensors,
     read_state,
     read_tensors,
+    to_json,
     write_bytes,
     write_checkpoint,
     write_text,
@@ -216,7 +218,7 @@ def test_missing_tensors_are_named(tmp_path):
 def test_a_torn_state_is_refused(tmp_path, content):
     write(tmp_path / "run", 1.0)
     (tmp_path / "run" / "state.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"state\.json is torn .*earlier checkpoint"):
+    with pytest.raises(CheckpointError, match=r"state\.json is torn.*remove .* to go on from"):
         read_state(tmp_path / "run")
 
 
@@ -340,3 +342,11 @@ def test_an_optimizer_over_groups_keeps_its_order():
     load_optimizer_tensors(resumed, optimizer_tensors(optimizer))
     last = resumed.state[other[2].bias]["exp_avg"]
     assert torch.equal(last, optimizer.state[network[2].bias]["exp_avg"])
+
+
+def test_what_is_not_finite_is_null_in_json():
+    """At any depth; Python's own NaN is no JSON, and other readers refuse it."""
+    content = {"a": math.nan, "b": [1.5, {"c": -math.inf}], "d": "NaN", "e": None, "f": 3}
+    text = to_json(content)
+    known = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert known == {"a": None, "b": [1.5, {"c": None}], "d": "NaN", "e": None, "f": 3}

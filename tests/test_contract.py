@@ -61,7 +61,7 @@ class Branches:
             points[row, : len(own)] = torch.tensor(own)
             std[row, 0] = request.kernel.std(grid[s], grid[STARTS[s]], grid)
         return with_children(
-            anchors, parent, start, role=Role.ROLLOUT, group=10 * parent + start,
+            anchors, parent, start, role=Role.ROLLOUT, group=100 + 10 * parent + start,
             member=torch.tensor(member), points=points, std=std,
         )  # fmt: skip
 
@@ -121,7 +121,7 @@ def test_plan_has_the_groups_and_roles_that_were_asked_for(run):
     counts = {role: int((plan.role == role).sum()) for role in Role}
     assert counts == {Role.ANCHOR: 4, Role.ROLLOUT: 48, Role.COMPLETION: 2}
     groups = plan.group[plan.role == Role.ROLLOUT].tolist()
-    assert {g: groups.count(g) for g in set(groups)} == {1: 8, 2: 8, 11: 16, 12: 16}
+    assert {g: groups.count(g) for g in set(groups)} == {101: 8, 102: 8, 111: 16, 112: 16}
     addresses = {
         (g, m)
         for g, m, role in zip(
@@ -224,7 +224,8 @@ def test_update_follows_the_policy_gradient_with_one_pass_per_state(run):
     before = trainer.ledger.network_evaluations
     statistics = trainer._update(t, [prompt.text for prompt in prompts])
     norm = statistics.gradient_norm[0]
-    clipped = expected * min(1.0, 1.0 / (norm + 1e-6))
+    limit = trainer.recipe.optimizer.max_grad_norm
+    clipped = expected * min(1.0, limit / (norm + 1e-6))
     torch.testing.assert_close(gradients[0], clipped, rtol=1e-10, atol=1e-12)
     assert norm == pytest.approx(expected.norm().item(), rel=1e-10)
     assert statistics.ratio_deviation == 0.0
@@ -232,8 +233,19 @@ def test_update_follows_the_policy_gradient_with_one_pass_per_state(run):
     states = len(t.state.unique())
     assert states == 8
     assert trainer.ledger.network_evaluations - before == states
-    assert trainer.ledger.monitor_evaluations == 3
+    # The KL is measured on a sample that meets every state, under both weights.
+    assert trainer.ledger.monitor_evaluations == 2 * states
     assert not torch.equal(policy.shift.detach(), torch.zeros(2, dtype=torch.float64))
+
+
+def test_a_whole_step_counts_the_rewards_of_rollouts_alone(run):
+    """Completions are images too, but of another kind."""
+    trainer, _, _, rollouts, scores, _ = run
+    metrics = Trainer(trainer.recipe, GaussianPolicy(mean=0.3, variance=0.5), SumReward()).step()
+    values = scores.values[rollouts.plan.role == Role.ROLLOUT]
+    assert metrics["reward/mean"] == pytest.approx(values.nanmean().item(), rel=1e-12)
+    assert metrics["reward/failed"] == 1
+    assert metrics["policy/ratio_max_deviation"] == 0.0
 
 
 def _flow_sde(shift, x, sigma, sigma_next, room, a=0.7, mean=0.3, variance=0.5):

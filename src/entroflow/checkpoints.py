@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -35,6 +36,19 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
+def to_json(content: Any, indent: int | None = None) -> str:
+    """`content` as JSON, which knows neither NaN nor infinity: they become null."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def write_checkpoint(
     folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> None:
@@ -48,7 +62,7 @@ def write_checkpoint(
     for name, entries in tensors.items():
         plain = {key: value.detach().contiguous() for key, value in entries.items()}
         save_file(plain, temporary / f"{name}.safetensors")
-    (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    (temporary / STATE_FILE).write_text(to_json(state, indent=1), encoding="utf-8")
     for file in temporary.iterdir():
         with file.open("rb") as written:
             os.fsync(written.fileno())
@@ -82,7 +96,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {STATE_FILE}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is torn ({error}); use an earlier checkpoint.") from None
+        raise _torn(path, error) from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -96,11 +110,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is torn ({error}); use an earlier checkpoint.") from None
+        raise _torn(path, error) from None
 
 
 class CheckpointError(InputError):
     """A checkpoint can't be read; the message says which file and what to do."""
+
+
+def _torn(path: Path, error: Exception) -> CheckpointError:
+    if (path.parent / STATE_FILE).exists():
+        remedy = f"; remove {path.parent} to go on from what was saved before."
+    else:
+        remedy = "."
+    return CheckpointError(f"{path} is torn, or of another format ({error}){remedy}")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 from ruamel.yaml import YAML
@@ -25,6 +25,18 @@ from ruamel.yaml.error import YAMLError
 
 from entroflow.component import Component
 from entroflow.errors import InputError
+
+if TYPE_CHECKING:
+    # Imported late where they run: a recipe can be listed and refused without loading torch.
+    from entroflow.allocation.base import Allocation
+    from entroflow.credit.base import Credit
+    from entroflow.evaluation.base import Evaluation
+    from entroflow.exploration.base import Exploration
+    from entroflow.objectives.base import Objective
+    from entroflow.policies.base import PolicyConfig
+    from entroflow.prompts import PromptSource
+    from entroflow.rewards.base import Reward
+    from entroflow.sampling.kernels import Kernel
 
 COMPONENTS: dict[str, dict[str, str]] = {
     "policy": {"shapes": "entroflow.policies.shapes.policy.ShapesPolicyConfig"},
@@ -95,6 +107,11 @@ class Run(Component):
     checkpoint_every: int = Field(20, ge=1, description="iterations between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the latest checkpoints stay")
 
+    @property
+    def test_seed(self) -> int:
+        """Seed of the comparison on test prompts: other noise than the run's evaluations saw."""
+        return self.seed + 1
+
 
 PLAIN: dict[str, type[Component]] = {"sampling": Sampling, "optimizer": Optimizer, "run": Run}
 SECTIONS = (
@@ -118,17 +135,17 @@ class Recipe:
     title: str
     paper: str
     notes: str
-    policy: Any
-    prompts: Any
-    allocation: Any
+    policy: PolicyConfig
+    prompts: PromptSource
+    allocation: Allocation
     sampling: Sampling
-    exploration: Any
-    kernel: Any
-    reward: Any
-    credit: Any
-    objective: Any
+    exploration: Exploration
+    kernel: Kernel
+    reward: Reward
+    credit: Credit
+    objective: Objective
     optimizer: Optimizer
-    evaluation: Any
+    evaluation: Evaluation
     run: Run
     resolved: Mapping[str, Any]
     found_in: Path | None = None

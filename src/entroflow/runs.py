@@ -24,7 +24,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from entroflow import checkpoints, pictures
-from entroflow.checkpoints import CheckpointError, write_bytes, write_text
+from entroflow.checkpoints import CheckpointError, to_json, write_bytes, write_text
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated
 
@@ -82,9 +82,9 @@ class RunFolder:
     # --- metrics -------------------------------------------------------------------------------
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Add one line; it is on disk when this returns."""
+        """Add one line; it is on disk when this returns. What is not finite becomes null."""
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -104,7 +104,7 @@ class RunFolder:
     def cut_after(self, iteration: int) -> None:
         """Forget what was written after `iteration`: it is about to be written again."""
         kept = [line for line in self.metrics() if line["iteration"] <= iteration]
-        write_text(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.path / METRICS, "".join(to_json(line) + "\n" for line in kept))
         outdated = [self.path / EVALUATION, *self.path.glob("*/test_*")]
         for folder in (self.images, self.examples):
             outdated += [path for path in folder.glob("[0-9]*") if int(path.stem) > iteration]
@@ -124,7 +124,7 @@ class RunFolder:
         strip = torch.cat(list(evaluated.images), dim=-1)
         write_bytes(self.examples / f"{name}.png", pictures.to_png(strip))
         known = {"captions": list(evaluated.captions), "passed": list(evaluated.passed)}
-        write_text(self.examples / f"{name}.json", json.dumps(known) + "\n")
+        write_text(self.examples / f"{name}.json", to_json(known) + "\n")
 
     # --- checkpoints ---------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ class RunFolder:
     def mark_best(self, iteration: int, score: float) -> None:
         """Name the checkpoint of `iteration` the best by evaluation."""
         content = {"iteration": iteration, "score": score}
-        write_text(self.checkpoints / BEST, json.dumps(content) + "\n")
+        write_text(self.checkpoints / BEST, to_json(content) + "\n")
 
     def best(self) -> Path | None:
         """The best checkpoint by evaluation, if one is marked and still there."""
@@ -176,3 +176,18 @@ class RunFolder:
         if not found:
             raise CheckpointError(f"{self.path} has no checkpoint yet.")
         return found[-1]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file of a run folder holds.
+
+    Raises:
+        RunError: the file is torn.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is torn ({error}); remove it to do without.") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path} holds no JSON object; remove it to do without.")
+    return content

@@ -25,9 +25,11 @@ from entroflow.exploration.base import Request
 from entroflow.ledger import Ledger
 from entroflow.objectives.update import UpdateStatistics, update
 from entroflow.policies.base import Policy
+from entroflow.prompts import Prompt
 from entroflow.recipe import Recipe
 from entroflow.rewards.base import Reward, Scores, join_scores, score
 from entroflow.runs import RunFolder
+from entroflow.sampling.plan import Plan, Role
 from entroflow.sampling.rollouts import Rollouts, Transitions, join_rollouts, transitions_of
 from entroflow.sampling.solver import sample
 
@@ -62,6 +64,18 @@ class Trainer:
             weight_decay=settings.weight_decay,
         )
 
+    def try_inputs(self) -> None:
+        """Plan the first iteration and encode its prompts, so that wrong input shows at once.
+
+        Raises:
+            InputError: a prompt file, a caption or a range of steps is wrong.
+        """
+        prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
+        self.policy.encode([prompt.text for prompt in prompts])
+        sizes = self.recipe.allocation.sizes(len(prompts), [])
+        if sizes is not None:
+            self._plan(prompts, sizes, torch.zeros(len(prompts), dtype=torch.long))
+
     def step(self) -> Metrics:
         """One iteration: the whole method, a line a stage."""
         start = perf_counter()
@@ -76,23 +90,14 @@ class Trainer:
         self.seconds += perf_counter() - start
         return self._metrics(rollouts, scores, transitions, statistics)
 
-    def _roll_out(self, prompts: list[Any]) -> tuple[Rollouts, Scores]:
+    def _roll_out(self, prompts: list[Prompt]) -> tuple[Rollouts, Scores]:
         """Sample and score, round by round, until the allocation hands out no more."""
         recipe = self.recipe
         rounds: list[Rollouts] = []
         scores: list[Scores] = []
         spent = torch.zeros(len(prompts), dtype=torch.long)
         while (sizes := recipe.allocation.sizes(len(prompts), rounds)) is not None:
-            request = Request(
-                prompts,
-                sizes,
-                spent,
-                self.base_grid,
-                recipe.kernel,
-                recipe.run.seed,
-                self.iteration,
-            )
-            plan = recipe.credit.complete(recipe.exploration.plan(request))
+            plan = self._plan(prompts, sizes, spent)
             rollouts = Rollouts.empty(
                 plan,
                 self.policy.latent_shape,
@@ -110,6 +115,13 @@ class Trainer:
             rounds.append(rollouts)
             spent = spent + sizes
         return join_rollouts(rounds), join_scores(scores)
+
+    def _plan(self, prompts: list[Prompt], sizes: Tensor, spent: Tensor) -> Plan:
+        recipe = self.recipe
+        request = Request(
+            prompts, sizes, spent, self.base_grid, recipe.kernel, recipe.run.seed, self.iteration
+        )
+        return recipe.credit.complete(recipe.exploration.plan(request))
 
     def _refuse_if_useless(
         self, rollouts: Rollouts, scores: Scores, transitions: Transitions
@@ -145,7 +157,7 @@ class Trainer:
         """Warn where the first pass of the update disagrees with the rollout."""
         recipe = self.recipe
         limit = 0.1 * recipe.objective.clip(self.dimensions)
-        if statistics.ratio_deviation > limit:
+        if statistics.ratio_deviation is not None and statistics.ratio_deviation > limit:
             log.warning(
                 "iteration %d: before the first step the policy ratio is off by %.1e, more than a "
                 "tenth of the clip range (%.1e). Rollout and training must agree in dtype (policy "
@@ -166,7 +178,7 @@ class Trainer:
         """Evaluate the moving average of the weights."""
         recipe = self.recipe
         with self.policy.weights("ema"), self.evaluation_ledger.timed("evaluate"):
-            return recipe.evaluation.run(  # type: ignore[no-any-return]
+            return recipe.evaluation.run(
                 self.policy,
                 seed=recipe.run.seed,
                 batch_size=recipe.sampling.batch_size,
@@ -181,8 +193,9 @@ class Trainer:
         transitions: Transitions,
         statistics: UpdateStatistics,
     ) -> Metrics:
-        scored = rollouts.plan.scored
-        values, group = scores.values[scored], rollouts.plan.group[scored]
+        plan = rollouts.plan
+        rated = plan.scored & (plan.role == Role.ROLLOUT)
+        values, group = scores.values[rated], plan.group[rated]
         valid = ~values.isnan()
         groups = [values[(group == g) & valid] for g in group.unique()]
         spread = torch.stack([g.std(correction=0) for g in groups if len(g)])
@@ -194,9 +207,9 @@ class Trainer:
             "reward/std": spread.mean().item(),
             "reward/failed": int((~valid).sum()),
             "reward/tied_groups": sum(is_tied(g) for g in groups if len(g) > 1),
-            "policy/loss": terms.get("loss", 0.0),
+            "policy/loss": terms.get("loss"),
             "policy/ratio_max_deviation": statistics.ratio_deviation,
-            "policy/clip_fraction": terms.get("clipped", 0.0),
+            "policy/clip_fraction": terms.get("clipped"),
             "policy/kl": statistics.kl,
             "policy/gradient_norm": _mean(statistics.gradient_norm),
             "policy/skipped": statistics.skipped,
@@ -269,9 +282,7 @@ def evaluation_metrics(found: Evaluated) -> Metrics:
         "eval/strict_high": overall.high,
         **by_skill,
         "eval/reward": found.reward,
-        "eval/diversity": found.diversity,
-        "eval/texture": found.texture,
-        "eval/contrast": found.contrast,
+        **{f"eval/{name}": value for name, value in found.monitors.items()},
     }
 
 
@@ -338,9 +349,9 @@ def train_in(
 
 def _standing(metrics: Metrics) -> float:
     """What the best checkpoint is chosen by: the held-out reward, or -inf without an evaluation."""
-    reward = metrics.get("eval/reward", math.nan)
-    return -math.inf if math.isnan(reward) else float(reward)
+    reward = metrics.get("eval/reward")
+    return -math.inf if reward is None or math.isnan(reward) else float(reward)
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -46,6 +46,23 @@ def test_texture_of_a_dot_pattern_is_its_closed_form(amplitude):
     assert texture.item() == pytest.approx(abs(amplitude) * DOT_TEXTURE, rel=1e-3)
 
 
+@pytest.mark.parametrize("color", range(len(PALETTE)))
+@pytest.mark.parametrize("size", [1, 2])
+def test_dots_as_strong_as_an_object_but_too_small_for_the_score_are_texture(color, size):
+    """The strict score stays 1, so this monitor alone can see them."""
+    spec = parse("a large blue circle")
+    image = render(lay_out([spec], np.random.default_rng(0)))
+    dotted = image.clone()
+    near = torch.nn.functional.max_pool2d((image - image[:, :, :1, :1]).abs().amax(1), 9, 1, 4)
+    for y in range(2, 29, 6):
+        for x in range(2, 29, 6):
+            if near[0, y, x] < 0.1:
+                dotted[0, :, y : y + size, x : x + size] = PALETTE[color][:, None, None]
+    assert score(torch.cat([image, dotted]), [spec, spec]).strict.all()
+    assert background_texture(image).item() < 1e-5
+    assert background_texture(dotted).item() > 0.05
+
+
 def test_texture_is_the_root_mean_square_over_the_channels():
     image = plain()
     image[:, 1] += dots(0.03)

@@ -80,9 +80,9 @@ def test_a_painted_block_is_a_square_of_its_area_and_centre():
     assert seen.radius[0, 0].item() == pytest.approx(4 / 0.88, abs=1e-4)
     assert seen.overlap[0, 0, SQUARE].item() == pytest.approx(1, abs=1e-4)
     assert seen.background[0].tolist() == pytest.approx([0.9] * 3)
-    expected = torch.zeros(RESOLUTION, RESOLUTION)
-    expected[16:24, 6:14] = 1
-    torch.testing.assert_close(seen.foreground[0], expected, atol=1e-5, rtol=0)
+    expected = torch.zeros(RESOLUTION, RESOLUTION, dtype=torch.bool)
+    expected[16:24, 6:14] = True
+    assert torch.equal(seen.solid[0], expected)
 
 
 def test_overlap_is_intersection_over_union_with_a_shape_of_the_same_area():
@@ -216,9 +216,9 @@ def test_an_empty_picture_has_no_objects(level):
     assert seen.count.tolist() == [0, 0]
 
 
-def test_a_picture_all_in_one_palette_colour_has_a_foreground_of_zero():
+def test_a_picture_all_in_one_palette_colour_is_all_background():
     images = PALETTE[:, :, None, None].repeat(1, 1, RESOLUTION, RESOLUTION)
-    assert torch.equal(recognise(images).foreground, torch.zeros(len(PALETTE), 32, 32))
+    assert not recognise(images).solid.any()
 
 
 def test_speckle_too_faint_to_see_is_no_object_on_a_background_near_the_palette():

@@ -291,7 +291,7 @@ def detections(pictures, rng):
         radius=torch.from_numpy(rng.uniform(3, 7, (B, MOST_DETECTED))).float(),
         center=torch.from_numpy(rng.uniform(0, 32, (B, MOST_DETECTED, 2))).float(),
         overlap=torch.from_numpy(rng.uniform(0.05, 1, (B, MOST_DETECTED, len(SHAPES)))).float(),
-        foreground=torch.zeros(B, RESOLUTION, RESOLUTION),
+        solid=torch.zeros(B, RESOLUTION, RESOLUTION, dtype=torch.bool),
         background=torch.zeros(B, 3),
     )
     for b, objects in enumerate(pictures):

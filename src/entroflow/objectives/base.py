@@ -18,6 +18,9 @@ class Objective(Protocol):
     needs_reference: bool
     """Whether the mean under the reference weights must be computed."""
 
+    skips_zero_advantage: bool
+    """Whether the loss of a transition with advantage 0 is exactly 0: no pass is spent on it."""
+
     minibatches: int
     epochs: int
 

@@ -54,6 +54,11 @@ class Clipped(Component):
         """Whether there is a KL term."""
         return self.kl > 0
 
+    @property
+    def skips_zero_advantage(self) -> bool:
+        """Whether there is no KL term, which pulls whatever the advantage."""
+        return self.kl == 0
+
     def clip(self, dimensions: int) -> float:
         """The clip range per dimension for latents of D values."""
         return self.clip_range or (self.clip_total or 0.0) / dimensions

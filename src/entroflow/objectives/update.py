@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from entroflow.errors import InputError
 from entroflow.ledger import Ledger
 from entroflow.objectives.base import Objective
 from entroflow.policies.base import Condition, Policy
@@ -15,22 +16,25 @@ from entroflow.sampling.kernels import Kernel, kl_divergence, log_prob
 from entroflow.sampling.noise import Stream, generator
 from entroflow.sampling.rollouts import Transitions
 
+KL_SAMPLE = 32
+"""Transitions on which the KL to the reference is measured."""
+
 
 @dataclass
 class UpdateStatistics:
-    """What happened in the updates of one iteration.
+    """What happened in the updates of one iteration; None or absent where nothing was measured.
 
     Attributes:
+        kl: KL to the reference per dimension, mean over a sample, before the first optimizer step.
         ratio_deviation: largest |ratio - 1| before the first optimizer step; 0 in exact arithmetic.
-        kl: KL to the reference per dimension on the first micro-batch, before the first step.
         terms: means over all transitions that were used, by name.
         by_step: the same, by base-grid step.
         gradient_norm: before clipping, one per optimizer step.
         skipped: transitions of weight or advantage zero, on which no pass was spent.
     """
 
-    ratio_deviation: float = 0.0
-    kl: float = 0.0
+    kl: float
+    ratio_deviation: float | None = None
     terms: dict[str, float] = field(default_factory=dict)
     by_step: dict[str, dict[int, float]] = field(default_factory=dict)
     gradient_norm: list[float] = field(default_factory=list)
@@ -53,14 +57,18 @@ def update(
     max_grad_norm: float,
     ledger: Ledger,
 ) -> UpdateStatistics:
-    """Take `epochs x minibatches` optimizer steps.
+    """Take `epochs x minibatches` optimizer steps; none for a minibatch that teaches nothing.
 
     The gradient is that of the sum of weight x loss term over a minibatch, weights renormalised to
     sum to 1, times D: as if log-probabilities were not divided by D, so that Adam's epsilon and
     `max_grad_norm` mean the same at every resolution. Transitions that share a state share its
     forward pass and its minibatch.
+
+    Raises:
+        InputError: fewer rows than minibatches, or a gradient that is not finite.
     """
-    statistics = UpdateStatistics()
+    forward = _Forward(policy, kernel, cond, guidance)
+    statistics = UpdateStatistics(kl=_kl_to_reference(forward, transitions, ledger))
     dimensions = transitions.states[0].numel()
     gathered: dict[str, list[Tensor]] = {}
     first = True
@@ -69,37 +77,36 @@ def update(
             part = transitions.take(minibatch)
             share = part.weight / part.weight.sum().clamp(min=torch.finfo(torch.float64).tiny)
             used = part.weight > 0
-            if not objective.needs_reference:
+            if objective.skips_zero_advantage:
                 used &= part.advantage != 0
             statistics.skipped += int((~used).sum())
+            if not used.any():
+                continue
             optimizer.zero_grad()
             for chunk in _same_state_chunks(part.state, used, micro_batch):
-                passes = _forward(
-                    policy, kernel, cond, part.take(chunk), guidance, ledger,
-                    needs_reference=objective.needs_reference, monitor_reference=not gathered,
-                )  # fmt: skip
-                terms = objective.terms(
-                    passes.transitions, passes.log_prob, passes.mean,
-                    passes.reference_mean if objective.needs_reference else None,
-                )  # fmt: skip
-                if not gathered and passes.reference_mean is not None:
-                    kl = kl_divergence(
-                        passes.mean.detach(), passes.reference_mean, passes.transitions.std
-                    )
-                    statistics.kl = kl.mean().item()
+                these = part.take(chunk)
+                evaluations = forward.evaluations(these)
+                reference_mean = None
+                if objective.needs_reference:
+                    reference_mean = forward.reference(these)
+                    ledger.forward(evaluations)
+                mean = forward(these)
+                ledger.forward_backward(evaluations)
+                reached = these.states[these.next_state].to(mean)
+                density = log_prob(reached, mean, these.std)
+                terms = objective.terms(these, density, mean, reference_mean)
                 loss = (share[chunk].to(terms["loss"]) * terms["loss"]).sum()
                 (dimensions * loss).backward()
-                _gather(gathered, terms, minibatch[chunk], part.advantage[chunk])
+                _gather(gathered, terms, minibatch[chunk], these.advantage)
                 if first:
-                    old = passes.transitions.log_prob.to(passes.log_prob)
-                    ratio = torch.exp(passes.log_prob.detach() - old)
+                    ratio = torch.exp(density.detach() - these.log_prob.to(density))
                     deviation = (ratio - 1).abs().max().item()
-                    statistics.ratio_deviation = max(statistics.ratio_deviation, deviation)
+                    statistics.ratio_deviation = max(statistics.ratio_deviation or 0.0, deviation)
             norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
             if not norm.isfinite():
-                raise FloatingPointError(
-                    f"the gradient is not finite at iteration {iteration}; it was not applied. "
-                    "Lower optimizer.learning_rate, or look at the rewards and the precision."
+                raise InputError(
+                    f"the gradient of iteration {iteration + 1} is not finite and was not applied; "
+                    "lower optimizer.learning_rate, or look at the rewards and the precision."
                 )
             optimizer.step()
             ledger.optimizer_steps += 1
@@ -110,53 +117,44 @@ def update(
 
 
 @dataclass(frozen=True)
-class _Passes:
-    """Transitions, and what the network says of them now."""
+class _Forward:
+    """Means of transitions [n, *latent] under the active weights, one pass per distinct state."""
 
-    transitions: Transitions
-    log_prob: Tensor
-    mean: Tensor
-    reference_mean: Tensor | None
+    policy: Policy
+    kernel: Kernel
+    cond: Condition
+    guidance: float
 
-
-def _forward(
-    policy: Policy,
-    kernel: Kernel,
-    cond: Condition,
-    part: Transitions,
-    guidance: float,
-    ledger: Ledger,
-    needs_reference: bool,
-    monitor_reference: bool,
-) -> _Passes:
-    """One forward pass per distinct state, and one under the reference weights if wanted.
-
-    A reference pass for monitoring alone is counted apart: it is no part of the method's cost.
-    """
-    distinct, first, inverse = _distinct(part.state)
-    x, prompt = part.states[distinct], part.prompt[first]
-    sigma = part.sigma[first].to(torch.promote_types(x.dtype, torch.float32))
-    evaluations = len(distinct) * policy.evaluations(guidance)
-    conditions = cond.take(prompt)
-
-    def mean_of(velocity: Tensor) -> Tensor:
+    def __call__(self, part: Transitions) -> Tensor:
+        distinct, first, inverse = _distinct(part.state)
+        x = part.states[distinct]
         exact = torch.promote_types(x.dtype, torch.float32)
-        states = x.to(exact)[inverse]
-        v = velocity.to(exact)[inverse]
-        return kernel.mean(states, v, part.sigma, part.sigma_next, part.std)
+        sigma, conditions = part.sigma[first].to(exact), self.cond.take(part.prompt[first])
+        velocity = self.policy.velocity(x, sigma, conditions, self.guidance)
+        states, velocities = x.to(exact)[inverse], velocity.to(exact)[inverse]
+        return self.kernel.mean(states, velocities, part.sigma, part.sigma_next, part.std)
 
-    reference_mean = None
-    if needs_reference or monitor_reference:
-        with torch.no_grad(), policy.weights("reference"):
-            reference_mean = mean_of(policy.velocity(x, sigma, conditions, guidance))
-        if needs_reference:
-            ledger.forward(evaluations)
-        else:
-            ledger.monitor_evaluations += evaluations
-    mean = mean_of(policy.velocity(x, sigma, conditions, guidance))
-    ledger.forward_backward(evaluations)
-    reached = part.states[part.next_state].to(mean)
-    return _Passes(part, log_prob(reached, mean, part.std), mean, reference_mean)
+    def reference(self, part: Transitions) -> Tensor:
+        """The same under the reference weights, without gradient."""
+        with torch.no_grad(), self.policy.weights("reference"):
+            return self(part)
+
+    def evaluations(self, part: Transitions) -> int:
+        """Network evaluations of one call."""
+        return len(part.state.unique()) * self.policy.evaluations(self.guidance)
+
+
+@torch.no_grad()
+def _kl_to_reference(forward: _Forward, transitions: Transitions, ledger: Ledger) -> float:
+    """Mean over transitions spread evenly over the table.
+
+    The passes serve a run-time check alone and are counted apart: no part of the method's cost.
+    """
+    n = min(KL_SAMPLE, len(transitions))
+    sample = transitions.take(torch.linspace(0, len(transitions) - 1, n).long())
+    kl = kl_divergence(forward(sample), forward.reference(sample), sample.std)
+    ledger.monitor_evaluations += 2 * forward.evaluations(sample)
+    return kl.mean().item()
 
 
 def _minibatches(
@@ -169,6 +167,11 @@ def _minibatches(
     lowest_row.scatter_reduce_(0, transitions.state, transitions.row, "amin")
     unit = lowest_row[transitions.state]
     units = unit.unique()
+    if len(units) < count:
+        raise InputError(
+            f"objective.minibatches is {count}, but the transitions fall into only {len(units)} "
+            "parts that share no state."
+        )
     order = generator(seed, Stream.MINIBATCH, iteration, step=epoch).permutation(len(units))
     place = torch.empty(len(units), dtype=torch.long)
     place[torch.from_numpy(order)] = torch.arange(len(units)) * count // len(units)

@@ -25,6 +25,14 @@ class Condition:
         return Condition({name: value[prompt] for name, value in self.tensors.items()})
 
 
+class PolicyConfig(Protocol):
+    """Settings that a policy is built from."""
+
+    def build(self) -> Policy:
+        """The policy with its weights."""
+        ...
+
+
 class Policy(Protocol):
     """A generator of images.
 

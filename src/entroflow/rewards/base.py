@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -66,7 +67,10 @@ class FunctionReward:
                     images, [p.text for p in prompts], [dict(p.metadata) for p in prompts]
                 )
         except Exception as error:
-            log.warning("reward %s failed on %d images: %s", name, len(images), error)
+            log.warning(
+                "reward %s failed on %d images: %s: %s",
+                name, len(images), type(error).__name__, error,
+            )  # fmt: skip
             return Scores(
                 torch.full((len(images),), torch.nan, dtype=torch.float64),
                 (Status.ERROR,) * len(images),
@@ -96,7 +100,11 @@ def score(
         finished: row numbers, as `sampling.sample` yields them while it fills `rollouts`.
 
     Returns:
-        Scores [B] of all rows of the plan; NaN for rows that are not scored.
+        Scores [B] of all rows of the plan; NaN for rows that are not scored. A value that is not
+        finite, or whose status is not ok, is NaN whatever the reward put there.
+
+    Raises:
+        InputError: the reward returned the wrong number of values or statuses.
     """
     plan = rollouts.plan
     values = torch.full((plan.rows,), torch.nan, dtype=torch.float64)
@@ -111,9 +119,18 @@ def score(
             with ledger.timed("score"):
                 scores = reward.score(images, prompts)
             ledger.reward_calls += len(rows)
-        values[rows] = scores.values
-        for row, status in zip(rows.tolist(), scores.statuses, strict=True):
-            statuses[row] = status
+        if scores.values.shape != (len(rows),) or len(scores.statuses) != len(rows):
+            raise InputError(
+                f"reward {type(reward).__name__} must return one value and one status per image: "
+                f"{len(rows)} images, but values of shape {tuple(scores.values.shape)} and "
+                f"{len(scores.statuses)} statuses."
+            )
+        for row, value, status in zip(
+            rows.tolist(), scores.values.tolist(), scores.statuses, strict=True
+        ):
+            good = status == Status.OK and math.isfinite(value)
+            values[row] = value if good else math.nan
+            statuses[row] = Status.UNPARSED if status == Status.OK and not good else status
     return Scores(values, tuple(statuses))
 
 

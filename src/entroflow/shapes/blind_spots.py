@@ -16,13 +16,12 @@ from entroflow.shapes.recognise import recognise
 def background_texture(images: Tensor) -> Tensor:
     """[B] standard deviation, over background pixels, of what a 3x3 mean removes (RGB mean).
 
-    Background are the pixels more than two pixels from any that differ from the background colour
-    as an object does. 0 on rendered scenes. NaN where no background is left.
+    Background are the pixels more than two pixels from every object; specks that the score ignores
+    belong to it. 0 on rendered scenes. NaN where no background is left.
     """
     images = images.detach().float()
     seen = recognise(images)
-    solid = (seen.foreground > 0.5).float()[:, None]
-    near = F.max_pool2d(solid, 5, stride=1, padding=2)
+    near = F.max_pool2d(seen.solid.float()[:, None], 5, stride=1, padding=2)
     free = 1 - near
     fine = images - _masked_mean(images, free)
     count = free.flatten(1).sum(dim=1)
@@ -36,7 +35,7 @@ def contrast(images: Tensor) -> Tensor:
     NaN where there is no object.
     """
     seen = recognise(images)
-    solid = (seen.foreground > 0.5).float()
+    solid = seen.solid.float()
     distance = (images - seen.background[:, :, None, None]).square().mean(dim=1).sqrt()
     count = solid.flatten(1).sum(dim=1)
     total = (distance * solid).flatten(1).sum(dim=1)

@@ -45,7 +45,7 @@ class Detections:
         radius: [B, K] pixels, of the best-fitting shape.
         center: [B, K, 2] pixels, (x, y).
         overlap: [B, K, 5] intersection over union with each shape.
-        foreground: [B, 32, 32] coverage by any palette colour, in [0, 1].
+        solid: [B, 32, 32] bool, pixels of the objects (specks that are ignored are none).
         background: [B, 3] RGB.
     """
 
@@ -55,7 +55,7 @@ class Detections:
     radius: Tensor
     center: Tensor
     overlap: Tensor
-    foreground: Tensor
+    solid: Tensor
     background: Tensor
 
     @property
@@ -94,7 +94,7 @@ def _recognise(images: Tensor) -> Detections:
         radius=torch.zeros(B, MOST_DETECTED),
         center=torch.zeros(B, MOST_DETECTED, 2),
         overlap=torch.zeros(B, MOST_DETECTED, len(SHAPES)),
-        foreground=share.clamp(0, 1),
+        solid=labels > 0,
         background=background,
     )
     if n == 0:

@@ -59,7 +59,7 @@ class Pretraining:
     @property
     def steps(self) -> int:
         """Optimizer steps of all cycles."""
-        return self.first_cycle * (2**self.cycles - 1)
+        return self.first_cycle * int(2**self.cycles - 1)
 
 
 def batch_of_scenes(settings: Pretraining, step: int) -> tuple[Tensor, Tensor]:
