@@ -50,7 +50,7 @@ def normalise(x: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, scale.shape, scale.to(x.dtype), eps=1e-6)
 
 
-class Stream(nn.Module):
+class ModalityStream(nn.Module):
     """The weights of one modality (text or image) within a block."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -105,8 +105,8 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.text = Stream(width, heads)
-        self.image = Stream(width, heads)
+        self.text = ModalityStream(width, heads)
+        self.image = ModalityStream(width, heads)
 
     def forward(self, text: Tensor, image: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """New text [B, L, width] and image [B, N, width] tokens."""
@@ -132,7 +132,7 @@ class LastBlock(nn.Module):
         super().__init__()
         self.layer = layer
         self.text = LastTextStream(width, heads)
-        self.image = Stream(width, heads)
+        self.image = ModalityStream(width, heads)
 
     def forward(self, text: Tensor, image: Tensor, condition: Tensor) -> Tensor:
         """New image [B, N, width] tokens."""
