@@ -11,12 +11,12 @@ import torch
 from scipy import optimize, stats
 
 from entroflow.evaluation import shapes as shapes_module
-from entroflow.evaluation.base import Evaluated
+from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, SkillScore
 from entroflow.evaluation.base_and_tuned import (
     GUIDANCE_SCALES,
     _gain,
-    best_guidance,
     compare_with_base,
+    try_guidance,
 )
 from entroflow.evaluation.shapes import EXAMPLES_PER_SKILL, ShapesEvaluation, held_out
 from entroflow.ledger import Ledger
@@ -95,9 +95,10 @@ def test_a_perfect_policy_scores_1():
     assert found.reward == 1
     assert all(found.passed)
     # Every image of a prompt is the same one here, and scenes have no texture.
-    assert found.diversity < 1e-6
-    assert found.texture < 1e-6
-    assert found.contrast > 0.1
+    assert list(found.monitors) == ["diversity", "texture", "contrast"]
+    assert found.monitors["diversity"] < 1e-6
+    assert found.monitors["texture"] < 1e-6
+    assert found.monitors["contrast"] > 0.1
     assert ledger.network_evaluations == 2 * 48
     assert ledger.decodes == 48
 
@@ -112,7 +113,7 @@ def test_a_policy_that_draws_nothing_scores_0():
         assert score.high > 0
     assert not any(found.passed)
     assert math.isnan(found.reward)
-    assert math.isnan(found.contrast)
+    assert math.isnan(found.monitors["contrast"])
 
 
 @torch.no_grad()
@@ -300,7 +301,7 @@ def test_images_are_shared_evenly_by_the_prompts(images):
 def plain(found):
     """The numbers of an evaluation in a list."""
     numbers = [value for score in found.scores.values() for value in vars(score).values()]
-    return [*numbers, found.reward, found.diversity, found.texture, found.contrast]
+    return [*numbers, found.reward, *found.monitors.values()]
 
 
 @torch.no_grad()
@@ -321,8 +322,8 @@ def test_batches_change_nothing_but_rounding_through_the_network():
     one, other = (evaluated(policy, batch_size=size, **settings) for size in (12, 5))
     torch.testing.assert_close(other.images, one.images, rtol=0, atol=1e-4)
     assert other.captions == one.captions
-    assert other.diversity == pytest.approx(one.diversity, abs=1e-4)
-    assert one.diversity > 0.05
+    assert other.monitors["diversity"] == pytest.approx(one.monitors["diversity"], abs=1e-4)
+    assert one.monitors["diversity"] > 0.05
     assert other.reward == pytest.approx(one.reward, abs=0.02)
 
 
@@ -339,9 +340,12 @@ def test_noise_is_fixed_by_the_seed():
 # --- the comparison with the base -----------------------------------------------------------------
 
 
-def comparison(policy, **settings):
-    settings = {"seed": 1, "batch_size": 64, "steps": 1, "images_per_skill": 4, **settings}
-    return compare_with_base(policy, **settings)
+def comparison(policy, with_tuned=True, ledger=None, **settings):
+    settings = {"split": "test", "steps": 1, "images_per_skill": 4, **settings}
+    evaluation = ShapesEvaluation(**settings)
+    return compare_with_base(
+        policy, evaluation, seed=1, batch_size=64, with_tuned=with_tuned, ledger=ledger
+    )
 
 
 def tuned_policy(base, tuned, **settings):
@@ -369,6 +373,7 @@ def test_the_tuned_weights_stand_beside_the_base():
     assert ledger.network_evaluations == 3 * 24
     assert {name for name, _ in summary.items()} >= {"split", "steps", "seed", "best_guidance"}
     assert (summary["split"], summary["steps"], summary["seed"]) == ("test", 1, 1)
+    assert list(summary["models"]["tuned"]["monitors"]) == ["diversity", "texture", "contrast"]
 
 
 def test_equal_weights_gain_nothing():
@@ -382,23 +387,86 @@ def test_equal_weights_gain_nothing():
     assert summary["best_guidance"] == 1
 
 
-@pytest.mark.parametrize("right_at", [1.0, 1.5, 3.0])
+@pytest.mark.parametrize("right_at", [1.0, 1.5, 8.0])
 def test_the_base_gets_its_best_guidance(right_at):
     """A base that draws at one scale only: found on validation prompts, shown on test prompts."""
     policy = tuned_policy(1.0, 0.0, right_at=right_at)
-    with policy.weights("reference"):
-        best, strict = best_guidance(policy, seed=1, batch_size=64, steps=1, images_per_skill=1)
-    assert best == right_at
-    assert strict == {scale: float(scale == right_at) for scale in GUIDANCE_SCALES}
-    splits = [{grammar.split_of(grammar.parse(p)) for p in seen} for seen in policy.seen]
-    assert splits == [{"validation"}] * 4
-    policy.seen.clear()
     summary, found = comparison(policy)
     splits = [{grammar.split_of(grammar.parse(p)) for p in seen} for seen in policy.seen]
-    assert splits == [{"validation"}] * 4 + [{"test"}] * 3
+    assert splits == [{"validation"}] * len(GUIDANCE_SCALES) + [{"test"}] * 3
+    tried = {entry["guidance"]: entry["strict"] for entry in summary["guidance_tried"]}
+    assert tried == {scale: float(scale == right_at) for scale in GUIDANCE_SCALES}
+    assert {entry["images"] for entry in summary["guidance_tried"]} == {6}
     assert summary["best_guidance"] == right_at
     assert found["base_guided"].scores["overall"].strict == 1
     assert found["base"].scores["overall"].strict == float(right_at == 1)
+    guided = summary["models"]["base_guided"]
+    assert (guided["guidance"], guided["passes"]) == (right_at, 1 if right_at == 1 else 2)
+    assert {summary["models"][name]["passes"] for name in ("base", "tuned")} == {1}
+
+
+class Scripted(HeldOutEvaluation):
+    """Strict scores by guidance scale; notes how it is run."""
+
+    def run(self, policy, *, seed, batch_size, reward=None, ledger=None):
+        strict = policy.strict[self.guidance]
+        policy.runs.append(self)
+        overall = SkillScore(strict, strict, strict, strict, images=self.images_per_skill)
+        return Evaluated({"overall": overall}, 0.0, {"sharpness": 0.1}, torch.zeros(0), [], [])
+
+
+class ScriptedPolicy(DrawnPolicy):
+    """`strict`: score by guidance scale."""
+
+    def __init__(self, strict):
+        super().__init__()
+        self.strict, self.runs = strict, []
+        self.weights.keep("reference")
+        self.weights.keep("ema")
+
+
+@pytest.mark.parametrize(
+    ("scores", "tried"),
+    [
+        ((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), 7),
+        ((0.5, 0.4, 0.3, 0.9, 0.9, 0.9, 0.9), 3),
+        ((0.2, 0.3, 0.4, 0.39, 0.38, 0.9, 0.9), 5),
+        ((0.2, 0.3, 0.29, 0.31, 0.3, 0.2, 0.9), 6),
+        ((0.5, 0.5, 0.4, 0.4, 0.3, 0.3, 0.2), 7),
+    ],
+)
+def test_guidance_is_raised_until_the_score_has_fallen_twice_in_a_row(scores, tried):
+    policy = ScriptedPolicy(dict(zip(GUIDANCE_SCALES, scores, strict=True)))
+    found = try_guidance(policy, Scripted(images_per_skill=7), seed=0, batch_size=1)
+    assert list(found) == list(GUIDANCE_SCALES[:tried])
+    assert [score.strict for score in found.values()] == list(scores[:tried])
+    assert {run.images_per_skill for run in policy.runs} == {1}
+
+
+def test_the_guidance_of_the_evaluation_is_among_those_tried():
+    policy = ScriptedPolicy({scale: scale for scale in (*GUIDANCE_SCALES, 2.5)})
+    summary, _ = compare_with_base(policy, Scripted(guidance=2.5), seed=0, batch_size=1)
+    tried = [entry["guidance"] for entry in summary["guidance_tried"]]
+    assert tried == [1, 1.5, 2, 2.5, 3, 4, 6, 8]
+
+
+def test_an_evaluation_of_ones_own_is_compared_with_its_own_settings_and_monitors():
+    """All but split, guidance and number of images stay as the recipe has them."""
+    policy = ScriptedPolicy(dict(zip(GUIDANCE_SCALES, (0.5, 0.4, 0.3, 0, 0, 0, 0), strict=True)))
+    evaluation = Scripted(steps=7, test_images_per_skill=20)
+    summary, found = compare_with_base(policy, evaluation.on_test_prompts(), seed=0, batch_size=1)
+    assert [(run.split, run.images_per_skill, run.steps) for run in policy.runs] == [
+        *[("validation", 5, 7)] * 3,
+        *[("test", 20, 7)] * 3,
+    ]
+    assert list(found) == ["base", "base_guided", "tuned"]
+    assert summary["models"]["tuned"]["monitors"] == {"sharpness": 0.1}
+
+
+def test_the_comparison_keeps_the_prompts_of_the_recipe():
+    policy = tuned_policy(1.0, 1.0)
+    comparison(policy, prompts_per_skill=1)
+    assert {len(seen) for seen in policy.seen} == {6}
 
 
 def test_all_but_the_guided_base_are_judged_at_the_guidance_of_the_recipe():
@@ -426,7 +494,7 @@ def test_the_interval_of_a_gain_covers_the_true_one():
 
     def judged(rights):
         nothing = torch.zeros(0, 3, 32, 32)
-        return Evaluated(scored(rights, 24), 0.0, 0.0, 0.0, 0.0, nothing, [], [])
+        return Evaluated(scored(rights, 24), 0.0, {}, nothing, [], [])
 
     rng = np.random.default_rng(1)
     trials, covered = 300, 0

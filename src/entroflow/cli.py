@@ -119,28 +119,49 @@ def evaluate(
         Path | None, typer.Argument(help="A run folder; without it, the base model.")
     ] = None,
     split: Annotated[str, typer.Option(help="Prompts: validation or test.")] = "test",
-    steps: Annotated[int, typer.Option(min=1, help="ODE steps.")] = 10,
-    images: Annotated[int, typer.Option(min=1, help="Images per skill.")] = 96,
-    seed: Seed = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="ODE steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0.0, help="Guidance scale of base and tuned; 1 is none.")
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Images per skill.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of all noise.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Score by skill, with 95% intervals: base, base with its best guidance, and tuned."""
+    """Score by skill, with 95% intervals: base, base with its best guidance, and tuned.
+
+    The weights are those of the best checkpoint. What is not given is as in the comparison at the
+    end of the run.
+    """
     if split not in ("validation", "test"):
         raise InputError(f"--split is validation or test, not {split!r}.")
-    import json
-
+    from entroflow.checkpoints import to_json
     from entroflow.drawing import open_policy
+    from entroflow.evaluation.base import HeldOutEvaluation
     from entroflow.evaluation.base_and_tuned import compare_with_base
+    from entroflow.recipe import load_component
+    from entroflow.runs import RECIPE
     from entroflow.show import evaluation_table, print_table, working
 
     policy, names = open_policy(run, "ema")
+    recipe = "quickstart" if run is None else run / RECIPE
+    evaluation = load_component(recipe, "evaluation")
+    if not isinstance(evaluation, HeldOutEvaluation):
+        raise InputError(
+            f"the evaluation of {recipe} can't be repeated on other prompts: "
+            f"{type(evaluation).__name__} does not derive from HeldOutEvaluation."
+        )
+    given = {"split": split, "steps": steps, "guidance": guidance, "images_per_skill": images}
+    changed = {key: value for key, value in given.items() if value is not None}
     with working("evaluating", quiet=as_json):
         summary, _ = compare_with_base(
-            policy, seed=seed, batch_size=64, split=split,  # type: ignore[arg-type]
-            steps=steps, images_per_skill=images, with_tuned="tuned" in names,
-        )  # fmt: skip
+            policy,
+            evaluation.on_test_prompts().model_copy(update=changed),
+            seed=load_component(recipe, "run").test_seed if seed is None else seed,
+            batch_size=load_component(recipe, "sampling").batch_size,
+            with_tuned="tuned" in names,
+        )
     if as_json:
-        typer.echo(json.dumps(summary, indent=1))
+        typer.echo(to_json(summary, indent=1))
     else:
         print_table(evaluation_table(summary))
 
@@ -201,6 +222,10 @@ def main() -> None:
         app()
     except InputError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        # A folder that can't be written, a full disk: nothing a traceback would explain.
+        typer.echo(f"error: {error}", err=True)
         sys.exit(2)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from entroflow import pictures
 from entroflow.checkpoints import read_tensors
@@ -20,6 +22,7 @@ from entroflow.sampling.plan import fresh_rows
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.sampling.solver import sample
 from entroflow.shapes.grammar import parse
+from entroflow.shapes.scenes import RESOLUTION
 from entroflow.shapes.scoring import score
 
 BATCH_SIZE = 64
@@ -65,7 +68,8 @@ def draw(
 ) -> None:
     """Write a PNG: for every prompt a row per model, the same noise down a column.
 
-    A green bar marks images that show exactly what their caption says.
+    A green bar marks images that show exactly what their caption says, a red one those that don't;
+    there is none where that can't be judged.
 
     Raises:
         InputError: a prompt is outside what the model knows.
@@ -79,8 +83,9 @@ def draw(
         grid,
         kernel.std(grid[:-1], grid[1:], grid),
     )
-    specs = [parse(prompts[p]) for p in plan.prompt.tolist()]
-    images, captions, passed = [], [], []
+    images: list[Tensor] = []
+    captions: list[str] = []
+    passed: list[bool | None] = []
     for name in names:
         rollouts = Rollouts.empty(plan, policy.latent_shape)
         with policy.weights("reference" if name == "base" else "ema"):
@@ -90,17 +95,32 @@ def draw(
             ):  # fmt: skip
                 pass
         assert rollouts.images is not None
-        images.append(rollouts.images.unflatten(0, (len(prompts), count)))
-        captions.append([f"{name}: {text}" for text in prompts for _ in range(count)])
-        passed.append(score(rollouts.images, specs).strict.view(len(prompts), count))
+        images.append(rollouts.images)
+        captions += [f"{name}: {text}" for text in prompts for _ in range(count)]
+        passed += _verdicts(rollouts.images, [prompts[p] for p in plan.prompt.tolist()])
     # [models, prompts, count] -> prompts first, so that the models stand below each other.
     order = torch.arange(len(names) * plan.rows).view(len(names), len(prompts), count)
     rows = order.transpose(0, 1).flatten()
-    all_captions = [caption for part in captions for caption in part]
     sheet = pictures.grid(
-        torch.stack(images).flatten(0, 2)[rows],
+        torch.cat(images)[rows],
         columns=count,
-        captions=[all_captions[row] for row in rows.tolist()],
-        passed=torch.stack(passed).flatten()[rows].tolist(),
+        captions=[captions[row] for row in rows.tolist()],
+        passed=[passed[row] for row in rows.tolist()],
     )
     pictures.save(sheet, out)
+
+
+def _verdicts(images: Tensor, texts: Sequence[str]) -> list[bool | None]:
+    """Whether each image is strictly right; None where the shapes world can't tell."""
+    verdicts: list[bool | None] = [None] * len(texts)
+    if images.shape[1:] != (3, RESOLUTION, RESOLUTION):
+        return verdicts
+    specs = {}
+    for row, text in enumerate(texts):
+        with suppress(InputError):
+            specs[row] = parse(text)
+    if specs:
+        strict = score(images[list(specs)], list(specs.values())).strict
+        for row, right in zip(specs, strict.tolist(), strict=True):
+            verdicts[row] = right
+    return verdicts

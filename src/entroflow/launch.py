@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from entroflow.checkpoints import write_text
+from entroflow.checkpoints import to_json, write_text
 from entroflow.errors import InputError
-from entroflow.evaluation.base import Evaluated
+from entroflow.evaluation.base import Evaluated, HeldOutEvaluation
 from entroflow.evaluation.base_and_tuned import compare_with_base
-from entroflow.evaluation.shapes import ShapesEvaluation
 from entroflow.policies.base import Policy
 from entroflow.recipe import Recipe, chosen_type, load_recipe
 from entroflow.report.events import Events
@@ -57,6 +55,7 @@ def train(
     """
     loaded = load_recipe(recipe, overrides, _given(policy, reward))
     trainer = Trainer(loaded, policy)
+    trainer.try_inputs()
     folder = RunFolder.create(Path(run) if run else default_folder(loaded), loaded.to_yaml())
     return _run(folder, trainer, stop_after, watch)
 
@@ -152,19 +151,17 @@ def _keep_examples(folder: RunFolder, events: Events, iteration: int, evaluated:
 
 def _compare(folder: RunFolder, trainer: Trainer) -> None:
     recipe = trainer.recipe
-    if not isinstance(recipe.evaluation, ShapesEvaluation):
+    if not isinstance(recipe.evaluation, HeldOutEvaluation):
         return
     summary, found = compare_with_base(
         trainer.policy,
-        seed=recipe.run.seed + 1,
+        recipe.evaluation.on_test_prompts(),
+        seed=recipe.run.test_seed,
         batch_size=recipe.sampling.batch_size,
-        steps=recipe.evaluation.steps,
-        guidance=recipe.evaluation.guidance,
-        images_per_skill=recipe.evaluation.test_images_per_skill,
         ledger=trainer.evaluation_ledger,
     )
     summary = {"iteration": trainer.iteration, "recipe_hash": recipe.hash, **summary}
-    write_text(folder.path / EVALUATION, json.dumps(summary, indent=1) + "\n")
+    write_text(folder.path / EVALUATION, to_json(summary, indent=1) + "\n")
     for name, evaluated in found.items():
         folder.save_examples(f"test_{name}", evaluated)
         folder.save_sheet(f"test_{name}", evaluated)

@@ -22,14 +22,14 @@ def grid(
     images: Tensor,
     columns: int,
     captions: Sequence[str] = (),
-    passed: Sequence[bool] = (),
+    passed: Sequence[bool | None] = (),
     scale: int = 4,
 ) -> Image.Image:
     """Images [n, 3, H, W] in [0, 1] as one picture, row by row.
 
     Args:
         captions: [n] written under the images.
-        passed: [n] a green or red bar between image and caption.
+        passed: [n] a green or red bar between image and caption; none where it is None.
         scale: pixels per image pixel.
     """
     n, _, height, width = images.shape
@@ -46,7 +46,7 @@ def grid(
         top = gap + (i // columns) * cell_height
         sheet.paste(_pillow(images[i], scale), (left, top))
         below = top + height * scale
-        if bar:
+        if bar and passed[i] is not None:
             color = "#2a9d4a" if passed[i] else "#d1495b"
             draw.rectangle((left, below, left + width * scale - 1, below + bar - 1), fill=color)
         if lines:

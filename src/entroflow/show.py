@@ -23,7 +23,7 @@ from rich.table import Table
 
 from entroflow.evaluation.base import Evaluated
 from entroflow.recipe import Recipe
-from entroflow.runs import EVALUATION, RunFolder
+from entroflow.runs import EVALUATION, RunFolder, read_object
 from entroflow.trainer import Metrics
 
 console = Console()
@@ -79,19 +79,20 @@ class TrainingProgress:
             )
         if evaluated is not None:
             self._strict = metrics["eval/strict"]
+            monitors = "".join(f"{name} {v:.3g}  " for name, v in evaluated.monitors.items())
             console.print(
                 f"iteration {metrics['iteration']:>4}  "
                 f"strict [bold]{metrics['eval/strict']:.3f}[/] "
                 f"[{metrics['eval/strict_low']:.2f}, {metrics['eval/strict_high']:.2f}]  "
                 f"score {metrics['eval/score']:.3f}  "
-                f"diversity {metrics['eval/diversity']:.3f}  "
-                f"texture {metrics['eval/texture']:.4f}  "
+                f"{monitors}"
                 f"{compact(metrics['ledger/weighted_evaluations'])} weighted evaluations  "
                 f"{metrics['seconds']:.0f} s",
                 highlight=False,
                 soft_wrap=True,
             )
-        reward = f"reward {metrics['reward/mean']:.3f}  " if "reward/mean" in metrics else ""
+        mean = metrics.get("reward/mean")
+        reward = "" if mean is None else f"reward {mean:.3f}  "
         spent = compact(metrics["ledger/network_evaluations"])
         self._progress.update(
             self._task,
@@ -101,11 +102,9 @@ class TrainingProgress:
 
     def close_with(self, folder: RunFolder) -> None:
         """The final table, if the run is complete."""
-        import json
-
         path = folder.path / EVALUATION
         if path.exists():
-            print_table(evaluation_table(json.loads(path.read_text(encoding="utf-8"))))
+            print_table(evaluation_table(read_object(path)))
 
 
 def evaluation_table(summary: dict[str, Any]) -> Table:
@@ -119,7 +118,7 @@ def evaluation_table(summary: dict[str, Any]) -> Table:
     images = models["base"]["scores"]["overall"]["images"]
     table = Table(
         title=f"strict score on {summary['split']} prompts, {images} images, "
-        f"{summary['steps']} ODE steps, [95% interval]",
+        f"{summary['steps']} ODE steps, guidance {summary['guidance']:g}, [95% interval]",
         title_justify="left",
     )
     table.add_column("skill")
@@ -135,8 +134,9 @@ def evaluation_table(summary: dict[str, Any]) -> Table:
     table.add_row(
         "graded", *(f"{model['scores']['overall']['graded']:.3f}" for model in models.values())
     )
-    for monitor in ("diversity", "texture", "contrast"):
-        table.add_row(monitor, *(f"{model[monitor]:.4f}" for model in models.values()))
+    for monitor in models["base"]["monitors"]:
+        values = [model["monitors"][monitor] for model in models.values()]
+        table.add_row(monitor, *("–" if value is None else f"{value:.4f}" for value in values))
     if "gain" in summary:
         gain = summary["gain"]
         interval = f"\\[{gain['low']:+.3f}, {gain['high']:+.3f}]"

@@ -1,4 +1,4 @@
-"""The final comparison: the tuned weights beside the base, also at the base's best guidance scale.
+"""The comparison: the tuned weights beside the base, also at the base's best guidance scale.
 
 Guidance is the base model's own way to follow a prompt more closely, at twice the cost; a gain that
 guidance would have given for free is none. The scale is chosen on validation prompts.
@@ -10,75 +10,77 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from entroflow.evaluation.base import Evaluated
-from entroflow.evaluation.shapes import ShapesEvaluation
+from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, SkillScore
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
-from entroflow.shapes.grammar import Split
 
-GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0)
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 
 
-def best_guidance(
-    policy: Policy, *, seed: int, batch_size: int, steps: int, images_per_skill: int
-) -> tuple[float, dict[float, float]]:
-    """The guidance scale with the best strict score on validation prompts, and all of them."""
-    strict = {}
-    for guidance in GUIDANCE_SCALES:
-        evaluation = ShapesEvaluation(
-            steps=steps, guidance=guidance, images_per_skill=images_per_skill
-        )
-        found = evaluation.run(policy, seed=seed, batch_size=batch_size)
-        strict[guidance] = found.scores["overall"].strict
-    return max(strict, key=lambda scale: strict[scale]), strict
+def try_guidance(
+    policy: Policy, evaluation: HeldOutEvaluation, *, seed: int, batch_size: int
+) -> dict[float, SkillScore]:
+    """Overall scores by guidance scale, on validation prompts and a quarter of the images.
+
+    Scales are tried upwards, that of the evaluation among them, until the strict score has fallen
+    at two in a row.
+    """
+    quick = {"split": "validation", "images_per_skill": max(1, evaluation.images_per_skill // 4)}
+    tried: dict[float, SkillScore] = {}
+    for scale in sorted({*GUIDANCE_SCALES, evaluation.guidance}):
+        varied = evaluation.model_copy(update={**quick, "guidance": scale})
+        tried[scale] = varied.run(policy, seed=seed, batch_size=batch_size).scores["overall"]
+        strict = [score.strict for score in tried.values()]
+        if len(strict) >= 3 and strict[-3] > strict[-2] > strict[-1]:
+            break
+    return tried
 
 
 def compare_with_base(
     policy: Policy,
+    evaluation: HeldOutEvaluation,
     *,
     seed: int,
     batch_size: int,
-    split: Split = "test",
-    steps: int = 10,
-    guidance: float = 1.0,
-    images_per_skill: int = 96,
     with_tuned: bool = True,
     ledger: Ledger | None = None,
 ) -> tuple[dict[str, Any], dict[str, Evaluated]]:
     """Evaluate the reference weights (also at their best guidance) and the moving average.
+
+    Args:
+        evaluation: judges all of them, each with the same prompts and noise.
 
     Returns:
         A summary ready for JSON, and the evaluations: `base`, `base_guided` and, unless left out,
         `tuned`.
     """
     with policy.weights("reference"):
-        best, _ = best_guidance(
-            policy,
-            seed=seed,
-            batch_size=batch_size,
-            steps=steps,
-            images_per_skill=max(1, images_per_skill // 4),
-        )
-    found = {}
+        tried = try_guidance(policy, evaluation, seed=seed, batch_size=batch_size)
+    best = max(tried, key=lambda scale: tried[scale].strict)
+    found, models = {}, {}
     for name, weights, scale in (
-        ("base", "reference", guidance),
+        ("base", "reference", evaluation.guidance),
         ("base_guided", "reference", best),
-        ("tuned", "ema", guidance),
+        ("tuned", "ema", evaluation.guidance),
     ):
         if name == "tuned" and not with_tuned:
             continue
-        evaluation = ShapesEvaluation(
-            split=split, steps=steps, guidance=scale, images_per_skill=images_per_skill
-        )
+        varied = evaluation.model_copy(update={"guidance": scale})
         with policy.weights(weights):
-            found[name] = evaluation.run(policy, seed=seed, batch_size=batch_size, ledger=ledger)
+            found[name] = varied.run(policy, seed=seed, batch_size=batch_size, ledger=ledger)
+        models[name] = {
+            "guidance": scale,
+            "passes": policy.evaluations(scale),
+            **summary_of(found[name]),
+        }
     summary: dict[str, Any] = {
-        "split": split,
-        "steps": steps,
+        "split": evaluation.split,
+        "steps": evaluation.steps,
         "seed": seed,
-        "guidance": guidance,
+        "guidance": evaluation.guidance,
         "best_guidance": best,
-        "models": {name: summary_of(evaluated) for name, evaluated in found.items()},
+        "guidance_tried": [{"guidance": scale, **asdict(tried[scale])} for scale in tried],
+        "models": models,
     }
     if with_tuned:
         summary["gain"] = _gain(found["base"], found["tuned"])
@@ -89,9 +91,7 @@ def summary_of(evaluated: Evaluated) -> dict[str, Any]:
     """The numbers of an evaluation, without its images, ready for JSON."""
     return {
         "scores": {name: asdict(score) for name, score in evaluated.scores.items()},
-        "diversity": evaluated.diversity,
-        "texture": evaluated.texture,
-        "contrast": evaluated.contrast,
+        "monitors": dict(evaluated.monitors),
     }
 
 

@@ -10,8 +10,7 @@ import torch
 from pydantic import Field
 from scipy import stats
 
-from entroflow.component import Component
-from entroflow.evaluation.base import Evaluated, SkillScore
+from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, SkillScore
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
@@ -28,19 +27,12 @@ from entroflow.shapes.scoring import score
 EXAMPLES_PER_SKILL = 4
 
 
-class ShapesEvaluation(Component):
+class ShapesEvaluation(HeldOutEvaluation):
     """ODE samples of held-out prompts, the same prompts and noise every time."""
 
     type: Literal["shapes"] = "shapes"
-    split: grammar.Split = Field("validation", description="captions evaluated while training")
-    steps: int = Field(10, ge=1, description="ODE steps")
-    guidance: float = Field(1.0, ge=0, description="guidance scale; 1 is none")
-    images_per_skill: int = Field(48, ge=1, description="images judged for each of the six skills")
     prompts_per_skill: int = Field(
         16, ge=1, description="most captions per skill; images are spread evenly over them"
-    )
-    test_images_per_skill: int = Field(
-        96, ge=1, description="in the comparison on test prompts when the run is complete"
     )
 
     def run(
@@ -81,9 +73,11 @@ class ShapesEvaluation(Component):
         return Evaluated(
             scores=_by_skill(verdict.strict.double(), verdict.graded.double(), skills),
             reward=rewards.nanmean().item(),
-            diversity=blind_spots.diversity(images, prompt),
-            texture=blind_spots.background_texture(images).nanmean().item(),
-            contrast=blind_spots.contrast(images).nanmean().item(),
+            monitors={
+                "diversity": blind_spots.diversity(images, prompt),
+                "texture": blind_spots.background_texture(images).nanmean().item(),
+                "contrast": blind_spots.contrast(images).nanmean().item(),
+            },
             images=images[examples],
             captions=[prompts[p].text for p in prompt[examples].tolist()],
             passed=verdict.strict[examples].tolist(),

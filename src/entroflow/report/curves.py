@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 from entroflow.report.wording import Interval, number
@@ -48,13 +49,17 @@ def is_finite(value: object) -> bool:
 # --- score and reward -----------------------------------------------------------------------------
 
 
-def score_and_reward(metrics: Metrics) -> list[Panel]:
-    """Held-out score, training reward and its spread, where there are two points or more."""
-    panels = [_score(metrics), _reward(metrics), _spread(metrics)]
+def score_and_reward(metrics: Metrics, prompts: str) -> list[Panel]:
+    """Score, training reward and its spread, where there are two points or more.
+
+    Args:
+        prompts: what the evaluations were on, as in "validation prompts".
+    """
+    panels = [_score(metrics, prompts), _reward(metrics, prompts), _spread(metrics)]
     return [panel for panel in panels if panel is not None]
 
 
-def _score(metrics: Metrics) -> Panel | None:
+def _score(metrics: Metrics, prompts: str) -> Panel | None:
     judged = [line for line in metrics if is_finite(line.get("eval/strict"))]
     traces = []
     if all(is_finite(line.get(f"eval/strict_{end}")) for line in judged for end in ("low", "high")):
@@ -73,8 +78,8 @@ def _score(metrics: Metrics) -> Panel | None:
     if not _has_a_line(traces):
         return None
     return Panel(
-        "Score on held-out prompts",
-        "Always the same validation prompts and noise, drawn with the averaged weights (EMA). "
+        f"Score on {prompts}",
+        f"Always the same {prompts} and noise, drawn with the averaged weights (EMA). "
         "Strict is the share of images that are right in every respect; graded gives partial "
         "credit.",
         _figure(traces, height=340, yaxis={"range": [-0.02, 1.02]}),
@@ -82,7 +87,7 @@ def _score(metrics: Metrics) -> Panel | None:
     )
 
 
-def _reward(metrics: Metrics) -> Panel | None:
+def _reward(metrics: Metrics, prompts: str) -> Panel | None:
     iterations, values = series(metrics, "reward/mean")
     window = len(values) // 10
     raw = _line(metrics, "reward/mean", "training", GRAY if window > 1 else BLUE)
@@ -93,15 +98,15 @@ def _reward(metrics: Metrics) -> Panel | None:
             "mode": "lines"
         }
         traces += [{"x": iterations, "y": _moving_mean(values, window), **smooth}]
-    held_out = _line(metrics, "eval/reward", "held-out prompts", ORANGE, dash="dot")
-    traces += [held_out] if held_out["x"] else []
+    evaluated = _line(metrics, "eval/reward", prompts, ORANGE, dash="dot")
+    traces += [evaluated] if evaluated["x"] else []
     if not _has_a_line(traces[:1]):
         return None
     return Panel(
         "Reward",
         "What the training raises: the mean over an iteration's rollouts. Prompts change from "
-        "iteration to iteration, so single points scatter; held-out images are sampled without "
-        "step noise.",
+        f"iteration to iteration, so single points scatter; images of {prompts} are sampled "
+        "without step noise.",
         _figure(traces),
     )
 
@@ -168,12 +173,14 @@ def _model_colors(count: int) -> list[str]:
 # --- what the reward can't see --------------------------------------------------------------------
 
 
-MONITORS = {
-    "eval/texture": ("background texture", ORANGE),
-    "eval/diversity": ("diversity within a prompt", TEAL),
-    "eval/contrast": ("contrast", PURPLE),
+NO_MONITORS = ("eval/score", "eval/strict", "eval/strict_low", "eval/strict_high", "eval/reward")
+"""What an evaluation measures besides its monitors and the scores of single skills."""
+
+NAMES = {
+    "eval/texture": "background texture",
+    "eval/diversity": "diversity within a prompt",
 }
-"""Metric -> name and colour."""
+"""Names of monitors that need more words than their metric has."""
 
 LIMITS = {"eval/texture": 3.0, "eval/diversity": 0.5}
 """Ratios to the base beyond which a reader is warned."""
@@ -182,10 +189,21 @@ Ratios = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 """Monitor -> iterations, and its values relative to the first."""
 
 
-def monitors(ratios: Ratios) -> Figure:
+def monitor_names(metrics: Metrics) -> dict[str, str]:
+    """Metric -> name of every monitor, in the order in which they were written."""
+    keys = [key for line in metrics for key in line if key.startswith("eval/")]
+    return {
+        key: NAMES.get(key, key.removeprefix("eval/").replace("_", " "))
+        for key in dict.fromkeys(keys)
+        if key not in NO_MONITORS and not key.startswith("eval/strict/")
+    }
+
+
+def monitors(ratios: Ratios, names: Mapping[str, str]) -> Figure:
     """Monitors relative to iteration 0, and their limits as dashed lines."""
+    colors = dict(zip(ratios, cycle((TEAL, ORANGE, PURPLE, BLUE)), strict=False))
     traces = [
-        {"x": list(x), "y": list(y), **_style(*MONITORS[key], len(x))}
+        {"x": list(x), "y": list(y), **_style(names[key], colors[key], len(x))}
         for key, (x, y) in ratios.items()
     ]
     reached = [value for _, values in ratios.values() for value in values if value > 0]
@@ -199,7 +217,7 @@ def monitors(ratios: Ratios) -> Figure:
         "title": {"text": "relative to iteration 0"},
     }
     figure = _figure(traces, height=300, yaxis=axis)
-    limits = [_level(LIMITS[key], MONITORS[key][1], "dash") for key in LIMITS if key in ratios]
+    limits = [_level(LIMITS[key], colors[key], "dash") for key in LIMITS if key in ratios]
     figure["layout"]["shapes"] = [*limits, _level(1, GRAY, "dot")]
     return figure
 
@@ -319,12 +337,14 @@ def by_step(metrics: Metrics) -> list[Panel]:
     lines = [line for line in metrics if line.get("by_step")]
     panels = []
     for key, title, reading, zero in BY_STEP:
-        values = [line["by_step"].get(key, {}) for line in lines]
+        values = [line["by_step"].get(key) or {} for line in lines]
         steps = sorted({int(step) for by in values for step in by})
         if not steps:
             continue
         rows = [[_shifted(by.get(str(step)), zero) for by in values] for step in steps]
         flat = [value for row in rows for value in row if value is not None]
+        if not flat:
+            continue
         rounding = ROUNDING if key in DIVERGING else 0.0
         finding = _constant(flat, "step and iteration", rounding)
         iterations = [line["iteration"] for line in lines]

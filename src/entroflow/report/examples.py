@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import io
-import json
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from entroflow.runs import RunFolder
+from entroflow.runs import RunError, RunFolder, read_object
 
 LARGEST = 96
 """Pixels; larger images are shown reduced to this, so that the page stays small."""
@@ -89,10 +87,13 @@ def _read(folder: Path, name: str) -> tuple[list[str], list[Example], int]:
     picture, known = folder / f"{name}{PNG}", folder / f"{name}{KNOWN}"
     if not (picture.is_file() and known.is_file()):
         return [], [], 0
-    content: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
+    content = read_object(known)
     captions, passed = content["captions"], content.get("passed") or []
-    with Image.open(picture) as opened:
-        strip = opened.convert("RGB")
+    try:
+        with Image.open(picture) as opened:
+            strip = opened.convert("RGB")
+    except OSError as error:
+        raise RunError(f"{picture} is torn ({error}); remove it to do without.") from None
     side = strip.height
     if strip.width != side * len(captions):
         return [], [], 0

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from entroflow.report.curves import LIMITS, MONITORS, Metrics, Ratios, is_finite, series
+from entroflow.report.curves import (
+    LIMITS,
+    Metrics,
+    Ratios,
+    is_finite,
+    monitor_names,
+    series,
+)
 from entroflow.report.wording import Interval, count, duration, number
 
 
@@ -45,28 +52,36 @@ class Monitor:
 # --- headline -------------------------------------------------------------------------------------
 
 
-def headline(metrics: Metrics, evaluation: Mapping[str, Any], complete: bool) -> Headline | None:
-    """Test scores if the run was compared with its base, else validation; None without either."""
+def prompts_of(settings: Mapping[str, Any]) -> str:
+    """What an evaluation is on, as in "validation prompts", from its part of a recipe."""
+    return f"{settings.get('split', 'held-out')} prompts"
+
+
+def headline(
+    metrics: Metrics, evaluation: Mapping[str, Any], complete: bool, settings: Mapping[str, Any]
+) -> Headline | None:
+    """The comparison with the base if it was made, else the run's evaluations, if there were any.
+
+    Args:
+        settings: of the evaluation, from the recipe.
+    """
     models = evaluation.get("models", {})
     if "base" in models and "tuned" in models:
-        return _on_test_prompts(evaluation, complete)
+        return _compared(evaluation, complete)
     judged = [line for line in metrics if is_finite(line.get("eval/strict"))]
     if not judged:
         return None
     first, last = judged[0], judged[-1]
     if len(judged) == 1:
         verdict = "Only one evaluation so far: there is nothing to compare it with yet."
-    elif complete:
-        verdict = "These are validation prompts, with the same noise at both ends."
     else:
-        verdict = (
-            "These are validation prompts, with the same noise at both ends; test prompts are "
-            "judged when the run is complete."
-        )
+        verdict = f"These are {prompts_of(settings)}, with the same noise at both ends"
+        to_come = "split" in settings and not complete
+        verdict += "; test prompts are judged when the run is complete." if to_come else "."
     return Headline(
-        measure="Strict score on validation prompts",
-        before=_validation(first),
-        after=_validation(last) if len(judged) > 1 else None,
+        measure=f"Strict score on {prompts_of(settings)}",
+        before=_strict(first),
+        after=_strict(last) if len(judged) > 1 else None,
         before_name=f"iteration {first['iteration']}",
         after_name=f"iteration {last['iteration']}",
         gain=None,
@@ -74,7 +89,7 @@ def headline(metrics: Metrics, evaluation: Mapping[str, Any], complete: bool) ->
     )
 
 
-def _on_test_prompts(evaluation: Mapping[str, Any], complete: bool) -> Headline:
+def _compared(evaluation: Mapping[str, Any], complete: bool) -> Headline:
     models = evaluation["models"]
     before, after = (Interval.of(models[name]["scores"]["overall"]) for name in ("base", "tuned"))
     found = evaluation["gain"]
@@ -89,17 +104,18 @@ def _on_test_prompts(evaluation: Mapping[str, Any], complete: bool) -> Headline:
     guided = guided_name(evaluation)
     if guided:
         score = Interval.of(models["base_guided"]["scores"]["overall"])
-        verdict += (
-            f" Guidance alone takes the base to {score} (scale {guided}, twice the cost per image)."
-        )
+        cost = f"{models['base_guided']['passes']} network passes per step"
+        verdict += f" With guidance {guided} the base itself reaches {score} ({cost}; "
+        verdict += f"tuned: {models['tuned']['passes']})."
     if not complete:
         verdict += (
             " The run has gone on since these scores were taken; they are renewed at its end."
         )
-    return Headline("Strict score on test prompts", before, after, "base", "tuned", gain, verdict)
+    measure = f"Strict score on {prompts_of(evaluation)}"
+    return Headline(measure, before, after, "base", "tuned", gain, verdict)
 
 
-def _validation(line: Mapping[str, Any]) -> Interval:
+def _strict(line: Mapping[str, Any]) -> Interval:
     strict = line["eval/strict"]
     low, high = (line.get(f"eval/strict_{end}", strict) for end in ("low", "high"))
     return Interval(strict, low, high)
@@ -152,16 +168,37 @@ def stages(state: Mapping[str, Any]) -> list[Stage]:
 
 
 def guided_name(evaluation: Mapping[str, Any]) -> str:
-    """The base's best guidance scale, or nothing if no guidance was best."""
-    scale = evaluation.get("best_guidance", 1.0)
-    return f"{scale:g}" if scale != 1.0 and "base_guided" in evaluation["models"] else ""
+    """The base's best guidance scale, or nothing if it is the one of all models."""
+    best = evaluation["best_guidance"]
+    return f"{best:g}" if best != evaluation["guidance"] else ""
+
+
+def guidance_note(evaluation: Mapping[str, Any]) -> str:
+    """Which guidance scale suits the base best, and what it costs."""
+    models = evaluation["models"]
+    scales = ", ".join(f"{found['guidance']:g}" for found in evaluation["guidance_tried"])
+    tried = f"on validation prompts (tried: {scales})"
+    if not guided_name(evaluation):
+        return f"No other guidance scale suits the base better {tried}."
+    guided, plain = models["base_guided"]["passes"], models["base"]["passes"]
+    cost = f"; it takes {guided} network passes per step, the others {plain}"
+    best = f"Guidance {guided_name(evaluation)} suits the base best {tried}"
+    return f"{best}{cost if guided != plain else ''}."
+
+
+def is_unseen(evaluation: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
+    """Whether the run can have learnt or chosen nothing on the prompts of the comparison."""
+    training, watched = recipe["prompts"], recipe["evaluation"]
+    splits = (training.get("split"), watched.get("split"))
+    known = training.get("type") == "shapes" and None not in splits
+    return known and evaluation["split"] not in splits
 
 
 def model_names(evaluation: Mapping[str, Any]) -> dict[str, str]:
     """Model -> its name for people, in the order they are shown."""
     models = evaluation.get("models", {})
     names = {"base": "base"}
-    if models and guided_name(evaluation):
+    if "base_guided" in models and guided_name(evaluation):
         names["base_guided"] = f"base, guidance {guided_name(evaluation)}"
     names["tuned"] = "tuned"
     return {model: name for model, name in names.items() if model in models}
@@ -169,11 +206,11 @@ def model_names(evaluation: Mapping[str, Any]) -> dict[str, str]:
 
 def setting(evaluation: Mapping[str, Any]) -> str:
     """How the models were compared, in one sentence."""
-    models = list(evaluation.get("models", {}).values())
-    images = models[0]["scores"]["overall"]["images"] if models else 0
-    steps = evaluation.get("steps", "?")
+    images = evaluation["models"]["base"]["scores"]["overall"]["images"]
+    guidance = f", guidance {evaluation['guidance']:g}" if evaluation["guidance"] != 1 else ""
     return (
-        f"{count(images)} images per model, {steps} steps without noise, the same start for each."
+        f"{count(images)} images per model, {evaluation['steps']} steps without noise{guidance}, "
+        "the same start for each."
     )
 
 
@@ -193,7 +230,7 @@ def scores_by_skill(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Interv
 def ratios(metrics: Metrics) -> Ratios:
     """Monitors relative to the first evaluation, where that is not 0."""
     found = {}
-    for key in MONITORS:
+    for key in monitor_names(metrics):
         iterations, values = series(metrics, key)
         if values and values[0] > 0:
             found[key] = (iterations, [value / values[0] for value in values])
@@ -203,13 +240,26 @@ def ratios(metrics: Metrics) -> Ratios:
 def monitors(metrics: Metrics) -> list[Monitor]:
     """Each monitor at the first and the latest evaluation."""
     rows = []
-    for key, (name, _) in MONITORS.items():
+    for key, name in monitor_names(metrics).items():
         _, values = series(metrics, key)
         if values:
             first, latest = values[0], values[-1]
             ratio = f"× {latest / first:.2f}" if first > 0 else "–"
             rows.append(Monitor(name, number(first), number(latest), ratio))
     return rows
+
+
+def expectation(relative: Ratios) -> str:
+    """What monitors are good for, and where those with a limit should stay."""
+    expected = {
+        "eval/texture": f"texture should stay near 1 (dashed: {LIMITS['eval/texture']:g})",
+        "eval/diversity": f"diversity should not collapse (dashed: {LIMITS['eval/diversity']:g})",
+    }
+    limits = ", ".join(text for key, text in expected.items() if key in relative)
+    return (
+        "Nothing trains on these numbers, so a policy that cheats its reward shows here first"
+        + (f": relative to the base, {limits}." if limits else ".")
+    )
 
 
 def warnings(relative: Ratios) -> list[str]:

@@ -7,19 +7,19 @@ Every part shows what the run folder has and leaves out what it has not.
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 import entroflow
 from entroflow.checkpoints import CheckpointError, read_state, write_text
-from entroflow.recipe import SECTIONS, TEXTS, Recipe
+from entroflow.recipe import SECTIONS, TEXTS, Recipe, Run
 from entroflow.report import curves, examples, outcome
-from entroflow.runs import EVALUATION, RECIPE, REPORT, RunFolder
+from entroflow.runs import EVALUATION, RECIPE, REPORT, RunError, RunFolder, read_object
 
 TEMPLATE = "report.html.j2"
 
@@ -50,13 +50,14 @@ def write_report(folder: RunFolder) -> Path:
 
 def _content(folder: RunFolder) -> dict[str, Any]:
     """What the template shows."""
-    recipe_yaml = (folder.path / RECIPE).read_text(encoding="utf-8")
-    recipe = _read_recipe(recipe_yaml)
-    run = recipe.resolved["run"]
+    recipe, recipe_yaml, run = _read_recipe(folder.path / RECIPE)
+    settings = recipe.resolved["evaluation"]
+    prompts = outcome.prompts_of(settings)
     metrics = folder.metrics()
     done = metrics[-1]["iteration"] if metrics else 0
-    complete = done >= run["iterations"]
-    evaluation = _evaluation(folder)
+    complete = done >= run.iterations
+    path = folder.path / EVALUATION
+    evaluation = read_object(path) if path.is_file() else {}
     names = outcome.model_names(evaluation)
     relative = outcome.ratios(metrics)
     checkpointed, state = _latest_state(folder)
@@ -68,21 +69,29 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "run_path": shlex.quote(str(folder.path)),
         "done": done,
         "complete": complete,
-        "headline": outcome.headline(metrics, evaluation, complete),
+        "prompts": prompts,
+        "headline": outcome.headline(metrics, evaluation, complete, settings),
         "costs": outcome.costs(metrics),
         "stages": outcome.stages(state),
         "checkpointed": checkpointed,
-        "curves": curves.score_and_reward(metrics),
+        "curves": curves.score_and_reward(metrics, prompts),
         "progress": examples.over_iterations(folder, done),
         "scores": scores,
-        "guided": outcome.guided_name(evaluation) if names else "",
-        "test_setting": outcome.setting(evaluation),
+        "compared_prompts": outcome.prompts_of(evaluation),
+        "unseen": outcome.is_unseen(evaluation, recipe.resolved) if scores else False,
+        "guidance_note": outcome.guidance_note(evaluation) if scores else "",
+        "compared_setting": outcome.setting(evaluation) if scores else "",
         "skill_figure": curves.by_skill(scores) if scores else None,
-        "test_examples": examples.example_grid(
+        "compared_examples": examples.example_grid(
             folder, [(f"test_{model}", name) for model, name in names.items()]
         ),
         "monitors": outcome.monitors(metrics),
-        "monitor_figure": curves.monitors(relative) if _is_curve(relative) else None,
+        "expectation": outcome.expectation(relative),
+        "monitor_figure": (
+            curves.monitors(relative, curves.monitor_names(metrics))
+            if _is_curve(relative)
+            else None
+        ),
         "warnings": outcome.warnings(relative),
         "under_the_hood": curves.under_the_hood(metrics),
         "by_step": curves.by_step(metrics),
@@ -93,22 +102,28 @@ def _is_curve(relative: curves.Ratios) -> bool:
     return any(len(iterations) > 1 for iterations, _ in relative.values())
 
 
-def _read_recipe(text: str) -> Recipe:
-    """A run's recipe with its components left unbuilt: a report needs none of the user's code."""
-    resolved = YAML(typ="safe", pure=True).load(text)
+def _read_recipe(path: Path) -> tuple[Recipe, str, Run]:
+    """A run's recipe with its components left unbuilt: a report needs none of the user's code.
+
+    Returns:
+        The recipe, its text, and its section `run`.
+
+    Raises:
+        RunError: the file is torn.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        resolved = dict(YAML(typ="safe", pure=True).load(text))
+        sections = {section: dict(resolved[section]) for section in SECTIONS}
+        run = Run(**sections["run"])
+    except (YAMLError, ValueError, TypeError, KeyError) as error:
+        # The first line tells; YAML and pydantic write many more.
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise RunError(f"{path} is torn ({reason}); a run can't be read without it.") from None
     name = resolved.pop("name", "recipe")
     texts: dict[str, Any] = {key: str(resolved.get(key, "")) for key in TEXTS}
     unbuilt: dict[str, Any] = dict.fromkeys(SECTIONS)
-    return Recipe(name=name, **texts, **unbuilt, resolved=resolved)
-
-
-def _evaluation(folder: RunFolder) -> dict[str, Any]:
-    """The final comparison; empty if it has not been made."""
-    path = folder.path / EVALUATION
-    if not path.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return Recipe(name=name, **texts, **unbuilt, resolved=resolved), text, run
 
 
 def _latest_state(folder: RunFolder) -> tuple[int, dict[str, Any]]:
