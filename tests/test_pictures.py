@@ -78,11 +78,12 @@ def test_a_grid_shows_every_image_whole(n, columns, decorated):
 
 
 def test_a_bar_is_green_where_right_and_red_where_not():
-    passed = [True, False, True]
+    """And absent where nobody knows."""
+    passed = [True, False, None]
     for right, (_, below) in zip(
         passed, cells(pictures.grid(images(3), 2, passed=passed), 3, 2), strict=True
     ):
-        assert (below[:3] == (GREEN if right else RED)).all()
+        assert (below[:3] == {True: GREEN, False: RED, None: WHITE}[right]).all()
         assert (below[3:] == WHITE).all()
 
 

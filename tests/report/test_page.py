@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -10,11 +11,12 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
+from entroflow import cli
 from entroflow.checkpoints import write_text
 from entroflow.evaluation.base import Evaluated
 from entroflow.recipe import build_recipe
 from entroflow.report.page import write_report
-from entroflow.runs import EVALUATION, METRICS, RunFolder
+from entroflow.runs import EVALUATION, METRICS, RunError, RunFolder
 
 TITLE = "<script>alert('title')</script> & co"
 CAPTIONS = ["a red circle", "two <b>blue</b> squares", "a ring above a cross"]
@@ -105,8 +107,8 @@ def evaluated(right):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(len(CAPTIONS), 3, 8, 8, generator=generator)
     return Evaluated(
-        scores={}, reward=0.0, diversity=0.0, texture=0.0, contrast=0.0,
-        images=images, captions=CAPTIONS, passed=[i < right for i in range(len(CAPTIONS))],
+        scores={}, reward=0.0, monitors={}, images=images, captions=CAPTIONS,
+        passed=[i < right for i in range(len(CAPTIONS))],
     )  # fmt: skip
 
 
@@ -118,25 +120,35 @@ SUMMARY = {
     "split": "test",
     "steps": 10,
     "seed": 1,
+    "guidance": 1.0,
     "best_guidance": 1.5,
+    "guidance_tried": [{"guidance": scale, **score(0.5, 0.4, 0.6)} for scale in (1.0, 1.5, 2.0)],
     "models": {
-        "base": {"scores": {"colors": score(0.6, 0.5, 0.7), "overall": score(0.53, 0.49, 0.57)}},
-        "base_guided": {
-            "scores": {"colors": score(0.7, 0.6, 0.8), "overall": score(0.61, 0.57, 0.65)}
+        "base": {
+            "passes": 1,
+            "scores": {"colors": score(0.6, 0.5, 0.7), "overall": score(0.53, 0.49, 0.57)},
         },
-        "tuned": {"scores": {"colors": score(0.9, 0.82, 0.95), "overall": score(0.86, 0.83, 0.89)}},
+        "base_guided": {
+            "passes": 2,
+            "scores": {"colors": score(0.7, 0.6, 0.8), "overall": score(0.61, 0.57, 0.65)},
+        },
+        "tuned": {
+            "passes": 1,
+            "scores": {"colors": score(0.9, 0.82, 0.95), "overall": score(0.86, 0.83, 0.89)},
+        },
     },
     "gain": {"strict": 0.33, "low": 0.28, "high": 0.38},
 }
 
 
-def recipe():
+def recipe(**sections):
     return build_recipe(
         {
             "title": TITLE,
             "paper": "2505.05470",
             "objective": {"clip_total": 2.0},
             "run": {"iterations": LAST, "seed": 7},
+            **sections,
         },
         "tiny",
     )
@@ -146,8 +158,8 @@ def recipe():
 def make_run(tmp_path):
     """A run folder up to an iteration, compared with its base or not."""
 
-    def make(last=LAST, compared=True):
-        folder = RunFolder.create(tmp_path / f"run {last}", recipe().to_yaml())
+    def make(last=LAST, compared=True, **sections):
+        folder = RunFolder.create(tmp_path / f"run {last}", recipe(**sections).to_yaml())
         for iteration in range(last + 1):
             folder.append_metrics(metrics_line(iteration))
             if iteration % EVERY == 0:
@@ -193,7 +205,8 @@ def test_the_headline_and_the_cost_in_numbers(make_run):
     assert "tuned 0.86 [0.83, 0.89]" in page.text
     assert "gain +0.33 [+0.28, +0.38]" in page.text
     assert "A clear gain" in page.text
-    assert "0.61 [0.57, 0.65] (scale 1.5, twice the cost per image)" in page.text
+    guided = "With guidance 1.5 the base itself reaches 0.61 [0.57, 0.65]"
+    assert f"{guided} (2 network passes per step; tuned: 1)" in page.text
     # 12 iterations of 2,368 and 100,000 evaluations and of 40 s.
     for amount in ("28.4k", "1.2M", "2,304", "8 min 0 s", "12 of 12"):
         assert amount in page.text
@@ -309,19 +322,147 @@ def test_a_run_without_evaluation_or_checkpoint_is_still_shown(tmp_path):
 
 def test_no_gain_is_called_no_gain(make_run):
     folder = make_run()
-    summary = SUMMARY | {"gain": {"strict": -0.01, "low": -0.03, "high": 0.01}, "best_guidance": 1}
+    summary = SUMMARY | {
+        "gain": {"strict": -0.01, "low": -0.03, "high": 0.01},
+        "best_guidance": 1.0,
+    }
     write_text(folder.path / EVALUATION, json.dumps(summary))
     page = read(folder)
     assert "gain −0.01 [−0.03, +0.01]" in page.text
     assert "No clear difference" in page.text
-    assert "No guidance scale helped the base" in page.text
+    assert "No other guidance scale suits the base better on validation prompts" in page.text
     assert len(page.named("img")) == len(CAPTIONS) * (5 + 2)
+
+
+def test_prompts_and_guidance_are_those_of_the_recipe_and_the_comparison(make_run):
+    """Nothing is called validation, test or costly by habit."""
+    folder = make_run()
+    text = read(folder).text
+    for said in (
+        "Score on validation prompts Always the same validation prompts and noise",
+        "Monitors on validation prompts",
+        "Each row is one of the validation prompts",
+        "Score by skill on test prompts",
+        "captions that neither training nor any choice has seen",
+        "Guidance 1.5 suits the base best on validation prompts (tried: 1, 1.5, 2); it takes 2 "
+        "network passes per step, the others 1.",
+    ):
+        assert said in text
+    models = {name: model | {"passes": 2} for name, model in SUMMARY["models"].items()}
+    summary = SUMMARY | {"split": "train", "guidance": 4.5, "models": models}
+    write_text(folder.path / EVALUATION, json.dumps(summary))
+    text = read(folder).text
+    assert "Strict score on train prompts base 0.53" in text
+    assert "96 images per model, 10 steps without noise, guidance 4.5, the same start" in text
+    assert "on validation prompts (tried: 1, 1.5, 2)." in text
+    assert "has seen" not in text
+
+
+@pytest.mark.parametrize(
+    ("sections", "prompts"),
+    [
+        ({"evaluation": {"split": "test"}}, "test prompts"),
+        ({"evaluation": {"type": f"{__name__}.OwnEvaluation"}}, "held-out prompts"),
+    ],
+)
+def test_evaluations_on_other_prompts_are_named(make_run, sections, prompts):
+    folder = make_run(**sections)
+    text = read(folder).text
+    assert f"Score on {prompts} Always the same {prompts} and noise" in text
+    assert f"Monitors on {prompts}" in text
+    assert "has seen" not in text
+    (folder.path / EVALUATION).unlink()
+    assert f"Strict score on {prompts} iteration 0 0.50" in read(folder).text
+
+
+class OwnEvaluation:
+    """An evaluation without settings."""
+
+
+def test_captions_are_seen_if_the_training_draws_from_their_split(make_run):
+    assert "has seen" not in read(make_run(prompts={"split": "test"})).text
+
+
+def test_monitors_of_ones_own_are_shown(make_run):
+    """Without the limits of the shapes world's."""
+    folder = make_run()
+    write_text(folder.path / METRICS, "")
+    for iteration in (0, 2, 4):
+        line = metrics_line(iteration, **{"eval/word_errors": 0.1 * (iteration + 1)})
+        for name in ("diversity", "texture", "contrast"):
+            del line[f"eval/{name}"]
+        folder.append_metrics(line)
+    page = read(folder)
+    assert "word errors 0.100 0.500 × 5.00" in page.text
+    assert "shows here first." in page.text
+    assert "dashed" not in page.text
+    (figure,) = [f for f in page.figures if f["data"][0].get("name") == "word errors"]
+    assert figure["data"][0]["y"] == pytest.approx([1, 3, 5])
+
+
+def test_what_was_not_measured_is_left_out(make_run):
+    """An iteration whose groups were all tied has no update; then nothing was ever measured."""
+    unmeasured = dict.fromkeys(
+        ("policy/loss", "policy/ratio_max_deviation", "policy/clip_fraction", "policy/kl",
+         "policy/gradient_norm", "reward/mean", "reward/std", "eval/contrast"), None,
+    )  # fmt: skip
+    folder = make_run()
+    for by_step in ({}, {"loss": None}, {"loss": {"0": None}}):
+        folder.append_metrics(metrics_line(LAST, **unmeasured, by_step=by_step))
+    assert "KL to the reference" in read(folder).text
+    write_text(folder.path / METRICS, "")
+    for iteration, by_step in enumerate(({}, {"loss": None}, {"loss": {"0": None}})):
+        folder.append_metrics(metrics_line(iteration, **unmeasured, by_step=by_step))
+    page = read(folder)
+    assert "Tied groups" in page.text
+    for absent in ("KL to the reference", "Clip fraction", "Ratio before", "By denoising step"):
+        assert absent not in page.text
+
+
+# --- torn files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["recipe.yaml", "evaluation.json", "examples/00000012.json", "examples/00000012.png"],
+)
+@pytest.mark.parametrize("length", [0, 20, 200])
+def test_a_torn_file_is_one_clear_line(make_run, monkeypatch, capsys, name, length):
+    folder = make_run()
+    torn = folder.path / name
+    assert torn.stat().st_size > 200 or name.startswith("examples")
+    torn.write_bytes(torn.read_bytes()[: min(length, torn.stat().st_size - 20)])
+    monkeypatch.setattr(sys, "argv", ["entroflow", "report", str(folder.path)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith(f"error: {torn} ")
+    assert "torn" in error
+    assert error.count("\n") == 1
+    assert len(error) < 400
+
+
+def test_a_recipe_cut_between_two_lines_is_torn(make_run):
+    folder = make_run()
+    path = folder.path / "recipe.yaml"
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(whole[: whole.index("\nrun:") + 1], encoding="utf-8")
+    with pytest.raises(RunError, match="is torn"):
+        write_report(folder)
+
+
+def test_files_of_another_content_are_refused(make_run):
+    folder = make_run()
+    write_text(folder.path / EVALUATION, "[]")
+    with pytest.raises(RunError, match="holds no JSON object"):
+        write_report(folder)
 
 
 def test_large_images_are_reduced(tmp_path):
     folder = RunFolder.create(tmp_path / "run", recipe().to_yaml())
     folder.append_metrics({"iteration": 0})
-    large = Evaluated({}, 0.0, 0.0, 0.0, 0.0, torch.rand(1, 3, 512, 512), ["a sky"], [])
+    large = Evaluated({}, 0.0, {}, torch.rand(1, 3, 512, 512), ["a sky"], [])
     folder.save_examples("00000000", large)
     page = read(folder)
     assert "Images are reduced" in page.text
@@ -329,22 +470,101 @@ def test_large_images_are_reduced(tmp_path):
     assert not page.with_class("mark")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on PATH")
-def test_a_browser_draws_every_figure(make_run, tmp_path):
-    folder = make_run()
-    figures = len(read(folder).figures)
+# --- in a browser ---------------------------------------------------------------------------------
+
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on PATH")
+
+# A window can't be narrower than 500 pixels, but a frame can.
+FRAME = """<!DOCTYPE html>
+<iframe id="frame" src="{source}" style="width: {width}px; height: 800px; border: 0"></iframe>
+<script>
+function measure() {{
+  const page = document.getElementById("frame").contentDocument, root = page.documentElement;
+  const shown = (element) => page.defaultView.getComputedStyle(element).overflowX === "visible";
+  const name = (e) => e.tagName.toLowerCase() + "." + [...e.classList].join(".");
+  const wide = [];
+  (function visit(element) {{
+    if (element.getBoundingClientRect().right > root.clientWidth + 1) wide.push(name(element));
+    // What scrolls or is cut inside its own box does not widen the page.
+    if (shown(element)) [...element.children].forEach(visit);
+  }})(page.body);
+  const plots = [...page.querySelectorAll(".plot .main-svg:first-child")];
+  const widths = plots.map((plot) => plot.getBoundingClientRect().width);
+  return {{ page: root.scrollWidth, window: root.clientWidth, wide, plots: widths }};
+}}
+window.onload = () => setTimeout(() => {{
+  const result = document.createElement("script");
+  result.type = "application/json";
+  result.textContent = JSON.stringify(measure());
+  document.body.append(result);
+}}, 3000);
+</script>
+"""
+
+
+def browsed(path, profile):
+    """A page as the browser leaves it, and what it wrote to the console."""
     done = subprocess.run(
         [
             str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
-            "--virtual-time-budget=5000", "--dump-dom", (folder.path / "report.html").as_uri(),
+            "--enable-logging=stderr", f"--user-data-dir={profile}",
+            "--allow-file-access-from-files", "--hide-scrollbars", "--virtual-time-budget=8000",
+            "--dump-dom", path.as_uri(),
         ],
         capture_output=True, text=True, timeout=180, check=True,
     )  # fmt: skip
-    page = Page(done.stdout)
+    return Page(done.stdout), done.stderr
+
+
+def measured(report, width, tmp_path):
+    """Width of a page in a frame, what sticks out of it, and the widths of its figures."""
+    frame = tmp_path / f"frame {width}.html"
+    frame.write_text(FRAME.format(source=report.as_uri(), width=width), encoding="utf-8")
+    page, said = browsed(frame, tmp_path / "profile")
+    assert "CONSOLE" not in said
+    (result,) = page.figures
+    return result
+
+
+@in_a_browser
+def test_a_browser_draws_every_figure(make_run, tmp_path):
+    folder = make_run()
+    figures = len(read(folder).figures)
+    page, said = browsed(folder.path / "report.html", tmp_path / "profile")
     assert len(page.with_class("js-plotly-plot")) == figures
     assert len(page.with_class("svg-container")) == figures
     assert len(page.with_class("main-svg")) >= figures
-    assert "CONSOLE" not in done.stderr
+    assert "CONSOLE" not in said
     assert (folder.path / METRICS).exists()
+
+
+@in_a_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_sticks_out_of_the_page(make_run, tmp_path, width):
+    """On a phone and on a desk: the page does not scroll sideways, and figures have room."""
+    folder = make_run()
+    figures = len(read(folder).figures)
+    found = measured(folder.path / "report.html", width, tmp_path)
+    assert found["window"] == width
+    assert found["wide"] == []
+    assert found["page"] == width
+    assert len(found["plots"]) == figures
+    assert all(250 < plot <= width for plot in found["plots"])
+
+
+@in_a_browser
+def test_the_browser_sees_what_sticks_out(make_run, tmp_path):
+    """The measure itself: a box of 600 pixels is too wide for a phone, unless it scrolls."""
+    read(folder := make_run())
+    report = folder.path / "report.html"
+    html = report.read_text(encoding="utf-8")
+    box = '<div class="box" style="width: 600px">box</div>'
+    for added, wide, page in (
+        (box, ["div.box"], 616),
+        (f'<div class="scroll">{box}</div>', [], 390),
+    ):
+        report.write_text(html.replace("<main>", f"<main>{added}"), encoding="utf-8")
+        found = measured(report, 390, tmp_path)
+        assert found["wide"] == wide
+        assert found["page"] == page

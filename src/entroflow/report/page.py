@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -113,13 +114,16 @@ def _read_recipe(path: Path) -> tuple[Recipe, str, Run]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        resolved = dict(YAML(typ="safe", pure=True).load(text))
-        sections = {section: dict(resolved[section]) for section in SECTIONS}
-        run = Run(**sections["run"])
-    except (YAMLError, ValueError, TypeError, KeyError) as error:
-        # The first line tells; YAML and pydantic write many more.
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise RunError(f"{path} is torn ({reason}); a run can't be read without it.") from None
+        resolved = YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, UnicodeDecodeError):
+        raise RunError(f"{path} is torn: it is not YAML.") from None
+    for section in SECTIONS:
+        if not isinstance(resolved, dict) or not isinstance(resolved.get(section), dict):
+            raise RunError(f"{path} is torn: it has no section {section!r}.")
+    try:
+        run = Run(**resolved["run"])
+    except ValidationError:
+        raise RunError(f"{path} is torn: its section 'run' is not whole.") from None
     name = resolved.pop("name", "recipe")
     texts: dict[str, Any] = {key: str(resolved.get(key, "")) for key in TEXTS}
     unbuilt: dict[str, Any] = dict.fromkeys(SECTIONS)
