@@ -1,0 +1,64 @@
+"""What the command line shows while it works."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from entroflow import show
+from entroflow.evaluation.base import Evaluated
+from entroflow.recipe import load_recipe
+from entroflow.report.events import Events
+
+UNMEASURED = (
+    "reward/mean", "reward/std", "policy/loss", "policy/ratio_max_deviation",
+    "policy/clip_fraction", "policy/kl", "policy/gradient_norm",
+)  # fmt: skip
+
+
+def line(iteration):
+    """Metrics of an iteration in which nothing could be measured."""
+    counts = {"ledger/network_evaluations": 1234, "ledger/weighted_evaluations": 2_500_000}
+    nothing = dict.fromkeys(UNMEASURED)
+    return {"iteration": iteration, "seconds": 1.0, **nothing, **counts, "by_step": {}}
+
+
+def test_progress_copes_with_what_was_not_measured_and_shows_every_monitor(capsys):
+    scores = {"eval/strict": 0.5, "eval/strict_low": 0.4, "eval/strict_high": 0.6}
+    first = line(0) | scores | {"eval/score": 0.7}
+    first |= {"policy/clip_range": 1e-4, "policy/dimensions": 3072}
+    monitors = {"sharpness": 0.25, "contrast": math.nan}
+    found = Evaluated({}, 0.5, monitors, torch.zeros(0), [], [])
+    with show.TrainingProgress(load_recipe("quickstart")) as progress:
+        progress.watch(first, found)
+        progress.watch(line(1), None)
+    said = capsys.readouterr().out
+    assert "strict 0.500 [0.40, 0.60]" in said
+    assert "sharpness 0.25  contrast nan  2.5M weighted evaluations" in said
+
+
+def test_the_table_has_a_dash_where_a_monitor_is_unknown(capsys):
+    score = {"strict": 0.5, "low": 0.4, "high": 0.6, "graded": 0.7, "images": 6}
+    model = {"scores": {"colors": score, "overall": score}, "monitors": {"contrast": None}}
+    summary = {
+        "split": "test", "steps": 10, "guidance": 1.0, "best_guidance": 3.0,
+        "models": {"base": model, "base_guided": model},
+    }  # fmt: skip
+    show.print_table(show.evaluation_table(summary))
+    rows = capsys.readouterr().out
+    assert "base, guidance 3" in rows
+    assert rows.count("–") == 2
+
+
+def test_events_hold_what_was_measured(tmp_path):
+    events = Events(tmp_path)
+    events.numbers(line(1) | {"reward/mean": 0.5, "policy/kl": math.nan})
+    events.close()
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    read = accumulator.EventAccumulator(str(tmp_path))
+    read.Reload()
+    assert sorted(read.Tags()["scalars"]) == [
+        "ledger/network_evaluations", "ledger/weighted_evaluations", "reward/mean", "seconds",
+    ]  # fmt: skip
