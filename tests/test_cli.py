@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,27 @@ def test_evaluate_prints_the_three_models(entroflow, finished_run):
     assert "tuned" not in out
 
 
+def test_evaluate_makes_the_comparison_of_the_run_again(entroflow, finished_run, tmp_path):
+    """With the settings of its recipe, whatever the defaults are; options change them."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    # Without the mark of the best checkpoint the weights are the last, as at the end of the run.
+    (run / "checkpoints" / "best.json").unlink()
+    code, out, _ = entroflow("evaluate", run, "--json")
+    assert code == 0
+    kept = json.loads((run / "evaluation.json").read_text())
+    assert json.loads(out) == {key: kept[key] for key in kept.keys() - {"iteration", "recipe_hash"}}
+    code, out, _ = entroflow(
+        "evaluate", run, "--json", "--split", "validation", "--steps", 1, "--guidance", 2,
+        "--images", 1, "--seed", 7,
+    )  # fmt: skip
+    assert code == 0
+    changed = json.loads(out)
+    asked = {"split": "validation", "steps": 1, "guidance": 2, "seed": 7}
+    assert {key: changed[key] for key in asked} == asked
+    assert changed["models"]["tuned"]["scores"]["overall"]["images"] == 6
+
+
 def test_report_is_written_anew(entroflow, finished_run):
     (finished_run / "report.html").unlink()
     code, out, _ = entroflow("report", finished_run)
@@ -172,8 +194,6 @@ def test_wrong_input_is_one_clear_line(entroflow, tmp_path, monkeypatch, argumen
 
 
 def test_torn_files_are_one_clear_line(entroflow, finished_run, tmp_path):
-    import shutil
-
     for name in ("ema.safetensors", "state.json"):
         run = tmp_path / name
         shutil.copytree(finished_run, run)
