@@ -8,13 +8,12 @@ gradients worked out in numpy. t and t' are sigma before and after a step.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import scipy.special
-import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,183 +21,31 @@ from torch import Tensor
 
 from entroflow.credit import normalise, terminal
 from entroflow.credit.terminal import Terminal
-from entroflow.exploration.base import Request
-from entroflow.exploration.every_step import EveryStep
 from entroflow.ledger import Ledger
 from entroflow.objectives.clipped import Clipped
-from entroflow.objectives.update import UpdateStatistics, update
-from entroflow.prompts import Prompt
-from entroflow.rewards.base import FunctionReward, Scores, score
 from entroflow.sampling import kernels, noise, rollouts, solver
-from entroflow.sampling.kernels import FlowSDE
-from entroflow.sampling.plan import Plan, Role, fresh_rows, with_children
 from entroflow.sampling.rollouts import Rollouts, Transitions
+from experience import (
+    KERNEL,
+    STEPS,
+    Experience,
+    advantages_in_numpy,
+    branching_plan,
+    different_prompts_policy,
+    every_step_plan,
+    experience,
+    log_prob_by_shift,
+    log_prob_in_numpy,
+    mean_by_shift,
+    mean_in_numpy,
+    steps_of,
+    total,
+    total_with_failures,
+    updated,
+)
 from gaussian_policy import GaussianPolicy
 
-KERNEL = FlowSDE(noise_level=0.7)
-PROMPTS = [Prompt("first"), Prompt("second")]
-OFFSETS = {"second": 1.0}
-STEPS = 5
-
 reproducible = settings(deadline=None, derandomize=True, report_multiple_bugs=False)
-
-
-# --- experience -----------------------------------------------------------------------------------
-
-
-def different_prompts_policy() -> GaussianPolicy:
-    """Each prompt has its own mean, so that a mix-up of prompts shows."""
-    return GaussianPolicy(0.3, 0.5, latent_shape=(3, 2), grid_shift=3.0, offsets=OFFSETS)
-
-
-def every_step_plan(policy: GaussianPolicy, sizes: tuple[int, int] = (6, 4)) -> Plan:
-    """All steps but the last are stochastic."""
-    request = Request(
-        PROMPTS, torch.tensor(sizes), torch.tensor([0, 0]), policy.sigmas(STEPS), KERNEL, 0, 0
-    )
-    return EveryStep().plan(request)
-
-
-def branching_plan(policy: GaussianPolicy) -> Plan:
-    """Two deterministic anchors, and four branches from one state of each, in mixed order."""
-    grid = policy.sigmas(STEPS)
-    one, none = torch.ones(2, dtype=torch.long), torch.zeros(2, dtype=torch.long)
-    still = torch.zeros(STEPS, dtype=torch.float64)
-    anchors = fresh_rows(PROMPTS, one, none, grid, still, role=Role.ANCHOR, scored=False)
-    parent = torch.tensor([1, 0, 1, 1, 0, 1, 0, 0])
-    parent_step = torch.tensor([2, 1])[parent]
-    std = torch.zeros(8, STEPS, dtype=torch.float64)
-    std[:, 0] = KERNEL.std(grid[parent_step], grid[parent_step + 1], grid)
-    return with_children(
-        anchors, parent, parent_step, role=Role.ROLLOUT,
-        member=torch.arange(1, 9), std=std,
-    )  # fmt: skip
-
-
-def total(images: Tensor, prompts: object, metadata: object) -> list[float]:
-    """A linear reward: the sum of the latent."""
-    return images.double().flatten(1).sum(dim=1).tolist()
-
-
-def total_with_failures(images: Tensor, prompts: object, metadata: object) -> list[float]:
-    """The same, but the second image of every call fails."""
-    values = total(images, prompts, metadata)
-    return [math.nan if i == 1 else value for i, value in enumerate(values)]
-
-
-@dataclass
-class Experience:
-    """One iteration up to the update."""
-
-    policy: GaussianPolicy
-    rollouts: Rollouts
-    scores: Scores
-    transitions: Transitions
-
-
-def experience(
-    policy: GaussianPolicy | None = None,
-    plan: Plan | None = None,
-    *,
-    dtype: torch.dtype = torch.float64,
-    reward=total,
-    credit: Terminal | None = None,
-    batch_size: int = 64,
-) -> Experience:
-    """Sample, score, credit."""
-    policy = policy or different_prompts_policy()
-    plan = plan or every_step_plan(policy)
-    collected = Rollouts.empty(plan, policy.latent_shape, dtype, keep_means=True)
-    finished = solver.sample(policy, KERNEL, collected, seed=0, iteration=0, batch_size=batch_size)
-    scores = score(FunctionReward(reward), collected, finished)
-    advantages = (credit or Terminal()).advantages(collected, scores)
-    transitions = rollouts.transitions_of(collected, advantages)
-    return Experience(policy, collected, scores, transitions)
-
-
-def updated(
-    seen: Experience,
-    objective: Clipped,
-    learning_rate: float = 0.0,
-    micro_batch: int = 64,
-) -> UpdateStatistics:
-    """One update by plain gradient descent, without gradient clipping."""
-    policy, cond = seen.policy, seen.policy.encode([prompt.text for prompt in PROMPTS])
-    optimizer = torch.optim.SGD([policy.shift], lr=learning_rate)
-    return update(
-        policy, KERNEL, cond, seen.transitions, objective, optimizer, [policy.shift],
-        seed=0, iteration=0, guidance=1.0, micro_batch=micro_batch, max_grad_norm=math.inf,
-        ledger=Ledger(),
-    )  # fmt: skip
-
-
-# --- the same in numpy ----------------------------------------------------------------------------
-
-
-def steps_of(seen: Experience) -> dict[str, np.ndarray]:
-    """States [N, D], and sigmas, s and mean of the prompt's data [N, 1], of all transitions."""
-    table = seen.transitions
-    D = table.states[0].numel()
-    offsets = np.array([OFFSETS.get(prompt.text, 0.0) for prompt in PROMPTS])
-    return {
-        "m": seen.policy.mean + offsets[table.prompt.numpy()][:, None],
-        "x": table.states[table.state].double().reshape(-1, D).numpy(),
-        "x_next": table.states[table.next_state].double().reshape(-1, D).numpy(),
-        "t": table.sigma[:, None].numpy(),
-        "t_next": table.sigma_next[:, None].numpy(),
-        "s": table.std[:, None].numpy(),
-    }
-
-
-def velocity_in_numpy(policy: GaussianPolicy, m, x, t) -> np.ndarray:
-    """E[noise - data | x] for N(m + shift, q) data, by the rule for joint Gaussians."""
-    m, q = m + policy.shift.detach().flatten().numpy(), policy.variance
-    gain = (t - (1 - t) * q) / ((1 - t) ** 2 * q + t**2)
-    return -m + gain * (x - (1 - t) * m)
-
-
-def mean_in_numpy(policy: GaussianPolicy, m, x, t, t_next, s, **_) -> np.ndarray:
-    """Flow-SDE: x + dt [v + d / (2 t) (x + (1 - t) v)] with d = s^2 / |dt|."""
-    v, dt = velocity_in_numpy(policy, m, x, t), t_next - t
-    return x + dt * (v + s**2 / (t - t_next) / (2 * t) * (x + (1 - t) * v))
-
-
-def mean_by_shift(policy: GaussianPolicy, t, t_next, s, **_) -> np.ndarray:
-    """dmean / dshift [N, 1]: dmean/dv = dt (1 + d (1 - t) / 2t) times dv/dshift = -t / V."""
-    dt, V = t_next - t, (1 - t) ** 2 * policy.variance + t**2
-    return dt * (1 + s**2 / (t - t_next) * (1 - t) / (2 * t)) * -t / V
-
-
-def log_prob_by_shift(seen: Experience) -> np.ndarray:
-    """d log_prob / dshift [N, D] with log_prob the mean over D of the Gaussian log-density."""
-    steps = steps_of(seen)
-    residual = steps["x_next"] - mean_in_numpy(seen.policy, **steps)
-    D = residual.shape[1]
-    return residual / steps["s"] ** 2 * mean_by_shift(seen.policy, **steps) / D
-
-
-def advantages_in_numpy(
-    rewards, group, scale="group", ddof=0, epsilon=1e-4, clip=5.0
-) -> np.ndarray:
-    """Group advantages by a loop over groups."""
-    rewards, group = np.asarray(rewards, dtype=float), np.asarray(group)
-    out = np.full(len(rewards), np.nan)
-    everything = rewards[~np.isnan(rewards)]
-    for g in np.unique(group):
-        mine = (group == g) & ~np.isnan(rewards)
-        values = rewards[mine]
-        if len(values) == 0:
-            continue
-        if values.max() - values.min() <= 1e-9 * max(1, abs(values.mean())):
-            out[mine] = 0
-            continue
-        spread = {
-            "group": lambda values=values: values.std(ddof=ddof) + epsilon,
-            "global": lambda: everything.std(ddof=ddof) + epsilon,
-            "none": lambda: 1.0,
-        }[scale]()
-        out[mine] = np.clip((values - values.mean()) / spread, -clip, clip)
-    return out
 
 
 # --- ratio ----------------------------------------------------------------------------------------
@@ -217,12 +64,9 @@ def check_ratio_is_one(
 
 def check_log_prob_is_the_density_of_the_stored_states(dtype: torch.dtype, rtol: float) -> None:
     seen = experience(dtype=dtype)
-    steps = steps_of(seen)
-    density = scipy.stats.norm.logpdf(
-        steps["x_next"], mean_in_numpy(seen.policy, **steps), steps["s"]
-    )
+    density = log_prob_in_numpy(seen.policy, **steps_of(seen))
     recorded = seen.transitions.log_prob.double().numpy()
-    np.testing.assert_allclose(recorded, density.mean(axis=1), rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(recorded, density, rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -420,7 +264,8 @@ def check_on_policy_gradient(reward=total, plan=every_step_plan, micro_batch=64)
     advantage = per_row[seen.transitions.row.numpy()]
     valid = ~np.isnan(advantage)
     D = seen.policy.shift.numel()
-    gradient = -(np.where(valid, advantage, 0)[:, None] * log_prob_by_shift(seen)).sum(axis=0)
+    by_shift = log_prob_by_shift(policy, **steps_of(seen))
+    gradient = -(np.where(valid, advantage, 0)[:, None] * by_shift).sum(axis=0)
     statistics = updated(seen, Clipped(clip_range=1e-4), rate, micro_batch)
     wanted = -rate * D * gradient / valid.sum()
     np.testing.assert_allclose(seen.policy.shift.detach().flatten(), wanted, rtol=1e-9)
