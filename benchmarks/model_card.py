@@ -60,9 +60,9 @@ def card(measured: dict) -> str:
         "- **Purpose**: a base to post-train on a laptop. It knows how to draw, and follows captions "
         "imperfectly on purpose. It is of no use for anything else.",
         "- **Data**: scenes rendered on the fly from training captions alone; "
-        f"{settings.label_noise:.0%} of the captions are wrong in one attribute, uniform over the "
-        f"attributes stated; {settings.caption_dropout:.0%} are left out. Validation and test "
-        "prompts never occur.",
+        f"{settings.caption_dropout:.0%} of the captions are left out, and {settings.label_noise:.0%} "
+        "of the others are wrong in one attribute, uniform over the attributes stated. Validation and "
+        "test prompts never occur.",
         f"- **Training**: rectified flow, {settings.steps} steps of batch {settings.batch}, Muon "
         f"and AdamW, learning rate {settings.learning_rate:g} in {settings.cycles} cosine cycles "
         f"(the first of {settings.first_cycle} steps, each later one twice as long), moving average "
@@ -90,11 +90,11 @@ def card(measured: dict) -> str:
             + " | ".join(cells)
             + f" | {overall['graded']:.3f} |"
         )
-    base = next(r for r in measured["results"] if r["split"] == "test")
+    monitors = next(r for r in measured["results"] if r["split"] == "test")["monitors"]
     lines += [
         "",
-        f"Monitors on test prompts: diversity within a prompt {base['diversity']:.3f}, background "
-        f"texture {base['texture']:.4f}, contrast {base['contrast']:.3f}.",
+        f"Monitors on test prompts: diversity within a prompt {monitors['diversity']:.3f}, background "
+        f"texture {monitors['texture']:.4f}, contrast {monitors['contrast']:.3f}.",
         "",
         "Samples for test prompts (10 steps, no guidance; a green bar marks strictly right ones) are in "
         "`docs/images/base_model.png` of the source repository; the raw results are in "

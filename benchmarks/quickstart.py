@@ -137,13 +137,14 @@ def main() -> None:
             CLAIMS.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
         results += found
         gain, models = found[0]["test"]["gain"], found[0]["test"]["models"]
+        base_monitors, monitors = (models[name]["monitors"] for name in ("base", "tuned"))
         print(
             f"seed {seed}{' control' if control else ''}: test strict "
             f"{models['base']['scores']['overall']['strict']:.3f} -> "
             f"{models['tuned']['scores']['overall']['strict']:.3f}, gain {gain['strict']:+.3f} "
             f"[{gain['low']:+.3f}, {gain['high']:+.3f}] in {found[0]['training_seconds']:.0f} s of "
-            f"training; texture {models['tuned']['texture'] / models['base']['texture']:.2f} x, "
-            f"diversity {models['base']['diversity']:.3f} -> {models['tuned']['diversity']:.3f}",
+            f"training; texture {monitors['texture'] / base_monitors['texture']:.2f} x, "
+            f"diversity {base_monitors['diversity']:.3f} -> {monitors['diversity']:.3f}",
             flush=True,
         )
     draw(results, arguments.runs)

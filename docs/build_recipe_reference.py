@@ -38,8 +38,7 @@ INTRODUCTION = """\
 
 A recipe is the only input of a run: one YAML file with one entry per section. A section names a
 component by its `type` and sets the keys of that component. What is left out has the default shown
-below; only `objective` must always be given, because there is no clip range that suits every model.
-This is a whole recipe:
+below. This is a whole recipe:
 
 ```yaml recipe
 reward: {type: shapes, credit: strict}
@@ -77,9 +76,11 @@ recipe = entroflow.load_recipe("quickstart", ["optimizer.learning_rate=3e-5", "r
 assert recipe.optimizer.learning_rate == 3e-5
 ```
 
-- Overrides apply in order, to what the file says, before defaults are filled in.
+- Overrides apply to what the file says, before defaults are filled in; of two for one key the last
+  counts.
 - The value is YAML: `null`, `true`, `1e-4`, `[0.9, 0.95]`. Quote it where the shell would split it.
-- A new `type` clears the other keys of its section, so set it first and its keys after it.
+- A new `type` clears what the file says of the other keys of its section. Types are set first,
+  wherever they stand, so keys of the new type can be set beside it.
 - `entroflow train --resume RUN` takes overrides of `run` only, and not of `run.seed`: any other key
   would make it another run.
 
@@ -90,7 +91,8 @@ in `reward: {type: my_rewards.blue}`. The module must be importable: it lies bes
 in the current folder, or is installed. What is called depends on what the path names:
 
 - a pydantic model (derive it from `entroflow.component.Component`): the keys are its fields, with
-  their defaults, types and ranges, as for the shipped components below. Give it no field `type`;
+  their defaults, types and ranges, as for the shipped components below. A field `type` keeps its
+  default, for that key holds the path;
 - any other class: called with the keys, which must fit its signature; their values are not checked;
 - a function, in the section `reward`: used as the reward itself, and takes no keys.
 

@@ -34,7 +34,7 @@ PALETTE = torch.tensor(
 assert len(PALETTE) == len(COLORS)
 
 REACH = 1.16
-"""Farthest point of any shape from its centroid, in radii: the apex of the triangle."""
+"""Farthest extent of any shape along x or y from its centroid, in radii: the triangle's apex."""
 SIZE_BOUNDARY = 5.5
 """Radius in pixels that parts small from large."""
 _RADII = {"small": (4.0, 5.0), "large": (6.0, 6.8)}
@@ -47,7 +47,7 @@ class Scenes:
 
     Attributes:
         center: [B, K, 2] pixels, (x, y).
-        radius: [B, K] pixels; no shape of radius r reaches farther than `REACH` r.
+        radius: [B, K] pixels; no shape of radius r extends farther than `REACH` r along x or y.
         shape, color: [B, K] indices into `SHAPES` and `COLORS`.
         present: [B, K] bool.
         tint: [B, K, 3] small offsets added to the palette colour.
@@ -126,6 +126,7 @@ def _apart(center: np.ndarray, radius: np.ndarray, present: np.ndarray) -> np.nd
     for one in range(K):
         for other in range(one):
             distance = np.linalg.norm(center[:, :, one] - center[:, :, other], axis=-1)
+            # Corners of squares lie at 1.245 radii: of two, not as much beyond 1.2 as 0.8 pixels.
             needed = 1.2 * (radius[:, one] + radius[:, other]) + 0.8
             both = present[:, one] & present[:, other]
             fits &= (distance >= needed[:, None]) | ~both[:, None]
