@@ -1,0 +1,65 @@
+"""Which checkpoints stay."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import entroflow
+from tiny_run import PixelPolicy, Shift, train
+
+
+class Scripted(Shift):
+    """Reports the given rewards one after the other; the scores stay those of the shift."""
+
+    def __init__(self, scores):
+        self.scores = iter(scores)
+
+    def run(self, policy, **options):
+        return replace(super().run(policy, **options), reward=next(self.scores))
+
+
+@pytest.mark.parametrize(
+    ("keep", "scores", "best"),
+    [
+        (1, [0.1, 0.9, 0.5, 0.4, 0.3, 0.2], 1),
+        (2, [0.1, 0.2, 0.9, 0.4, 0.3, 0.2], 2),
+        (3, [0.9, 0.1, 0.2, 0.3, 0.4, 0.9], 0),
+        (9, [0.1, 0.2, 0.3, 0.4, 0.5, 0.4], 4),
+    ],
+)
+def test_the_latest_checkpoints_and_the_best_stay(tmp_path, keep, scores, best):
+    """A tie is no improvement."""
+    folder = train(
+        tmp_path / "run",
+        run={
+            "iterations": 5, "evaluate_every": 1, "checkpoint_every": 1, "keep_checkpoints": keep
+        },
+        evaluation={"type": f"{__name__}.Scripted", "scores": scores},
+    )  # fmt: skip
+    kept = {int(path.name) for path in folder.all_checkpoints()}
+    assert kept == set(range(max(0, 6 - keep), 6)) | {best}
+    assert int(folder.best().name) == best
+    assert json.loads((folder.checkpoints / "best.json").read_text())["score"] == scores[best]
+
+
+def test_an_outdated_best_goes_when_the_last_iteration_is_the_best(tmp_path):
+    folder = train(
+        tmp_path / "run",
+        run={"iterations": 2, "evaluate_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1},
+        evaluation={"type": f"{__name__}.Scripted", "scores": [0.1, 0.2, 0.3]},
+    )
+    assert [path.name for path in folder.all_checkpoints()] == ["00000002"]
+
+
+def test_the_best_is_remembered_over_a_pause(tmp_path):
+    """A worse score after resuming does not become the best."""
+    scores = [0.1, 0.9, 0.5, 0.4, 0.3, 0.2]
+    settings = {"iterations": 5, "evaluate_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1}
+    evaluation = {"type": f"{__name__}.Scripted", "scores": scores}
+    folder = train(tmp_path / "run", stop_after=2, run=settings, evaluation=evaluation)
+    folder = entroflow.resume(folder.path, policy=PixelPolicy())
+    assert int(folder.best().name) == 1
+    assert {int(path.name) for path in folder.all_checkpoints()} == {1, 5}

@@ -1,0 +1,166 @@
+"""Rewards of one's own, and rewards that fail."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from entroflow.errors import InputError
+from entroflow.rewards.base import FunctionReward
+from entroflow.runs import RunFolder
+from entroflow.trainer import Trainer
+from tiny_run import (
+    GROUP,
+    HERE,
+    PROMPTS,
+    ROLLOUTS,
+    Brightness,
+    PixelPolicy,
+    brightness,
+    final_tensors,
+    lines,
+    recipe,
+    train,
+)
+
+
+def sampled(reward, **sections):
+    """One iteration up to the advantages: scores, advantages of the rows, and the trainer."""
+    trainer = Trainer(recipe(**sections), PixelPolicy(), FunctionReward(reward))
+    rollouts, scores = trainer._roll_out(trainer.recipe.prompts.batch(0, 0))
+    return trainer, scores, trainer.recipe.credit.advantages(rollouts, scores)[:, 0]
+
+
+def test_a_function_is_a_reward(tmp_path):
+    """Called with images, prompts and metadata of equal length; its mean is what is reported."""
+    prompts = tmp_path / "prompts.jsonl"
+    records = [{"prompt": f"prompt {n}", "level": n} for n in range(PROMPTS)]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    seen = []
+
+    def reward(images, texts, metadata):
+        values = [
+            image.mean().item() + entry["level"]
+            for image, entry in zip(images, metadata, strict=True)
+        ]
+        seen.extend(zip(texts, (entry["level"] for entry in metadata), values, strict=True))
+        metadata[0].clear()
+        images.zero_()
+        return np.array(values)
+
+    folder = train(
+        tmp_path / "run", reward=reward, prompts={"type": "jsonl", "path": str(prompts)},
+        run={"iterations": 2},
+    )  # fmt: skip
+    assert Counter(text for text, _, _ in seen) == {f"prompt {n}": 2 * GROUP for n in range(2)}
+    assert all(text == f"prompt {level}" for text, level, _ in seen)
+    for n, line in enumerate(folder.metrics()[1:]):
+        values = [value for _, _, value in seen[n * ROLLOUTS : (n + 1) * ROLLOUTS]]
+        assert line["reward/mean"] == pytest.approx(np.mean(values), rel=1e-12)
+        assert line["reward/failed"] == 0
+
+
+@pytest.mark.parametrize("failure", ["raises", math.nan, math.inf, -math.inf])
+def test_failed_rewards_are_masked_and_counted(failure, caplog):
+    """Whether a call of four images raises or an image has no finite value: the others are scored
+    as ever, and advantages come from them alone.
+    """
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append(len(images))
+        if failure == "raises" and len(calls) == 2:
+            raise ZeroDivisionError("of all things")
+        values = brightness(images, prompts, metadata)
+        return [failure, *values[1:]] if failure != "raises" else values
+
+    _, fine, _ = sampled(brightness)
+    calls.clear()
+    trainer, scores, advantages = sampled(reward)
+    failed = [4, 5, 6, 7] if failure == "raises" else [0, 4]
+    assert calls == [4, 4]
+    assert [row for row, status in enumerate(scores.statuses) if status != "ok"] == failed
+    assert {scores.statuses[row] for row in failed} == {
+        "error" if failure == "raises" else "unparsed"
+    }
+    kept = [row for row in range(ROLLOUTS) if row not in failed]
+    assert scores.values[failed].isnan().all()
+    assert torch.equal(scores.values[kept], fine.values[kept])
+    assert advantages[failed].isnan().all()
+    for group in (kept[: len(kept) // 2], kept[len(kept) // 2 :]) if len(failed) == 2 else (kept,):
+        values = fine.values[group].numpy()
+        wanted = (values - values.mean()) / (values.std() + 1e-4)
+        np.testing.assert_allclose(advantages[group].numpy(), wanted, rtol=0, atol=1e-12)
+    calls.clear()
+    metrics = trainer.step()
+    assert metrics["reward/failed"] == len(failed)
+    assert metrics["reward/mean"] == pytest.approx(fine.values[kept].mean().item(), rel=1e-12)
+    assert ("of all things" in caplog.text) == (failure == "raises")
+
+
+def test_a_run_goes_on_with_failures(tmp_path):
+    def reward(images, prompts, metadata):
+        return [math.nan, *brightness(images[1:], prompts, metadata)]
+
+    folder = train(tmp_path / "run", reward=reward)
+    assert [line["reward/failed"] for line in folder.metrics()[1:]] == [2, 2, 2]
+    assert all(math.isfinite(line["reward/mean"]) for line in folder.metrics()[1:])
+    assert final_tensors(folder)["live"]["shift"].isfinite().all()
+
+
+def test_a_reward_that_always_fails_ends_the_run_loudly(tmp_path, caplog):
+    def reward(images, prompts, metadata):
+        raise ConnectionError("the judge is away")
+
+    with pytest.raises(InputError, match="every reward of iteration 1 failed"):
+        train(tmp_path / "run", reward=reward)
+    assert "the judge is away" in caplog.text
+    folder = RunFolder.open(tmp_path / "run")
+    assert [line["iteration"] for line in folder.metrics()] == [0]
+    assert folder.latest().name == "00000000"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda images: [1.0], lambda images: [1.0] * (len(images) + 1), lambda images: 1.0,
+        lambda images: torch.ones(len(images), 1), lambda images: [],
+    ],
+)  # fmt: skip
+def test_the_wrong_number_of_values_is_wrong_input(tmp_path, wrong):
+    def reward(images, prompts, metadata):
+        return wrong(images)
+
+    with pytest.raises(InputError, match=r"must return one number per image: 4 images.* shape"):
+        train(tmp_path / "run", reward=reward)
+
+
+@pytest.mark.parametrize("returned", [None, "good", [None] * 4, ["good"] * 4])
+def test_values_that_are_no_numbers_are_wrong_input(returned):
+    with pytest.raises(InputError, match="number"):
+        sampled(lambda images, prompts, metadata: returned)
+
+
+def test_a_reward_of_a_network_needs_no_no_grad():
+    """Its parameters want gradients of their own; the update must not run back into them."""
+    judge = torch.nn.Linear(12, 1)
+    trainer, scores, advantages = sampled(lambda images, *_: judge(images.flatten(1))[:, 0])
+    assert not scores.values.requires_grad
+    assert not advantages.requires_grad
+    trainer.step()
+    assert judge.weight.grad is None
+
+
+def test_an_object_with_a_score_is_a_reward(tmp_path):
+    """The same as the function; it is named in the recipe by its class."""
+    folder = train(tmp_path / "run", reward=Brightness(), run={"iterations": 1})
+    (line,), (same,) = (
+        lines(run)[1:] for run in (folder, train(tmp_path / "same", run={"iterations": 1}))
+    )
+    assert line["reward/mean"] == pytest.approx(same["reward/mean"], rel=1e-6)
+    assert f"type: {HERE}.Brightness" in (folder.path / "recipe.yaml").read_text()

@@ -1,0 +1,149 @@
+"""Stopping, crashing and resuming: a run in parts is the run in one go."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import entroflow
+from entroflow.checkpoints import CheckpointError
+from entroflow.errors import InputError
+from entroflow.runs import RunFolder
+from tiny_run import (
+    HERE,
+    ROLLOUTS,
+    PixelPolicy,
+    assert_same_run,
+    brightness,
+    final_tensors,
+    lines,
+    recipe,
+    train,
+)
+
+SCORED = []
+"""Sizes of the calls of the reward below."""
+
+
+def interrupted_after_three_iterations(images, prompts, metadata):
+    SCORED.append(len(images))
+    if sum(SCORED) > 3 * ROLLOUTS:
+        raise KeyboardInterrupt
+    return brightness(images, prompts, metadata)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_run_stopped_and_resumed_is_one_in_one_go(tmp_path, stop):
+    """Weights, average, optimizer state and metrics, at a checkpoint and between two; with memory
+    in a component, warm-up, minibatches in random order and KL.
+    """
+    sections = {"run": {"iterations": 4}, "credit": {"type": f"{HERE}.RunningScale"}}
+    whole = train(tmp_path / "whole", **sections)
+    parts = train(tmp_path / "parts", stop_after=stop, **sections)
+    assert parts.metrics()[-1]["iteration"] == stop
+    parts = entroflow.resume(parts.path, policy=PixelPolicy())
+    assert_same_run(whole, parts)
+    assert final_tensors(whole)["optimizer"]["0.step"].item() == 8
+    assert [line["iteration"] for line in lines(whole)] == [0, 1, 2, 3, 4]
+
+
+def test_a_crash_is_made_good(tmp_path):
+    """What was written after the last checkpoint is forgotten and written again."""
+    sections = {"run": {"iterations": 5}}
+    whole = train(tmp_path / "whole", **sections)
+    SCORED.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "crashed", reward=interrupted_after_three_iterations, **sections)
+    crashed = RunFolder.open(tmp_path / "crashed")
+    assert crashed.latest().name == "00000002"
+    assert crashed.metrics()[-1]["iteration"] == 3
+    SCORED.clear()
+    crashed = entroflow.resume(
+        crashed.path, policy=PixelPolicy(), reward=interrupted_after_three_iterations
+    )
+    assert_same_run(whole, crashed)
+
+
+def test_an_error_of_the_watcher_leaves_the_iteration_saved(tmp_path):
+    def watch(metrics, evaluated):
+        if metrics["iteration"] == 1:
+            raise KeyError("watcher")
+
+    with pytest.raises(KeyError, match="watcher"):
+        train(tmp_path / "run", watch=watch)
+    folder = RunFolder.open(tmp_path / "run")
+    assert folder.latest().name == "00000001"
+    folder = entroflow.resume(folder.path, policy=PixelPolicy())
+    assert_same_run(train(tmp_path / "whole"), folder)
+
+
+def test_a_run_resumed_from_its_start_is_one_in_one_go(tmp_path):
+    """The first checkpoint is that of iteration 0; a crash before the second goes back to it."""
+    whole = train(tmp_path / "whole")
+    parts = train(tmp_path / "parts", stop_after=0)
+    parts = entroflow.resume(parts.path, policy=PixelPolicy())
+    assert_same_run(whole, parts)
+
+
+def test_a_crash_between_checkpoint_and_metrics_loses_no_line(tmp_path, monkeypatch):
+    whole = train(tmp_path / "whole")
+    append = RunFolder.append_metrics
+
+    def crash(self, line):
+        if line["iteration"] == 2:
+            raise KeyboardInterrupt
+        append(self, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_metrics", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "crashed")
+    crashed = entroflow.resume(tmp_path / "crashed", policy=PixelPolicy())
+    assert [line["iteration"] for line in lines(crashed)] == [0, 1, 2, 3]
+    assert_same_run(whole, crashed)
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path):
+    one, two = train(tmp_path / "one"), train(tmp_path / "two")
+    assert_same_run(one, two)
+    other = train(tmp_path / "other", run={"seed": 1})
+    for mine, theirs in zip(lines(one)[1:], lines(other)[1:], strict=True):
+        assert mine["reward/mean"] != theirs["reward/mean"]
+    live = (final_tensors(run)["live"]["shift"] for run in (one, other))
+    assert not torch.equal(*live)
+
+
+def test_a_resumed_run_may_become_longer(tmp_path):
+    """Only `run` may change, and the change is written down."""
+    short = train(tmp_path / "short", run={"iterations": 2})
+    longer = entroflow.resume(short.path, ["run.iterations=4"], policy=PixelPolicy())
+    assert_same_run(train(tmp_path / "whole", run={"iterations": 4}), longer)
+    assert "iterations: 4" in (longer.path / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["optimizer.learning_rate=1", "objective.kl=1", "run.seed=1", "kernel.type=ode", "running=1"],
+)
+def test_resume_refuses_what_would_be_another_run(tmp_path, override):
+    folder = train(tmp_path / "run", stop_after=1)
+    before = {path: path.read_bytes() for path in folder.path.glob("*.*")}
+    with pytest.raises(InputError, match="a resumed run can change keys of 'run' except the seed"):
+        entroflow.resume(folder.path, [override], policy=PixelPolicy())
+    assert {path: path.read_bytes() for path in folder.path.glob("*.*")} == before
+
+
+def test_resume_refuses_other_base_weights(tmp_path):
+    folder = train(tmp_path / "run", stop_after=1)
+    with pytest.raises(CheckpointError, match="other base weights"):
+        entroflow.resume(folder.path, policy=PixelPolicy(shift=0.1))
+    assert folder.metrics()[-1]["iteration"] == 1
+
+
+def test_resume_refuses_a_folder_without_a_run_or_checkpoint(tmp_path):
+    with pytest.raises(InputError, match="is not a run folder"):
+        entroflow.resume(tmp_path)
+    text = recipe(policy={"type": f"{HERE}.PixelPolicy"}).to_yaml()
+    folder = RunFolder.create(tmp_path / "run", text)
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        entroflow.resume(folder.path, policy=PixelPolicy())

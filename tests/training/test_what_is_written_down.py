@@ -1,0 +1,86 @@
+"""Metrics, ledger, pictures and events of a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import entroflow
+from entroflow.runs import METRICS
+from tiny_run import HERE, ROLLOUTS, PixelPolicy, Shift, train
+
+
+class Blind(Shift):
+    """Shows no examples."""
+
+    def run(self, policy, **options):
+        found = super().run(policy, **options)
+        return replace(found, images=found.images[:0], captions=[], passed=[])
+
+
+def test_tensorboard_reads_every_number_and_picture(tmp_path, monkeypatch):
+    """The real reader finds what metrics.jsonl and images/ hold, each once, also over a pause."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = train(tmp_path / "run", stop_after=1)
+    # Event files are named by the second, and this pause is shorter.
+    later = SimpleNamespace(time=lambda: time.time() + 5)
+    monkeypatch.setattr("tensorboardX.event_file_writer.time", later)
+    folder = entroflow.resume(folder.path, policy=PixelPolicy())
+    events = accumulator.EventAccumulator(
+        str(folder.tensorboard), size_guidance={"scalars": 0, "images": 0}
+    )
+    events.Reload()
+    wanted = {}
+    for line in folder.metrics():
+        for name, value in line.items():
+            if name not in ("iteration", "by_step"):
+                wanted.setdefault(name, []).append((line["iteration"], value))
+    assert set(events.Tags()["scalars"]) == set(wanted)
+    for name, points in wanted.items():
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert [step for step, _ in found] == [step for step, _ in points]
+        assert [v for _, v in found] == pytest.approx([v for _, v in points], rel=1e-6, abs=1e-12)
+    pictures = events.Images("examples")
+    assert [picture.step for picture in pictures] == [0, 2, 3]
+    for picture in pictures:
+        path = folder.images / f"{picture.step:08d}.png"
+        shown = tmp_path / "shown.png"
+        shown.write_bytes(picture.encoded_image_string)
+        with Image.open(path) as one, Image.open(shown) as other:
+            assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_the_ledger_counts_forward_backward_and_reference_passes(tmp_path):
+    """KL asks for the reference at every state; a pass with gradient counts three; the run-time
+    check of the KL compares two passes at every state, counted apart.
+    """
+    folder = train(tmp_path / "run", credit={"type": f"{HERE}.RunningScale"})
+    forward, trained = ROLLOUTS * 4, ROLLOUTS * 2
+    for line in folder.metrics():
+        n = line["iteration"]
+        assert line["ledger/network_evaluations"] == n * (forward + 2 * trained)
+        assert line["ledger/weighted_evaluations"] == n * (forward + trained + 3 * trained)
+        assert line["ledger/monitor_evaluations"] == n * 2 * trained
+        assert line["ledger/reward_calls"] == line["ledger/decodes"] == n * ROLLOUTS
+        assert line["ledger/optimizer_steps"] == 2 * n
+    assert (folder.path / METRICS).read_text().count("\n") == 4
+
+
+def test_an_evaluation_may_have_no_examples(tmp_path):
+    folder = train(tmp_path / "run", evaluation={"type": f"{__name__}.Blind"})
+    assert folder.metrics()[-1]["iteration"] == 3
+    assert (folder.path / "report.html").is_file()
+    assert not folder.examples.exists()
+
+
+def test_a_watcher_sees_every_iteration_with_its_evaluation(tmp_path):
+    seen = []
+    folder = train(tmp_path / "run", watch=lambda metrics, found: seen.append((metrics, found)))
+    assert [json.loads(json.dumps(metrics)) for metrics, _ in seen] == folder.metrics()
+    assert [found is not None for _, found in seen] == [True, False, True, True]
