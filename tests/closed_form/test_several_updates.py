@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from entroflow.credit.terminal import Terminal
+from entroflow.errors import InputError
 from entroflow.ledger import Ledger
 from entroflow.objectives import update as update_module
 from entroflow.objectives.clipped import Clipped
@@ -265,6 +266,21 @@ def test_transitions_that_are_skipped_keep_their_share_of_the_weight():
         np.testing.assert_allclose(found, by_cases, rtol=1e-9, atol=1e-12)
 
 
+def test_a_minibatch_of_tied_groups_takes_no_step():
+    """No gradient, no step: an optimizer with memory would still move the weights."""
+
+    def equal(images: Tensor, prompts: object, metadata: object) -> list[float]:
+        return [1.0] * len(images)
+
+    seen = seen_by_two_dimensional_policy(reward=equal)
+    path = walked(seen, minibatches=2, epochs=2)
+    assert path.gradients == []
+    assert path.statistics.skipped == 2 * len(seen.transitions)
+    assert path.statistics.terms == {}
+    assert path.ledger.network_evaluations == path.ledger.optimizer_steps == 0
+    assert torch.equal(seen.policy.shift, torch.zeros_like(seen.policy.shift))
+
+
 def test_a_long_gradient_is_shortened_in_every_step():
     """Steps go no further than the bound, in the same direction; norms are noted before that."""
     seen = seen_by_two_dimensional_policy()
@@ -392,6 +408,13 @@ def test_rows_are_dealt_out_evenly_and_whole(rows, steps, count, seed):
     sizes = [len({pairs[n][0] for n in minibatch}) for minibatch in minibatches]
     assert sum(sizes) == rows
     assert max(sizes) - min(sizes) <= 1
+
+
+@given(ROWS_AND_STATES, st.integers(1, 3))
+@reproducible
+def test_minibatches_that_would_stay_empty_are_refused(pairs, more):
+    with pytest.raises(InputError, match=r"objective\.minibatches"):
+        deal(pairs, states_and_partners(pairs) + more)
 
 
 @given(

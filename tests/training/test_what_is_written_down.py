@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import entroflow
 from entroflow.runs import METRICS
-from tiny_run import HERE, ROLLOUTS, PixelPolicy, Shift, train
+from tiny_run import HERE, ROLLOUTS, PixelPolicy, Shift, final_tensors, train
 
 
 class Blind(Shift):
@@ -70,6 +71,23 @@ def test_the_ledger_counts_forward_backward_and_reference_passes(tmp_path):
         assert line["ledger/reward_calls"] == line["ledger/decodes"] == n * ROLLOUTS
         assert line["ledger/optimizer_steps"] == 2 * n
     assert (folder.path / METRICS).read_text().count("\n") == 4
+
+
+def test_what_was_not_measured_is_null(tmp_path):
+    """Groups whose rewards are all equal teach nothing: no pass, no step, and no made-up zeros."""
+    folder = train(
+        tmp_path / "run", reward=lambda images, *_: [0.5] * len(images), objective={"kl": 0.0}
+    )
+    for n, line in enumerate(folder.metrics()[1:], start=1):
+        for name in ("loss", "ratio_max_deviation", "clip_fraction", "gradient_norm"):
+            assert line[f"policy/{name}"] is None
+        assert line["policy/kl"] == 0
+        assert line["policy/skipped"] == line["policy/transitions"] == 2 * ROLLOUTS
+        assert line["reward/tied_groups"] == 2
+        assert line["ledger/network_evaluations"] == n * 4 * ROLLOUTS
+        assert line["ledger/optimizer_steps"] == 0
+    live = final_tensors(folder)["live"]["shift"]
+    assert torch.equal(live, torch.zeros_like(live))
 
 
 def test_an_evaluation_may_have_no_examples(tmp_path):
