@@ -50,6 +50,11 @@ def measure(images: int) -> dict:
 def card(measured: dict) -> str:
     """The model card as Markdown."""
     settings = Pretraining()
+    phases = "; ".join(
+        f"{phase.steps} steps at learning rate {phase.learning_rate:g} with {phase.label_noise:.0%} "
+        "label noise"
+        for phase in settings.phases
+    )
     lines = [
         "# Model card: the embedded base model",
         "",
@@ -60,14 +65,13 @@ def card(measured: dict) -> str:
         "- **Purpose**: a base to post-train on a laptop. It knows how to draw, and follows captions "
         "imperfectly on purpose. It is of no use for anything else.",
         "- **Data**: scenes rendered on the fly from training captions alone; "
-        f"{settings.caption_dropout:.0%} of the captions are left out, and {settings.label_noise:.0%} "
-        "of the others are wrong in one attribute, uniform over the attributes stated. Validation and "
-        "test prompts never occur.",
-        f"- **Training**: rectified flow, {settings.steps} steps of batch {settings.batch}, Muon "
-        f"and AdamW, learning rate {settings.learning_rate:g} in {settings.cycles} cosine cycles "
-        f"(the first of {settings.first_cycle} steps, each later one twice as long), moving average "
-        f"{settings.ema:g}, bfloat16 products; {measured['pretraining_minutes']:.0f} minutes on two "
-        "CPU cores.",
+        f"{settings.caption_dropout:.0%} of the captions are left out, and of the others a share (label "
+        "noise) is wrong in one attribute, uniform over the attributes stated. Validation and test "
+        "prompts never occur.",
+        f"- **Training**: rectified flow with Muon and AdamW, {settings.steps} steps of batch "
+        f"{settings.batch} in phases, each with a warm-up of {settings.warm_up} steps and a cosine to "
+        f"zero: {phases}; moving average {settings.ema:g}, bfloat16 products; "
+        f"{measured['pretraining_minutes']:.0f} minutes on two CPU cores.",
         "- **Make it again**: `entroflow pretrain shapes --folder base`.",
         f"- **Weights**: `base.safetensors`, float16, {measured['bytes'] / 1e6:.1f} MB, "
         f"digest `{measured['digest']}`.",

@@ -194,20 +194,21 @@ def recipes(
 @pretrain_app.command("shapes", epilog="Example: `entroflow pretrain shapes --folder base`")
 def pretrain_shapes(
     folder: Annotated[Path, typer.Option(help="Where to train; the same folder goes on.")],
-    cycles: Annotated[
-        int, typer.Option(min=1, help="Cosine cycles, each twice as long as the one before.")
-    ] = 2,
-    first_cycle: Annotated[int, typer.Option(min=1, help="Steps of the first cycle.")] = 6500,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Shorten or stretch all phases to about this total.")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Train the embedded model from nothing, as the shipped weights were.
 
-    A stopped run goes on where it was; a finished one goes on with more `--cycles`.
+    A stopped run goes on where it was.
     """
     from entroflow.policies.shapes.pretrain import Pretraining, export_weights, pretrain
     from entroflow.show import steps_progress
 
-    settings = Pretraining(cycles=cycles, first_cycle=first_cycle, seed=seed)
+    settings = Pretraining(seed=seed)
+    if steps is not None:
+        settings = settings.scaled_to(steps)
     with steps_progress("pretraining", settings.steps, "loss") as advance:
         for step, loss in pretrain(settings, folder):
             advance(step, loss)

@@ -15,6 +15,7 @@ from entroflow.checkpoints import CheckpointError, read_state, read_tensors
 from entroflow.policies.shapes import pretrain as module
 from entroflow.policies.shapes.network import ShapesNetwork
 from entroflow.policies.shapes.pretrain import (
+    Phase,
     Pretraining,
     batch_of_scenes,
     export_weights,
@@ -128,7 +129,7 @@ def test_every_skill_comes_up_equally(scanned):
 @pytest.mark.parametrize(("noise", "dropout"), [(0.0, 0.0), (1.0, 0.0), (0.5, 1.0)])
 def test_rates_at_their_limits(noise, dropout):
     """No noise: all right. All noise: all wrong. All dropped: no caption."""
-    settings = Pretraining(batch=96, label_noise=noise, caption_dropout=dropout)
+    settings = Pretraining((Phase(1, 1.0, noise),), batch=96, caption_dropout=dropout)
     images, words = batch_of_scenes(settings, 0)
     captions = captions_of(words)
     if dropout == 1:
@@ -144,7 +145,7 @@ def test_a_batch_is_a_function_of_the_seed_and_the_step():
     first = {step: batch_of_scenes(settings, step) for step in (7, 2, 3)}
     torch.manual_seed(123)
     np.random.seed(9)
-    other = Pretraining(batch=16, seed=5, first_cycle=10, learning_rate=1.0, ema=0.5)
+    other = Pretraining((Phase(10, 1.0, label_noise=0.25),), batch=16, seed=5, ema=0.5)
     for step in (2, 3, 7):
         images, words = batch_of_scenes(other, step)
         assert torch.equal(images, first[step][0])
@@ -214,7 +215,7 @@ def test_sigmas_are_logit_normal_and_noise_is_standard():
 
 
 def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
-    settings = Pretraining(cycles=1, first_cycle=1000, warm_up=100, learning_rate=2.0)
+    settings = Pretraining((Phase(1000, 2.0, 0.1),), warm_up=100)
     rates = [learning_rate_at(settings, step) for step in range(1000)]
     for step in range(100):
         cosine = 1 + math.cos(math.pi * step / 1000)
@@ -224,27 +225,38 @@ def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
     assert all(one > two for one, two in itertools.pairwise(rates[100:]))
 
 
-def test_later_cycles_are_the_first_one_stretched():
-    """Three cycles of 100, 200 and 400 steps, each a cosine of its own length."""
-    settings = Pretraining(cycles=3, first_cycle=100, warm_up=1, learning_rate=2.0)
-    assert settings.steps == 700
-    rates = [learning_rate_at(settings, step) for step in range(settings.steps)]
-    for start, length in ((0, 100), (100, 200), (300, 400)):
+def test_every_phase_is_a_warm_up_and_a_cosine_of_its_own():
+    lengths, peaks = (100, 200, 40), (2.0, 1.0, 4.0)
+    phases = tuple(Phase(n, rate, 0.1) for n, rate in zip(lengths, peaks, strict=True))
+    settings = Pretraining(phases, warm_up=10)
+    assert settings.steps == 340
+    rates = iter([learning_rate_at(settings, step) for step in range(settings.steps)])
+    for length, peak in zip(lengths, peaks, strict=True):
         for step in range(length):
-            expected = 1 + math.cos(math.pi * step / length)
-            assert rates[start + step] == pytest.approx(expected), (start, step)
+            expected = peak / 2 * (1 + math.cos(math.pi * step / length)) * min(1, (step + 1) / 10)
+            assert next(rates) == pytest.approx(expected), (length, step)
 
 
-def test_every_cycle_warms_up():
-    settings = Pretraining(cycles=2, first_cycle=1000, warm_up=10, learning_rate=2.0)
-    for step in range(10):
-        cosine = 1 + math.cos(math.pi * step / 2000)
-        assert learning_rate_at(settings, 1000 + step) == pytest.approx((step + 1) / 10 * cosine)
+def test_every_phase_has_its_label_noise():
+    """None in the first step, all captions wrong in the second."""
+    phases = (Phase(1, 1.0, label_noise=0.0), Phase(1, 1.0, label_noise=1.0))
+    settings = Pretraining(phases, batch=64, caption_dropout=0.0)
+    for step, right in ((0, True), (1, False)):
+        images, words = batch_of_scenes(settings, step)
+        specs = [parse(caption) for caption in captions_of(words)]
+        strict = judge(recognise((images + 1) / 2), specs).strict
+        assert (strict == right).all()
+
+
+def test_scaled_phases_keep_their_shares():
+    scaled = Pretraining((Phase(600, 2.0, 0.2), Phase(300, 1.0, 0.1))).scaled_to(90)
+    assert scaled.phases == (Phase(60, 2.0, 0.2), Phase(30, 1.0, 0.1))
+    assert [phase.steps for phase in Pretraining().scaled_to(1).phases] == [1, 1, 1]
 
 
 # --- runs -----------------------------------------------------------------------------------------
 
-TINY = Pretraining(cycles=2, first_cycle=2, batch=4, warm_up=2, ema=0.9)
+TINY = Pretraining((Phase(2, 6e-3, 0.3), Phase(4, 3e-3, 0.1)), batch=4, warm_up=2, ema=0.9)
 
 
 @pytest.fixture
@@ -293,7 +305,7 @@ def test_a_run_stopped_and_resumed_is_bit_equal_to_one_in_one_go(tmp_path, stop)
 
 def test_the_full_network_resumes_bit_equal(tmp_path):
     """As above with the network that is shipped, at two steps."""
-    settings = Pretraining(cycles=1, first_cycle=2, batch=2, warm_up=1)
+    settings = Pretraining((Phase(2, 6e-3, 0.1),), batch=2, warm_up=1)
     list(pretrain(settings, tmp_path / "whole", checkpoint_every=1))
     run = pretrain(settings, tmp_path / "parts", checkpoint_every=1)
     next(run)
@@ -312,9 +324,9 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path):
 
 
 @pytest.mark.usefixtures("tiny_network")
-def test_a_finished_run_goes_on_with_more_cycles(tmp_path):
-    """As if all cycles had been asked for at once."""
-    list(pretrain(dataclasses.replace(TINY, cycles=1), tmp_path / "parts"))
+def test_a_finished_run_goes_on_with_more_phases(tmp_path):
+    """As if all phases had been asked for at once."""
+    list(pretrain(dataclasses.replace(TINY, phases=TINY.phases[:1]), tmp_path / "parts"))
     assert read_state(tmp_path / "parts" / "checkpoint")["step"] == 2
     assert [step for step, _ in pretrain(TINY, tmp_path / "parts")] == [3, 4, 5, 6]
     list(pretrain(TINY, tmp_path / "whole"))
@@ -322,15 +334,26 @@ def test_a_finished_run_goes_on_with_more_cycles(tmp_path):
 
 
 @pytest.mark.usefixtures("tiny_network")
+def test_a_phase_that_has_begun_can_not_change(tmp_path):
+    """The second has, after three steps."""
+    run = pretrain(TINY, tmp_path, checkpoint_every=1)
+    for _ in range(3):
+        next(run)
+    run.close()
+    first, second = TINY.phases
+    for phases in ((first, Phase(5, 3e-3, 0.1)), (first,), (Phase(2, 1e-3, 0.3), second)):
+        with pytest.raises(CheckpointError, match="made with phases="):
+            next(pretrain(dataclasses.replace(TINY, phases=phases), tmp_path))
+    assert next(pretrain(TINY, tmp_path))[0] == 4
+
+
+@pytest.mark.usefixtures("tiny_network")
 @pytest.mark.parametrize(
     "change",
     [
-        {"first_cycle": 3},
         {"batch": 5},
-        {"learning_rate": 1e-4},
         {"warm_up": 3},
         {"weight_decay": 0.1},
-        {"label_noise": 0.3},
         {"caption_dropout": 0.2},
         {"ema": 0.99},
         {"seed": 1},
@@ -416,7 +439,7 @@ def test_exported_weights_are_the_average_in_half_precision(tmp_path):
 @pytest.mark.usefixtures("tiny_network")
 def test_training_lowers_the_loss(tmp_path):
     """Well below that of the velocity 0, which it starts from."""
-    settings = Pretraining(cycles=1, first_cycle=40, batch=16, warm_up=5, learning_rate=5e-3)
+    settings = Pretraining((Phase(40, 5e-3, 0.1),), batch=16, warm_up=5)
     losses = [loss for _, loss in pretrain(settings, tmp_path)]
     at_zero = [
         flow_matching_loss(lambda x, *_: torch.zeros_like(x), settings, step).item()

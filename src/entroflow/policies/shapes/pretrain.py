@@ -12,7 +12,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,28 +38,53 @@ from entroflow.shapes.scenes import lay_out, render
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Steps with one label noise; the learning rate warms up and goes down as a cosine to zero."""
+
+    steps: int
+    learning_rate: float
+    label_noise: float
+
+
+@dataclass(frozen=True)
 class Pretraining:
     """Settings of a pretraining run; the defaults made the shipped weights.
 
-    The learning rate goes down in `cycles` cosine cycles, the first `first_cycle` steps long and
-    each later one twice as long as the one before. A finished run can go on with more cycles.
+    A finished run can go on with more phases. In the second one the loss jumped twice and came
+    back: 6e-3 is at the edge of what is stable.
     """
 
-    cycles: int = 2
-    first_cycle: int = 6500
+    phases: tuple[Phase, ...] = (
+        Phase(6500, 6e-3, label_noise=0.25),
+        Phase(13_000, 6e-3, label_noise=0.25),
+        Phase(10_000, 3e-3, label_noise=0.1),
+    )
     batch: int = 128
-    learning_rate: float = 6e-3
     warm_up: int = 300
     weight_decay: float = 0.01
-    label_noise: float = 0.25
     caption_dropout: float = 0.1
     ema: float = 0.999
     seed: int = 0
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of all cycles."""
-        return self.first_cycle * int(2**self.cycles - 1)
+        """Optimizer steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    def scaled_to(self, steps: int) -> Pretraining:
+        """The same phases, shorter or longer, of about `steps` in all."""
+        shares = (max(1, round(phase.steps * steps / self.steps)) for phase in self.phases)
+        scaled = zip(self.phases, shares, strict=True)
+        return replace(self, phases=tuple(replace(phase, steps=n) for phase, n in scaled))
+
+    def phase_of(self, step: int) -> tuple[Phase, int]:
+        """The phase that a step belongs to, and its first step."""
+        start = 0
+        for phase in self.phases:
+            if step < start + phase.steps:
+                return phase, start
+            start += phase.steps
+        raise ValueError(f"step {step} is beyond the last phase.")
 
 
 def batch_of_scenes(settings: Pretraining, step: int) -> tuple[Tensor, Tensor]:
@@ -68,13 +93,14 @@ def batch_of_scenes(settings: Pretraining, step: int) -> tuple[Tensor, Tensor]:
     A pure function of the seed and the step, so that a resumed run sees the same data.
     """
     rng = np.random.default_rng([settings.seed, step])
+    label_noise = settings.phase_of(step)[0].label_noise
     specs = [grammar.draw(rng, "train") for _ in range(settings.batch)]
     captions = []
     for spec in specs:
         fate = rng.random()
         if fate < settings.caption_dropout:
             captions.append("")
-        elif rng.random() < settings.label_noise:
+        elif rng.random() < label_noise:
             captions.append(grammar.text(grammar.one_attribute_wrong(spec, rng)))
         else:
             captions.append(grammar.text(spec))
@@ -95,17 +121,11 @@ def flow_matching_loss(network: torch.nn.Module, settings: Pretraining, step: in
 
 
 def learning_rate_at(settings: Pretraining, step: int) -> float:
-    """Cosine cycles with warm restarts, each twice as long as the one before.
-
-    SGDR (Loshchilov & Hutter, 2017, equation 5 with T_mult = 2), with a linear warm-up at the start
-    of each cycle.
-    """
-    start, length = 0, settings.first_cycle
-    while step >= start + length:
-        start, length = start + length, 2 * length
+    """In each phase a linear warm-up, then a cosine to zero (SGDR, Loshchilov & Hutter, 2017)."""
+    phase, start = settings.phase_of(step)
     warm = min(1.0, (step - start + 1) / max(1, settings.warm_up))
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - start) / length))
-    return settings.learning_rate * warm * cosine
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - start) / phase.steps))
+    return phase.learning_rate * warm * cosine
 
 
 def pretrain(
@@ -172,10 +192,10 @@ def _optimizers(network: ShapesNetwork, settings: Pretraining) -> list[torch.opt
     named = dict(network.named_parameters())
     matrices = [named[name] for name in named if name in inside]
     others = [named[name] for name in named if name not in inside]
-    rate, decay = settings.learning_rate, settings.weight_decay
+    decay = settings.weight_decay
     return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rate, weight_decay=decay, betas=(0.9, 0.99)),
+        torch.optim.Muon(matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, weight_decay=decay, betas=(0.9, 0.99)),
     ]
 
 
@@ -187,13 +207,19 @@ def _resume(
     optimizers: list[torch.optim.Optimizer],
 ) -> int:
     state = read_state(checkpoint)
-    for field in fields(Pretraining):
-        if field.name == "cycles":
-            continue
-        before, now = state["settings"].get(field.name), getattr(settings, field.name)
-        if before != now:
+    now = json.loads(json.dumps(asdict(settings)))
+    begun, start = 0, 0
+    for phase in state["settings"]["phases"]:
+        begun += start < state["step"]
+        start += phase["steps"]
+    for values in (now, state["settings"]):
+        # Phases that have not begun may change.
+        values["phases"] = values["phases"][:begun]
+    for name, value in now.items():
+        before = state["settings"].get(name)
+        if before != value:
             raise CheckpointError(
-                f"{checkpoint} was made with {field.name}={before}, not {now}; "
+                f"{checkpoint} was made with {name}={before}, not {value}; "
                 "use the same settings or another folder."
             )
     for module, name in ((network, "network"), (average, "average")):
