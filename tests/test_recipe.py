@@ -598,6 +598,12 @@ def test_objects_of_the_caller_take_the_place_of_sections(tmp_path):
         build_recipe(mapping)
 
 
+def test_a_class_that_does_not_say_what_it_takes_is_refused():
+    """As those written in C."""
+    with pytest.raises(RecipeError, match=r"credit\.type: .* does not say which keys it takes"):
+        build_recipe({"credit": {"type": "builtins.int"}})
+
+
 def test_an_override_of_a_given_object_is_refused():
     """It could only be ignored."""
     with pytest.raises(RecipeError, match=r"reward\.credit=strict: reward is given as an object"):

@@ -380,6 +380,8 @@ def _users(
         inspect.signature(chosen).bind(**fields)
     except TypeError as error:
         raise RecipeError(f"{where}: {kind} {error}.") from None
+    except ValueError:
+        raise RecipeError(f"{where}.type: {kind} does not say which keys it takes.") from None
     return chosen(**fields), {"type": kind, **fields}
 
 

@@ -170,7 +170,7 @@ class Trainer:
         if self.iteration == 0 and statistics.kl > limit:
             log.warning(
                 "the KL to the reference is %.1e before any step, when it must be 0: the reference "
-                "weights are not those that sampled, or grad mode changes the forward pass.",
+                "weights are not those that sampled.",
                 statistics.kl,
             )
 
