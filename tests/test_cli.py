@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from entroflow import cli
+from entroflow.recipe import load_recipe
 from entroflow.runs import RunFolder
 
 TINY = (
@@ -141,6 +142,22 @@ def test_evaluate_makes_the_comparison_of_the_run_again(entroflow, finished_run,
     asked = {"split": "validation", "steps": 1, "guidance": 2, "seed": 7}
     assert {key: changed[key] for key in asked} == asked
     assert changed["models"]["tuned"]["scores"]["overall"]["images"] == 6
+
+
+class OwnEvaluation:
+    """Has no settings that could be changed."""
+
+
+def test_evaluate_refuses_an_evaluation_that_it_cannot_repeat(entroflow, finished_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    recipe = load_recipe(run / "recipe.yaml").resolved
+    own = {**recipe, "evaluation": {"type": f"{__name__}.OwnEvaluation"}}
+    (run / "recipe.yaml").write_text(json.dumps(own))
+    code, _, err = entroflow("evaluate", run)
+    assert code == 2
+    assert one_line(err)
+    assert "can't be repeated on other prompts" in err
 
 
 def test_report_is_written_anew(entroflow, finished_run):
