@@ -49,7 +49,7 @@ def samples(specs: list[Spec]) -> Tensor:
 
 def milliseconds(images: Tensor, specs: list[Spec], repeats: int) -> list[float]:
     """Per image, of every repeat; the captions are read before, as in a training run."""
-    reward, prompts = ShapesReward(credit="strict"), [Prompt(text(spec)) for spec in specs]
+    reward, prompts = ShapesReward(value="strict"), [Prompt(text(spec)) for spec in specs]
     reward.score(images, prompts)
     times = []
     for _ in range(repeats):

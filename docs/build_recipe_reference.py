@@ -41,7 +41,7 @@ component by its `type` and sets the keys of that component. What is left out ha
 below. This is a whole recipe:
 
 ```yaml recipe
-reward: {type: shapes, credit: strict}
+reward: {type: shapes, value: strict}
 objective: {type: clipped, clip_total: 2.0}
 run: {iterations: 50}
 ```

@@ -22,7 +22,7 @@ TINY = (
     "prompts.per_iteration=2", "allocation.group_size=4", "sampling.steps=3", "exploration.size=1",
     "evaluation.images_per_skill=2", "evaluation.test_images_per_skill=2", "evaluation.steps=2",
     # The strict rewards of four images are often equal, and then there is nothing to learn.
-    "reward.credit=graded",
+    "reward.value=graded",
 )  # fmt: skip
 
 

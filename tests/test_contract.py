@@ -234,7 +234,7 @@ def test_update_follows_the_policy_gradient_with_one_pass_per_state(run):
     assert states == 8
     assert trainer.ledger.network_evaluations - before == states
     # The KL is measured on a sample that meets every state, under both weights.
-    assert trainer.ledger.monitor_evaluations == 2 * states
+    assert trainer.ledger.check_evaluations == 2 * states
     assert not torch.equal(policy.shift.detach(), torch.zeros(2, dtype=torch.float64))
 
 

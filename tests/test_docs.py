@@ -168,7 +168,7 @@ def test_a_part_of_ones_own_trains(name, elsewhere):
     module, section = PARTS[name]
     (elsewhere / name).write_text(module.code)
     # Of eight images none may be strictly right; partial credit always leaves something to learn.
-    graded = {"reward": {"type": "shapes", "credit": "graded"}}
+    graded = {"reward": {"type": "shapes", "value": "graded"}}
     recipe = {**yaml(load_recipe("quickstart").to_yaml()), **graded, **yaml(section.code)}
     with (elsewhere / "mine.yaml").open("w") as file:
         YAML().dump(recipe, file)

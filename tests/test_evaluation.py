@@ -84,7 +84,7 @@ def evaluated(policy, *, seed=0, batch_size=64, reward=None, ledger=None, **sett
 @torch.no_grad()
 def test_a_perfect_policy_scores_1():
     ledger = Ledger()
-    found = evaluated(DrawnPolicy(), reward=ShapesReward(credit="strict"), ledger=ledger)
+    found = evaluated(DrawnPolicy(), reward=ShapesReward(value="strict"), ledger=ledger)
     assert set(found.scores) == {*grammar.SKILLS, "overall"}
     for skill, score in found.scores.items():
         assert score.strict == 1

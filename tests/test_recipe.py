@@ -37,7 +37,7 @@ CHANGES = {
     "sampling": {"steps": 9, "guidance": 2.0, "batch_size": 65, "state_dtype": "bfloat16"},
     "exploration": {"start": 1, "size": 2},
     "kernel": {"noise_level": 0.9},
-    "reward": {"credit": "strict"},
+    "reward": {"value": "strict"},
     "credit": {"scale": "none", "ddof": 1, "epsilon": 0.0, "advantage_clip": 4.0},
     "objective": {
         "clip_total": 2.5, "kl": 0.1, "kl_weight": "step_length", "minibatches": 2, "epochs": 2,
@@ -606,8 +606,8 @@ def test_a_class_that_does_not_say_what_it_takes_is_refused():
 
 def test_an_override_of_a_given_object_is_refused():
     """It could only be ignored."""
-    with pytest.raises(RecipeError, match=r"reward\.credit=strict: reward is given as an object"):
-        load_recipe("quickstart", ["reward.credit=strict"], {"reward": object()})
+    with pytest.raises(RecipeError, match=r"reward\.value=strict: reward is given as an object"):
+        load_recipe("quickstart", ["reward.value=strict"], {"reward": object()})
 
 
 def test_one_component_needs_nothing_of_the_others(tmp_path):

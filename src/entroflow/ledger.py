@@ -18,7 +18,7 @@ class Ledger:
     Attributes:
         network_evaluations: images sent through the network; guidance with two passes counts two.
         weighted_evaluations: the same, where a forward and backward pass counts three.
-        monitor_evaluations: passes that serve a run-time check alone; in neither of the above.
+        check_evaluations: passes that serve a run-time check alone; in neither of the above.
         reward_calls: images scored.
         decodes: latents decoded to images.
         optimizer_steps: updates of the weights.
@@ -27,7 +27,7 @@ class Ledger:
 
     network_evaluations: int = 0
     weighted_evaluations: int = 0
-    monitor_evaluations: int = 0
+    check_evaluations: int = 0
     reward_calls: int = 0
     decodes: int = 0
     optimizer_steps: int = 0

@@ -21,7 +21,7 @@ def test_flow_grpo_runs_as_shipped(tmp_path):
     tiny = [
         f"prompts.per_iteration={PROMPTS}", f"allocation.group_size={GROUP}", "sampling.steps=4",
         "evaluation.images_per_skill=2", "evaluation.test_images_per_skill=1", "evaluation.steps=2",
-        "run.iterations=2", "run.evaluate_every=2", "reward.credit=graded",
+        "run.iterations=2", "run.evaluate_every=2", "reward.value=graded",
     ]  # fmt: skip
     folder = entroflow.train("flow_grpo", tiny, run=tmp_path / "run")
     clip, trained = 6.6 / 3072, 3 * ROLLOUTS
@@ -61,7 +61,7 @@ def test_the_embedded_model_resumes_bit_equal(tmp_path):
         f"prompts.per_iteration={PROMPTS}", f"allocation.group_size={GROUP}", "sampling.steps=3",
         "exploration.size=1", "evaluation.images_per_skill=2", "evaluation.test_images_per_skill=1",
         "evaluation.steps=1", "run.iterations=2", "run.evaluate_every=2", "run.checkpoint_every=5",
-        "run.keep_checkpoints=1", "reward.credit=graded",
+        "run.keep_checkpoints=1", "reward.value=graded",
     ]  # fmt: skip
     whole = entroflow.train("quickstart", tiny, run=tmp_path / "whole")
     parts = entroflow.train("quickstart", tiny, run=tmp_path / "parts", stop_after=1)

@@ -67,7 +67,7 @@ def test_the_ledger_counts_forward_backward_and_reference_passes(tmp_path):
         n = line["iteration"]
         assert line["ledger/network_evaluations"] == n * (forward + 2 * trained)
         assert line["ledger/weighted_evaluations"] == n * (forward + trained + 3 * trained)
-        assert line["ledger/monitor_evaluations"] == n * 2 * trained
+        assert line["ledger/check_evaluations"] == n * 2 * trained
         assert line["ledger/reward_calls"] == line["ledger/decodes"] == n * ROLLOUTS
         assert line["ledger/optimizer_steps"] == 2 * n
     assert (folder.path / METRICS).read_text().count("\n") == 4

@@ -153,7 +153,7 @@ def _kl_to_reference(forward: _Forward, transitions: Transitions, ledger: Ledger
     n = min(KL_SAMPLE, len(transitions))
     sample = transitions.take(torch.linspace(0, len(transitions) - 1, n).long())
     kl = kl_divergence(forward(sample), forward.reference(sample), sample.std)
-    ledger.monitor_evaluations += 2 * forward.evaluations(sample)
+    ledger.check_evaluations += 2 * forward.evaluations(sample)
     return kl.mean().item()
 
 

@@ -130,7 +130,7 @@ def costs(metrics: Metrics) -> list[tuple[str, str]]:
     named = {
         "network_evaluations": "network evaluations",
         "weighted_evaluations": "weighted evaluations",
-        "monitor_evaluations": "evaluations for run-time checks",
+        "check_evaluations": "evaluations for run-time checks",
         "reward_calls": "images scored",
         "decodes": "images decoded",
         "optimizer_steps": "optimizer steps",

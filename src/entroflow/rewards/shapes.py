@@ -23,7 +23,7 @@ class ShapesReward(Component):
     """How well an image shows its caption: `graded` gives partial credit, `strict` is 0 or 1."""
 
     type: Literal["shapes"] = "shapes"
-    credit: Literal["graded", "strict"] = Field(
+    value: Literal["graded", "strict"] = Field(
         "graded", description="graded: partial credit in [0, 1]; strict: 1 if all is right, else 0"
     )
 
@@ -35,5 +35,5 @@ class ShapesReward(Component):
         """
         specs: list[Spec] = [read(prompt.text) for prompt in prompts]
         verdict = score(images, specs)
-        values = verdict.graded if self.credit == "graded" else verdict.strict
+        values = verdict.graded if self.value == "graded" else verdict.strict
         return Scores(values.to(torch.float64), (Status.OK,) * len(prompts))

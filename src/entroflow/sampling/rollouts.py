@@ -176,17 +176,17 @@ class Transitions:
         return replace(self, **per_transition)
 
 
-def transitions_of(rollouts: Rollouts, credit: Tensor) -> Transitions:
+def transitions_of(rollouts: Rollouts, advantages: Tensor) -> Transitions:
     """The stochastic steps of all rollout rows as a flat table.
 
     Args:
-        credit: [B, S] advantage of every step; NaN where its reward failed. Such transitions keep
+        advantages: [B, S], NaN where its reward failed. Such transitions keep
             no weight, and the others share it equally.
     """
     plan = rollouts.plan
     trained = (plan.std > 0) & (plan.role == Role.ROLLOUT)[:, None]
     row, column = trained.nonzero(as_tuple=True)
-    advantage = credit[row, column]
+    advantage = advantages[row, column]
     valid = ~advantage.isnan()
     weight = valid.double() / valid.sum().clamp(min=1)
     sigmas = plan.sigmas
