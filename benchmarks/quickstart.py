@@ -4,7 +4,7 @@
 
 Runs `entroflow train` once per seed, one after the other, and writes docs/claims/quickstart.json
 (raw results) and docs/images/quickstart.png. A run whose recipe hash, base weights and seed are
-stored is not repeated. Needs matplotlib for the picture.
+stored is not repeated. Needs the extra `benchmarks` for the picture.
 """
 
 from __future__ import annotations
@@ -120,13 +120,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args()
     stored = json.loads(CLAIMS.read_text()) if CLAIMS.exists() else []
-    base = hashlib.blake2b(WEIGHTS.read_bytes(), digest_size=6).hexdigest()
+    weights = hashlib.blake2b(WEIGHTS.read_bytes(), digest_size=6).hexdigest()
     results = []
     planned = [(seed, False) for seed in arguments.seeds] + [(arguments.seeds[0], True)]
     for seed, control in planned:
         overrides = [*arguments.overrides, f"run.seed={seed}", *([CONTROL] if control else [])]
         recipe = load_recipe("quickstart", overrides)
-        key = {"recipe_hash": recipe.hash, "base": base, "seed": seed, "control": control}
+        key = {"recipe_hash": recipe.hash, "base": weights, "seed": seed, "control": control}
         found = [r for r in stored if key.items() <= r.items()]
         if not found:
             folder = arguments.runs / name_of(key)
@@ -137,14 +137,17 @@ def main() -> None:
             CLAIMS.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
         results += found
         gain, models = found[0]["test"]["gain"], found[0]["test"]["models"]
+        base, tuned = models["base"], models["tuned"]
+        texture, diversity = (
+            (base["monitors"][name], tuned["monitors"][name]) for name in ("texture", "diversity")
+        )
         base_monitors, monitors = (models[name]["monitors"] for name in ("base", "tuned"))
         print(
             f"seed {seed}{' control' if control else ''}: test strict "
-            f"{models['base']['scores']['overall']['strict']:.3f} -> "
-            f"{models['tuned']['scores']['overall']['strict']:.3f}, gain {gain['strict']:+.3f} "
-            f"[{gain['low']:+.3f}, {gain['high']:+.3f}] in {found[0]['training_seconds']:.0f} s of "
-            f"training; texture {monitors['texture'] / base_monitors['texture']:.2f} x, "
-            f"diversity {base_monitors['diversity']:.3f} -> {monitors['diversity']:.3f}",
+            f"{base['scores']['overall']['strict']:.3f} -> {tuned['scores']['overall']['strict']:.3f}, "
+            f"gain {gain['strict']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] in "
+            f"{found[0]['training_seconds']:.0f} s of training; texture {texture[1] / texture[0]:.2f} x, "
+            f"diversity {diversity[0]:.3f} -> {diversity[1]:.3f}",
             flush=True,
         )
     draw(results, arguments.runs)
