@@ -141,7 +141,6 @@ def main() -> None:
         texture, diversity = (
             (base["monitors"][name], tuned["monitors"][name]) for name in ("texture", "diversity")
         )
-        base_monitors, monitors = (models[name]["monitors"] for name in ("base", "tuned"))
         print(
             f"seed {seed}{' control' if control else ''}: test strict "
             f"{base['scores']['overall']['strict']:.3f} -> {tuned['scores']['overall']['strict']:.3f}, "
