@@ -149,7 +149,11 @@ def main() -> None:
             f"diversity {diversity[0]:.3f} -> {diversity[1]:.3f}",
             flush=True,
         )
-    draw(results, arguments.runs)
+    missing = [r for r in results if not (arguments.runs / name_of(r)).is_dir()]
+    if missing:
+        print(f"picture not drawn: {arguments.runs} no longer holds {name_of(missing[0])}")
+    else:
+        draw(results, arguments.runs)
 
 
 if __name__ == "__main__":

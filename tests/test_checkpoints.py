@@ -350,3 +350,11 @@ def test_what_is_not_finite_is_null_in_json():
     text = to_json(content)
     known = json.loads(text, parse_constant=pytest.fail)
     assert known == {"a": None, "b": [1.5, {"c": None}], "d": "NaN", "e": None, "f": 3}
+
+
+def test_a_state_comes_back_with_what_is_not_finite(tmp_path):
+    """A running best that starts at -inf is one."""
+    write_checkpoint(tmp_path / "one", {}, {"best": -math.inf, "scale": [math.nan]})
+    state = read_state(tmp_path / "one")
+    assert state["best"] == -math.inf
+    assert math.isnan(state["scale"][0])

@@ -62,7 +62,8 @@ def write_checkpoint(
     for name, entries in tensors.items():
         plain = {key: value.detach().contiguous() for key, value in entries.items()}
         save_file(plain, temporary / f"{name}.safetensors")
-    (temporary / STATE_FILE).write_text(to_json(state, indent=1), encoding="utf-8")
+    # Not `to_json`: a component must get back the NaN or infinity that it remembered.
+    (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     for file in temporary.iterdir():
         with file.open("rb") as written:
             os.fsync(written.fileno())

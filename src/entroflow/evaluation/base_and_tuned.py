@@ -18,7 +18,12 @@ GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 
 
 def try_guidance(
-    policy: Policy, evaluation: HeldOutEvaluation, *, seed: int, batch_size: int
+    policy: Policy,
+    evaluation: HeldOutEvaluation,
+    *,
+    seed: int,
+    batch_size: int,
+    ledger: Ledger | None = None,
 ) -> dict[float, SkillScore]:
     """Overall scores by guidance scale, on validation prompts and a quarter of the images.
 
@@ -29,7 +34,8 @@ def try_guidance(
     tried: dict[float, SkillScore] = {}
     for scale in sorted({*GUIDANCE_SCALES, evaluation.guidance}):
         varied = evaluation.model_copy(update={**quick, "guidance": scale})
-        tried[scale] = varied.run(policy, seed=seed, batch_size=batch_size).scores["overall"]
+        found = varied.run(policy, seed=seed, batch_size=batch_size, ledger=ledger)
+        tried[scale] = found.scores["overall"]
         strict = [score.strict for score in tried.values()]
         if len(strict) >= 3 and strict[-3] > strict[-2] > strict[-1]:
             break
@@ -55,7 +61,7 @@ def compare_with_base(
         `tuned`.
     """
     with policy.weights("reference"):
-        tried = try_guidance(policy, evaluation, seed=seed, batch_size=batch_size)
+        tried = try_guidance(policy, evaluation, seed=seed, batch_size=batch_size, ledger=ledger)
     best = max(tried, key=lambda scale: tried[scale].strict)
     found, models = {}, {}
     for name, weights, scale in (

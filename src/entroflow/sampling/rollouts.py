@@ -180,8 +180,8 @@ def transitions_of(rollouts: Rollouts, advantages: Tensor) -> Transitions:
     """The stochastic steps of all rollout rows as a flat table.
 
     Args:
-        advantages: [B, S], NaN where its reward failed. Such transitions keep
-            no weight, and the others share it equally.
+        advantages: [B, S], NaN where the reward failed. Such transitions keep no weight, and the
+            others share it equally.
     """
     plan = rollouts.plan
     trained = (plan.std > 0) & (plan.role == Role.ROLLOUT)[:, None]
