@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from entroflow import pictures
@@ -50,11 +51,12 @@ def measure(images: int) -> dict:
 def card(measured: dict) -> str:
     """The model card as Markdown."""
     settings = Pretraining()
-    phases = "; ".join(
-        f"{phase.steps} steps at learning rate {phase.learning_rate:g} with {phase.label_noise:.0%} "
-        "label noise"
+    phases = [
+        f"| {phase.steps} | {phase.learning_rate:g} | {phase.label_noise:.0%} "
+        f"| {'all' if phase.skills == SKILLS else ', '.join(f'`{skill}`' for skill in phase.skills)} "
+        f"| {1 / (1 + math.exp(-phase.noisiness)):.2f} |"
         for phase in settings.phases
-    )
+    ]
     lines = [
         "# Model card: the embedded base model",
         "",
@@ -69,12 +71,19 @@ def card(measured: dict) -> str:
         "noise) is wrong in one attribute, uniform over the attributes stated. Validation and test "
         "prompts never occur.",
         f"- **Training**: rectified flow with Muon and AdamW, {settings.steps} steps of batch "
-        f"{settings.batch} in phases, each with a warm-up of {settings.warm_up} steps and a cosine to "
-        f"zero: {phases}; moving average {settings.ema:g}, bfloat16 products; "
+        f"{settings.batch} in the phases below, each with a warm-up of {settings.warm_up} steps and a "
+        f"cosine to zero; moving average {settings.ema:g}, bfloat16 products; "
         f"{measured['pretraining_minutes']:.0f} minutes on two CPU cores.",
         "- **Make it again**: `entroflow pretrain shapes --folder base`.",
         f"- **Weights**: `base.safetensors`, float16, {measured['bytes'] / 1e6:.1f} MB, "
         f"digest `{measured['digest']}`.",
+        "",
+        "| steps | learning rate | label noise | skills | median sigma |",
+        "|---|---|---|---|---|",
+        *phases,
+        "",
+        "The first phase teaches which object stands on which side: that is settled at much noise, "
+        "where little of the loss of the others arises.",
         "",
         "## Scores",
         "",

@@ -132,33 +132,13 @@ def evaluate(
     The weights are those of the best checkpoint. What is not given is as in the comparison at the
     end of the run.
     """
-    if split not in ("validation", "test"):
-        raise InputError(f"--split is validation or test, not {split!r}.")
     from entroflow.checkpoints import to_json
-    from entroflow.drawing import open_policy
-    from entroflow.evaluation.base import HeldOutEvaluation
-    from entroflow.evaluation.base_and_tuned import compare_with_base
-    from entroflow.recipe import load_component
-    from entroflow.runs import RECIPE
+    from entroflow.evaluation.of_a_run import evaluate as evaluate_run
     from entroflow.show import evaluation_table, print_table, working
 
-    policy, names = open_policy(run, "ema")
-    recipe = "quickstart" if run is None else run / RECIPE
-    evaluation = load_component(recipe, "evaluation")
-    if not isinstance(evaluation, HeldOutEvaluation):
-        raise InputError(
-            f"the evaluation of {recipe} can't be repeated on other prompts: "
-            f"{type(evaluation).__name__} does not derive from HeldOutEvaluation."
-        )
-    given = {"split": split, "steps": steps, "guidance": guidance, "images_per_skill": images}
-    changed = {key: value for key, value in given.items() if value is not None}
     with working("evaluating", quiet=as_json):
-        summary, _ = compare_with_base(
-            policy,
-            evaluation.on_test_prompts().model_copy(update=changed),
-            seed=load_component(recipe, "run").test_seed if seed is None else seed,
-            batch_size=load_component(recipe, "sampling").batch_size,
-            with_tuned="tuned" in names,
+        summary = evaluate_run(
+            run, split=split, steps=steps, guidance=guidance, images_per_skill=images, seed=seed
         )
     if as_json:
         typer.echo(to_json(summary, indent=1))

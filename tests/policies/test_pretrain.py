@@ -67,10 +67,15 @@ def test_a_caption_outside_the_grammar_has_no_words():
 # --- data -----------------------------------------------------------------------------------------
 
 
+def mixture(**settings):
+    """All skills, a quarter of the captions wrong."""
+    return Pretraining((Phase(1000, 1.0, label_noise=0.25),), **settings)
+
+
 @pytest.fixture(scope="module")
 def scanned():
     """Captions of 160 steps of 128, and the images of the first 32 steps."""
-    settings = Pretraining(seed=3)
+    settings = mixture(seed=3)
     captions, images = [], []
     for step in range(160):
         pictures, words = batch_of_scenes(settings, step)
@@ -141,7 +146,7 @@ def test_rates_at_their_limits(noise, dropout):
 
 def test_a_batch_is_a_function_of_the_seed_and_the_step():
     """The same again in any order and whatever the other settings; else different."""
-    settings = Pretraining(batch=16, seed=5)
+    settings = mixture(batch=16, seed=5)
     first = {step: batch_of_scenes(settings, step) for step in (7, 2, 3)}
     torch.manual_seed(123)
     np.random.seed(9)
@@ -151,11 +156,11 @@ def test_a_batch_is_a_function_of_the_seed_and_the_step():
         assert torch.equal(images, first[step][0])
         assert torch.equal(words, first[step][1])
     assert not torch.equal(first[2][0], first[3][0])
-    assert not torch.equal(first[2][0], batch_of_scenes(Pretraining(batch=16, seed=6), 2)[0])
+    assert not torch.equal(first[2][0], batch_of_scenes(mixture(batch=16, seed=6), 2)[0])
 
 
 def test_images_are_scaled_to_minus_1_and_1():
-    images, _ = batch_of_scenes(Pretraining(batch=64), 0)
+    images, _ = batch_of_scenes(mixture(batch=64), 0)
     assert images.shape == (64, 3, 32, 32)
     assert images.dtype == torch.float32
     assert -1 <= images.min() < -0.8
@@ -182,7 +187,7 @@ class Oracle(torch.nn.Module):
 @pytest.mark.parametrize("offset", [0.0, 0.5])
 def test_loss_is_the_mean_square_of_what_the_velocity_is_off(offset):
     """The velocity of a state between data and noise is noise - data."""
-    settings = Pretraining(batch=64)
+    settings = mixture(batch=64)
     images, words = batch_of_scenes(settings, 4)
     oracle = Oracle(images, offset)
     loss = flow_matching_loss(oracle, settings, 4).item()
@@ -196,7 +201,7 @@ def test_loss_is_the_mean_square_of_what_the_velocity_is_off(offset):
 
 def test_sigmas_are_logit_normal_and_noise_is_standard():
     """Logit of sigma: mean 0.2, standard deviation 1.2; noise: mean 0, variance 1."""
-    settings = Pretraining(batch=8)
+    settings = mixture(batch=8)
     sigmas, noises = [], []
     for step in range(80):
         images, _ = batch_of_scenes(settings, step)
@@ -248,10 +253,27 @@ def test_every_phase_has_its_label_noise():
         assert (strict == right).all()
 
 
+def test_every_phase_has_its_skills_and_its_noise():
+    """Counting at little noise in the first step, pairs at much noise in the second."""
+    phases = (
+        Phase(1, 1.0, label_noise=1.0, skills=("counting",), noisiness=-2.0),
+        Phase(1, 1.0, label_noise=1.0, skills=("position", "color_attr"), noisiness=2.0),
+    )
+    settings = Pretraining(phases, batch=96, caption_dropout=0.0)
+    for step, phase in enumerate(phases):
+        images, words = batch_of_scenes(settings, step)
+        assert {parse(caption).skill for caption in captions_of(words)} == set(phase.skills)
+        oracle = Oracle(images, 0.0)
+        flow_matching_loss(oracle, settings, step)
+        logit = oracle.asked[0][1].logit()
+        assert logit.mean().item() == pytest.approx(phase.noisiness, abs=4 * 1.2 / math.sqrt(96))
+
+
 def test_scaled_phases_keep_their_shares():
     scaled = Pretraining((Phase(600, 2.0, 0.2), Phase(300, 1.0, 0.1))).scaled_to(90)
     assert scaled.phases == (Phase(60, 2.0, 0.2), Phase(30, 1.0, 0.1))
-    assert [phase.steps for phase in Pretraining().scaled_to(1).phases] == [1, 1, 1]
+    shortest = Pretraining().scaled_to(1).phases
+    assert [phase.steps for phase in shortest] == [1] * len(Pretraining().phases)
 
 
 # --- runs -----------------------------------------------------------------------------------------

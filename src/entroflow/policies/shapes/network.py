@@ -21,6 +21,9 @@ PATCH = 4
 CHANNELS = 3
 FINE = 32
 """Channels of the convolutions at full resolution."""
+SPAN = 9
+"""Words that a word sees at once: itself and four on either side, as far as "left" from the second
+shape in "a red circle left of a blue square"."""
 
 
 class Modulation(nn.Module):
@@ -165,6 +168,7 @@ class ShapesNetwork(nn.Module):
         self.width = width
         self.words = nn.Embedding(vocabulary, width)
         self.word_positions = nn.Parameter(0.02 * torch.randn(caption_length, width))
+        self.neighbours = nn.Conv1d(width, width, SPAN, padding=SPAN // 2)
         self.pooled_words = nn.Linear(width, width)
         self.sigma = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.fine = nn.Conv2d(CHANNELS, FINE, kernel_size=3, padding=1)
@@ -194,7 +198,10 @@ class ShapesNetwork(nn.Module):
             [B, 3, 32, 32].
         """
         embedded = self.words(words)
-        text = embedded + self.word_positions
+        # Which object of a pair stands left depends on the relation and on the side of it that the
+        # word is on: linear in the words around, out of reach for gradient descent without them.
+        normed = F.layer_norm(embedded, embedded.shape[-1:])
+        text = embedded + self.word_positions + self.neighbours(normed.mT).mT
         pooled = self.pooled_words(text.mean(dim=1))
         condition = F.silu(self.sigma(sigma_features(sigma, self.width)) + pooled)
         fine = self.fine(x.contiguous(memory_format=torch.channels_last))

@@ -39,11 +39,20 @@ from entroflow.shapes.scenes import lay_out, render
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps with one label noise; the learning rate warms up and goes down as a cosine to zero."""
+    """Steps on one kind of data; the learning rate warms up and goes down as a cosine to zero.
+
+    Attributes:
+        label_noise: probability that a caption is wrong in one attribute.
+        skills: what the captions are about.
+        noisiness: location of the logit-normal distribution of sigma; its median is
+            sigmoid(noisiness).
+    """
 
     steps: int
     learning_rate: float
     label_noise: float
+    skills: tuple[str, ...] = grammar.SKILLS
+    noisiness: float = 0.2
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,8 @@ class Pretraining:
     """
 
     phases: tuple[Phase, ...] = (
-        Phase(6500, 6e-3, label_noise=0.25),
-        Phase(13_000, 6e-3, label_noise=0.25),
-        Phase(10_000, 3e-3, label_noise=0.1),
+        Phase(1500, 4e-3, label_noise=0.0, skills=("position",), noisiness=2.0),
+        Phase(12_000, 4e-3, label_noise=0.25),
     )
     batch: int = 128
     warm_up: int = 300
@@ -93,14 +101,14 @@ def batch_of_scenes(settings: Pretraining, step: int) -> tuple[Tensor, Tensor]:
     A pure function of the seed and the step, so that a resumed run sees the same data.
     """
     rng = np.random.default_rng([settings.seed, step])
-    label_noise = settings.phase_of(step)[0].label_noise
-    specs = [grammar.draw(rng, "train") for _ in range(settings.batch)]
+    phase, _ = settings.phase_of(step)
+    specs = [grammar.draw(rng, "train", phase.skills) for _ in range(settings.batch)]
     captions = []
     for spec in specs:
         fate = rng.random()
         if fate < settings.caption_dropout:
             captions.append("")
-        elif rng.random() < label_noise:
+        elif rng.random() < phase.label_noise:
             captions.append(grammar.text(grammar.one_attribute_wrong(spec, rng)))
         else:
             captions.append(grammar.text(spec))
@@ -112,7 +120,8 @@ def flow_matching_loss(network: torch.nn.Module, settings: Pretraining, step: in
     images, words = batch_of_scenes(settings, step)
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     noise = torch.randn(images.shape, generator=generator)
-    sigma = torch.sigmoid(0.2 + 1.2 * torch.randn(len(images), generator=generator))
+    noisiness = settings.phase_of(step)[0].noisiness
+    sigma = torch.sigmoid(noisiness + 1.2 * torch.randn(len(images), generator=generator))
     wide = sigma[:, None, None, None]
     state = (1 - wide) * images + wide * noise
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,0 +1,61 @@
+"""The comparison with the base again, for a run that is on disk, or for the base alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from entroflow.drawing import open_policy
+from entroflow.errors import InputError
+from entroflow.evaluation.base import HeldOutEvaluation
+from entroflow.evaluation.base_and_tuned import compare_with_base
+from entroflow.recipe import load_component
+from entroflow.runs import RECIPE
+
+
+def evaluate(
+    run: Path | str | None = None,
+    *,
+    split: str = "test",
+    steps: int | None = None,
+    guidance: float | None = None,
+    images_per_skill: int | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Score by skill, with 95% intervals: base, base at its best guidance scale, and tuned.
+
+    Args:
+        run: the run folder; its best checkpoint is judged. None: the embedded base model alone.
+        split: `validation` or `test`.
+        steps, guidance, images_per_skill, seed: None: as in the comparison at the end of the run.
+
+    Returns:
+        The same summary as the `evaluation.json` of a finished run.
+
+    Raises:
+        InputError: another split; no run folder, or no whole checkpoint in it; its evaluation can't
+            be repeated.
+    """
+    if split not in ("validation", "test"):
+        raise InputError(f"the split is validation or test, not {split!r}.")
+    folder = None if run is None else Path(run)
+    policy, names = open_policy(folder, "ema")
+    recipe = "quickstart" if folder is None else folder / RECIPE
+    evaluation = load_component(recipe, "evaluation")
+    if not isinstance(evaluation, HeldOutEvaluation):
+        raise InputError(
+            f"the evaluation of {recipe} can't be repeated on other prompts: "
+            f"{type(evaluation).__name__} does not derive from HeldOutEvaluation."
+        )
+    given = {
+        "split": split, "steps": steps, "guidance": guidance, "images_per_skill": images_per_skill
+    }  # fmt: skip
+    changed = {key: value for key, value in given.items() if value is not None}
+    summary, _ = compare_with_base(
+        policy,
+        evaluation.on_test_prompts().model_copy(update=changed),
+        seed=load_component(recipe, "run").test_seed if seed is None else seed,
+        batch_size=load_component(recipe, "sampling").batch_size,
+        with_tuned="tuned" in names,
+    )
+    return summary
