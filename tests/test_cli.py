@@ -202,7 +202,7 @@ def test_recipes_are_listed_and_printed(entroflow):
         (("sample", "a purpel circle"), "did you mean 'purple'"),
         (("sample", "circle of life"), "circle of life"),
         (("evaluate", "nowhere"), "nowhere"),
-        (("evaluate", "--split", "train"), "--split"),
+        (("evaluate", "--split", "train"), "split is validation or test"),
         (("report", "nowhere"), "nowhere"),
         (("recipes", "flow_grop"), "did you mean 'flow_grpo'"),
     ],

@@ -37,7 +37,7 @@ def evaluate(
             be repeated.
     """
     if split not in ("validation", "test"):
-        raise InputError(f"the split is validation or test, not {split!r}.")
+        raise InputError(f"split is validation or test, not {split!r}.")
     folder = None if run is None else Path(run)
     policy, names = open_policy(folder, "ema")
     recipe = "quickstart" if folder is None else folder / RECIPE
