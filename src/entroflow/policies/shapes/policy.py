@@ -1,4 +1,4 @@
-"""The embedded policy: a text-to-image model of 2.78 million parameters, in the package."""
+"""The embedded policy: a text-to-image model of 2.92 million parameters, in the package."""
 
 from __future__ import annotations
 
