@@ -83,8 +83,11 @@ class Sampling(Component):
 class Optimizer(Component):
     """AdamW over the trainable weights, and their moving average."""
 
-    learning_rate: float = Field(1e-4, gt=0, description="step size of AdamW, after the warm-up")
+    learning_rate: float = Field(1e-4, gt=0, description="step size of AdamW, at its highest")
     warm_up: int = Field(0, ge=0, description="iterations of linear warm-up")
+    cool_down: int = Field(
+        0, ge=0, description="iterations at the end of the run in which the rate falls linearly"
+    )
     betas: tuple[Decay, Decay] = Field(
         (0.9, 0.999), description="decays of AdamW's first and second moment, each in [0, 1)"
     )
@@ -96,6 +99,12 @@ class Optimizer(Component):
     ema: float = Field(
         0.9, ge=0, lt=1, description="decay of the moving average, per iteration; 0 follows at once"
     )
+
+    def rate_at(self, iteration: int, iterations: int) -> float:
+        """The learning rate of one iteration (from 0) of a run of `iterations`."""
+        up = (iteration + 1) / self.warm_up if self.warm_up else 1.0
+        down = (iterations - iteration) / self.cool_down if self.cool_down else 1.0
+        return self.learning_rate * min(1.0, up, down)
 
 
 class Run(Component):

@@ -140,9 +140,8 @@ class Trainer:
 
     def _update(self, transitions: Transitions, prompts: list[str]) -> UpdateStatistics:
         recipe, settings = self.recipe, self.recipe.optimizer
-        warm = min(1.0, (self.iteration + 1) / settings.warm_up) if settings.warm_up else 1.0
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * warm
+            group["lr"] = settings.rate_at(self.iteration, recipe.run.iterations)
         statistics = update(
             self.policy, recipe.kernel, self.policy.encode(prompts), transitions, recipe.objective,
             self.optimizer, self.parameters, seed=recipe.run.seed, iteration=self.iteration,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from entroflow.checkpoints import read_tensors
+from entroflow.recipe import Optimizer
 from entroflow.trainer import Trainer
 from tiny_run import PixelPolicy, recipe, train
 
@@ -17,6 +18,27 @@ def test_learning_rate_warms_up_linearly():
         trainer.step()
         rates.append(trainer.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.04, 0.04])
+
+
+def test_learning_rate_cools_down_linearly():
+    """The last iteration still learns; warm-up and cool-down may meet."""
+    for shape, expected in (
+        ({"cool_down": 3}, [6, 6, 6, 6, 4, 2]),
+        ({"cool_down": 6}, [6, 5, 4, 3, 2, 1]),
+        ({"warm_up": 6, "cool_down": 6}, [1, 2, 3, 3, 2, 1]),
+    ):
+        settings = {"learning_rate": 6.0, **shape}
+        rates = [Optimizer(**settings).rate_at(iteration, 6) for iteration in range(6)]
+        assert rates == pytest.approx(expected)
+    trainer = Trainer(
+        recipe(optimizer={"learning_rate": 0.06, "cool_down": 2}, run={"iterations": 3}),
+        PixelPolicy(),
+    )
+    rates = []
+    for _ in range(3):
+        trainer.step()
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.06, 0.06, 0.03])
 
 
 def test_the_average_follows_the_weights_and_is_what_is_evaluated(tmp_path):
