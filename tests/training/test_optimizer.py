@@ -31,7 +31,9 @@ def test_learning_rate_cools_down_linearly():
         rates = [Optimizer(**settings).rate_at(iteration, 6) for iteration in range(6)]
         assert rates == pytest.approx(expected)
     trainer = Trainer(
-        recipe(optimizer={"learning_rate": 0.06, "cool_down": 2}, run={"iterations": 3}),
+        recipe(
+            optimizer={"learning_rate": 0.06, "warm_up": 0, "cool_down": 2}, run={"iterations": 3}
+        ),
         PixelPolicy(),
     )
     rates = []
