@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import optimize, stats
 
+from entroflow.errors import InputError
 from entroflow.evaluation import shapes as shapes_module
 from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, SkillScore
 from entroflow.evaluation.base_and_tuned import (
@@ -18,6 +19,7 @@ from entroflow.evaluation.base_and_tuned import (
     compare_with_base,
     try_guidance,
 )
+from entroflow.evaluation.of_a_run import evaluate
 from entroflow.evaluation.shapes import EXAMPLES_PER_SKILL, ShapesEvaluation, held_out
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Condition, WeightSets
@@ -504,3 +506,18 @@ def test_the_interval_of_a_gain_covers_the_true_one():
         gain = _gain(*(judged(rng.binomial(24, p, 6)) for p in (0.3, 0.5)))
         covered += gain["low"] <= 0.2 <= gain["high"]
     assert 0.91 < covered / trials < 0.99
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"split": "train"}, "split is validation or test"),
+        ({"steps": 0}, "evaluation.steps: .* greater than or equal to 1, not 0"),
+        ({"guidance": -1.0}, "evaluation.guidance: .* greater than or equal to 0, not -1.0"),
+        ({"images_per_skill": 2.5}, "evaluation.images_per_skill: .* integer, not 2.5"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+    ],
+)
+def test_evaluate_refuses_settings_out_of_range(setting, message):
+    with pytest.raises(InputError, match=message):
+        evaluate(**setting)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, Field, ValidationError
 from ruamel.yaml import YAML
@@ -66,6 +66,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
 """Section -> type -> where the component lives; imported only when a recipe names it."""
 
 
+ComponentT = TypeVar("ComponentT", bound=Component)
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -86,7 +87,12 @@ class Optimizer(Component):
     learning_rate: float = Field(1e-4, gt=0, description="step size of AdamW, at its highest")
     warm_up: int = Field(0, ge=0, description="iterations of linear warm-up")
     cool_down: int = Field(
-        0, ge=0, description="iterations at the end of the run in which the rate falls linearly"
+        0,
+        ge=0,
+        description=(
+            "last iterations of the run, in which the rate falls linearly; a run resumed for more "
+            "iterations starts them at a higher rate again"
+        ),
     )
     betas: tuple[Decay, Decay] = Field(
         (0.9, 0.999), description="decays of AdamW's first and second moment, each in [0, 1)"
@@ -256,6 +262,19 @@ def load_component(name_or_path: str | Path, section: str) -> Any:
     mapping = _parse_yaml(text, name)
     _search_beside(_home_folder(mapping, folder))
     return _build(section, dict(mapping.get(section) or {}), name)[0]
+
+
+def changed(component: ComponentT, fields: Mapping[str, Any], where: str) -> ComponentT:
+    """A copy with other values, checked like those of a recipe.
+
+    Args:
+        where: what errors call the component.
+
+    Raises:
+        RecipeError: an unknown key; a value of the wrong type or out of range.
+    """
+    fields = {**component.model_dump(mode="json"), **fields}
+    return cast(ComponentT, _validated(type(component), fields, where)[0])
 
 
 def chosen_type(name_or_path: str | Path, section: str) -> str:

@@ -9,7 +9,7 @@ from entroflow.drawing import open_policy
 from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.evaluation.base_and_tuned import compare_with_base
-from entroflow.recipe import load_component
+from entroflow.recipe import changed, load_component
 from entroflow.runs import RECIPE
 
 
@@ -34,10 +34,12 @@ def evaluate(
 
     Raises:
         InputError: another split; no run folder, or no whole checkpoint in it; its evaluation can't
-            be repeated.
+            be repeated; a setting that is out of range.
     """
     if split not in ("validation", "test"):
         raise InputError(f"split is validation or test, not {split!r}.")
+    if seed is not None and seed < 0:
+        raise InputError(f"seed must be at least 0, not {seed}.")
     folder = None if run is None else Path(run)
     policy, names = open_policy(folder, "ema")
     recipe = "quickstart" if folder is None else folder / RECIPE
@@ -50,10 +52,10 @@ def evaluate(
     given = {
         "split": split, "steps": steps, "guidance": guidance, "images_per_skill": images_per_skill
     }  # fmt: skip
-    changed = {key: value for key, value in given.items() if value is not None}
+    settings = {key: value for key, value in given.items() if value is not None}
     summary, _ = compare_with_base(
         policy,
-        evaluation.on_test_prompts().model_copy(update=changed),
+        changed(evaluation.on_test_prompts(), settings, "evaluation"),
         seed=load_component(recipe, "run").test_seed if seed is None else seed,
         batch_size=load_component(recipe, "sampling").batch_size,
         with_tuned="tuned" in names,

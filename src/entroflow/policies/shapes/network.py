@@ -199,7 +199,8 @@ class ShapesNetwork(nn.Module):
         """
         embedded = self.words(words)
         # Which object of a pair stands left depends on the relation and on the side of it that the
-        # word is on: linear in the words around, out of reach for gradient descent without them.
+        # word is on: an exclusive or for a word that knows its own place only, linear in the words
+        # around.
         normed = F.layer_norm(embedded, embedded.shape[-1:])
         text = embedded + self.word_positions + self.neighbours(normed.mT).mT
         pooled = self.pooled_words(text.mean(dim=1))
