@@ -1,6 +1,6 @@
 """Measure the shipped base weights and write their model card.
 
-    python benchmarks/model_card.py --minutes MINUTES_OF_PRETRAINING [--images 96]
+    python benchmarks/model_card.py --minutes MINUTES_OF_PRETRAINING [--images 384]
 
 Writes docs/claims/base_model.json (raw results), docs/images/base_model.png (samples) and
 src/entroflow/policies/shapes/MODEL_CARD.md.
@@ -121,7 +121,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, required=True, help="pretraining took this long")
-    parser.add_argument("--images", type=int, default=96, help="per skill")
+    parser.add_argument("--images", type=int, default=384, help="per skill")
     arguments = parser.parse_args()
     measured = {"pretraining_minutes": arguments.minutes, **measure(arguments.images)}
     claims = ROOT / "docs" / "claims" / "base_model.json"

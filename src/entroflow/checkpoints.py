@@ -65,6 +65,8 @@ def write_checkpoint(
     # Not `to_json`: a component must get back the NaN or infinity that it remembered.
     (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     for file in temporary.iterdir():
+        # safetensors lets nobody but the owner read what it writes.
+        shutil.copymode(temporary / STATE_FILE, file)
         with file.open("rb") as written:
             os.fsync(written.fileno())
     outdated = folder.with_name(f".{folder.name}.old")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,6 +28,7 @@ from entroflow.checkpoints import (
     optimizer_tensors,
     read_state,
     read_tensors,
+    write_bytes,
     write_checkpoint,
 )
 from entroflow.policies.base import WeightSets
@@ -66,7 +67,7 @@ class Pretraining:
     phases: tuple[Phase, ...] = (
         Phase(1500, 4e-3, label_noise=0.0, skills=("position",), noisiness=2.0),
         Phase(12_000, 4e-3, label_noise=0.25),
-        Phase(6000, 3e-3, label_noise=0.15),
+        Phase(6000, 3e-3, label_noise=0.2),
     )
     batch: int = 128
     warm_up: int = 300
@@ -245,7 +246,5 @@ def export_weights(folder: Path) -> Path:
     """Write the moving average of a pretraining run as `base.safetensors` in float16."""
     average = read_tensors(folder / "checkpoint" / "average.safetensors")
     path = folder / "base.safetensors"
-    temporary = path.with_name(f".{path.name}.part")
-    save_file({name: tensor.half() for name, tensor in average.items()}, temporary)
-    temporary.replace(path)
+    write_bytes(path, save({name: tensor.half() for name, tensor in average.items()}))
     return path
