@@ -3,8 +3,9 @@
     python benchmarks/quickstart.py [--seeds 0 1 2] [--runs runs/claims] [SECTION.KEY=VALUE]...
 
 Runs `entroflow train` once per seed, one after the other, and writes docs/claims/quickstart.json
-(raw results) and docs/images/quickstart.png. A run whose recipe hash, base weights and seed are
-stored is not repeated. Needs the extra `benchmarks` for the picture.
+(raw results) and docs/images/quickstart.png. With changes to the recipe there is neither control nor
+picture. A run whose recipe hash, base weights and seed are stored is not repeated. Needs the extra
+`benchmarks` for the picture.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ def main() -> None:
     stored = json.loads(CLAIMS.read_text()) if CLAIMS.exists() else []
     weights = hashlib.blake2b(WEIGHTS.read_bytes(), digest_size=6).hexdigest()
     results = []
-    planned = [(seed, False) for seed in arguments.seeds] + [(arguments.seeds[0], True)]
+    planned = [(seed, False) for seed in arguments.seeds]
+    if not arguments.overrides:
+        planned.append((arguments.seeds[0], True))
     for seed, control in planned:
         overrides = [*arguments.overrides, f"run.seed={seed}", *([CONTROL] if control else [])]
         recipe = load_recipe("quickstart", overrides)
@@ -132,7 +135,7 @@ def main() -> None:
             folder = arguments.runs / name_of(key)
             if not (folder / EVALUATION).exists():
                 train(overrides, folder)
-            found = [result_of(folder, key)]
+            found = [{"overrides": overrides, **result_of(folder, key)}]
             stored += found
             CLAIMS.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
         results += found
@@ -146,9 +149,11 @@ def main() -> None:
             f"{base['scores']['overall']['strict']:.3f} -> {tuned['scores']['overall']['strict']:.3f}, "
             f"gain {gain['strict']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] in "
             f"{found[0]['training_seconds']:.0f} s of training; texture {texture[1] / texture[0]:.2f} x, "
-            f"diversity {diversity[0]:.3f} -> {diversity[1]:.3f}",
+            f"diversity {diversity[0]:.3f} -> {diversity[1]:.3f} (measured at {found[0]['commit']})",
             flush=True,
         )
+    if arguments.overrides:
+        return
     missing = [r for r in results if not (arguments.runs / name_of(r)).is_dir()]
     if missing:
         print(f"picture not drawn: {arguments.runs} no longer holds {name_of(missing[0])}")

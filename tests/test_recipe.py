@@ -43,7 +43,7 @@ CHANGES = {
         "clip_total": 2.5, "kl": 0.1, "kl_weight": "step_length", "minibatches": 2, "epochs": 2,
     },
     "optimizer": {
-        "learning_rate": 2e-4, "warm_up": 1, "cool_down": 1, "betas": [0.9, 0.95],
+        "learning_rate": 2e-4, "warm_up": 1, "cool_down_share": 0.5, "betas": [0.9, 0.95],
         "weight_decay": 0.1,
         "max_grad_norm": 2.0, "micro_batch": 65, "ema": 0.5,
     },

@@ -86,12 +86,13 @@ class Optimizer(Component):
 
     learning_rate: float = Field(1e-4, gt=0, description="step size of AdamW, at its highest")
     warm_up: int = Field(0, ge=0, description="iterations of linear warm-up")
-    cool_down: int = Field(
-        0,
+    cool_down_share: float = Field(
+        0.0,
         ge=0,
+        le=1,
         description=(
-            "last iterations of the run, in which the rate falls linearly; a run resumed for more "
-            "iterations starts them at a higher rate again"
+            "share of the run, at its end, in which the rate falls linearly; a run that is resumed "
+            "for more iterations goes on at a higher rate"
         ),
     )
     betas: tuple[Decay, Decay] = Field(
@@ -109,7 +110,8 @@ class Optimizer(Component):
     def rate_at(self, iteration: int, iterations: int) -> float:
         """The learning rate of one iteration (from 0) of a run of `iterations`."""
         up = (iteration + 1) / self.warm_up if self.warm_up else 1.0
-        down = (iterations - iteration) / self.cool_down if self.cool_down else 1.0
+        falling = self.cool_down_share * iterations
+        down = (iterations - iteration) / falling if falling else 1.0
         return self.learning_rate * min(1.0, up, down)
 
 

@@ -23,16 +23,17 @@ def test_learning_rate_warms_up_linearly():
 def test_learning_rate_cools_down_linearly():
     """The last iteration still learns; warm-up and cool-down may meet."""
     for shape, expected in (
-        ({"cool_down": 3}, [6, 6, 6, 6, 4, 2]),
-        ({"cool_down": 6}, [6, 5, 4, 3, 2, 1]),
-        ({"warm_up": 6, "cool_down": 6}, [1, 2, 3, 3, 2, 1]),
+        ({"cool_down_share": 0.5}, [6, 6, 6, 6, 4, 2]),
+        ({"cool_down_share": 1.0}, [6, 5, 4, 3, 2, 1]),
+        ({"warm_up": 6, "cool_down_share": 1.0}, [1, 2, 3, 3, 2, 1]),
     ):
         settings = {"learning_rate": 6.0, **shape}
         rates = [Optimizer(**settings).rate_at(iteration, 6) for iteration in range(6)]
         assert rates == pytest.approx(expected)
     trainer = Trainer(
         recipe(
-            optimizer={"learning_rate": 0.06, "warm_up": 0, "cool_down": 2}, run={"iterations": 3}
+            optimizer={"learning_rate": 0.06, "warm_up": 0, "cool_down_share": 2 / 3},
+            run={"iterations": 3},
         ),
         PixelPolicy(),
     )
