@@ -41,7 +41,14 @@ def samples(specs: list[Spec]) -> Tensor:
     prompts = [Prompt(text(spec)) for spec in specs]
     plan = fresh_rows(prompts, ones, zeros, policy.sigmas(STEPS), torch.zeros(STEPS))
     rollouts = Rollouts.empty(plan, policy.latent_shape)
-    for _ in sample(policy, ODE(), rollouts, seed=0, iteration=0):
+    for _ in sample(
+        policy,
+        ODE(),
+        rollouts,
+        policy.encode(rollouts.plan.texts),
+        seed=0,
+        iteration=0,
+    ):
         pass
     assert rollouts.images is not None
     return rollouts.images

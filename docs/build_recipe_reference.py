@@ -96,6 +96,9 @@ in the current folder, or is installed. What is called depends on what the path 
 - any other class: called with the keys, which must fit its signature; their values are not checked;
 - a function, in the section `reward`: used as the reward itself, and takes no keys.
 
+A relative path to a file (prompts, weights) is looked for beside the recipe file, then in the
+current folder. The run's recipe holds the path that was found, so the run resumes from anywhere.
+
 `sampling`, `optimizer` and `run` have no types. [Extending](extending.md) shows a working part of
 your own for each of the other sections that need one.
 """
@@ -170,7 +173,8 @@ def _values(schema: dict[str, Any]) -> str:
         return ", ".join(_code(value) for value in schema["enum"])
     if schema["type"] == "array":
         if "prefixItems" in schema:
-            return f"list of {len(schema['prefixItems'])} {_values(schema['prefixItems'][0])}s"
+            each = _values(schema["prefixItems"][0])
+            return f"list of {len(schema['prefixItems'])}, each: {each}"
         least = f", at least {schema['minItems']}" if schema.get("minItems") else ""
         return f"list of {_values(schema['items'])}s{least}"
     if schema["type"] == "null":

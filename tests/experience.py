@@ -97,7 +97,15 @@ def experience(
     policy = policy or different_prompts_policy()
     plan = plan or every_step_plan(policy)
     collected = Rollouts.empty(plan, policy.latent_shape, dtype, keep_means=True)
-    finished = solver.sample(policy, KERNEL, collected, seed=0, iteration=0, batch_size=batch_size)
+    finished = solver.sample(
+        policy,
+        KERNEL,
+        collected,
+        policy.encode(collected.plan.texts),
+        seed=0,
+        iteration=0,
+        batch_size=batch_size,
+    )
     scores = score(FunctionReward(reward), collected, finished)
     advantages = (credit or Terminal()).advantages(collected, scores)
     transitions = rollouts.transitions_of(collected, advantages)

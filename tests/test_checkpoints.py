@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import struct
 from pathlib import Path
 
@@ -358,3 +359,16 @@ def test_a_state_comes_back_with_what_is_not_finite(tmp_path):
     state = read_state(tmp_path / "one")
     assert state["best"] == -math.inf
     assert math.isnan(state["scale"][0])
+
+
+def test_files_are_as_readable_as_the_umask_lets_them_be(tmp_path):
+    """Weights are for others of the group too; safetensors alone would keep them to the owner."""
+    before = os.umask(0o027)
+    try:
+        write_checkpoint(tmp_path / "checkpoint", parts(1), {"value": 1})
+        write_text(tmp_path / "text", "x")
+    finally:
+        os.umask(before)
+    files = [tmp_path / "text", *(tmp_path / "checkpoint").iterdir()]
+    assert len(files) == 4
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o640}

@@ -102,7 +102,7 @@ def test_sample_writes_a_grid(entroflow, finished_run, tmp_path):
         "--run", finished_run, "--count", 2, "--steps", 2, "--out", out,
     )  # fmt: skip
     assert code == 0
-    assert "base, tuned" in said
+    assert "base, tuned (2 iterations)" in said
     with Image.open(out) as picture:
         width, height = picture.size
     assert width > 2 * 32 * 4
@@ -132,7 +132,7 @@ def test_evaluate_makes_the_comparison_of_the_run_again(entroflow, finished_run,
     code, out, _ = entroflow("evaluate", run, "--json")
     assert code == 0
     kept = json.loads((run / "evaluation.json").read_text())
-    assert json.loads(out) == {key: kept[key] for key in kept.keys() - {"iteration", "recipe_hash"}}
+    assert json.loads(out) == {key: kept[key] for key in kept.keys() - {"recipe_hash"}}
     code, out, _ = entroflow(
         "evaluate", run, "--json", "--split", "validation", "--steps", 1, "--guidance", 2,
         "--images", 1, "--seed", 7,
@@ -142,6 +142,44 @@ def test_evaluate_makes_the_comparison_of_the_run_again(entroflow, finished_run,
     asked = {"split": "validation", "steps": 1, "guidance": 2, "seed": 7}
     assert {key: changed[key] for key in asked} == asked
     assert changed["models"]["tuned"]["scores"]["overall"]["images"] == 6
+
+
+def test_sample_draws_as_the_run_evaluates(entroflow, finished_run, tmp_path):
+    """In two steps; more options draw something else."""
+    pictures = []
+    for options in ((), ("--steps", 2, "--guidance", 1), ("--steps", 3)):
+        out = tmp_path / f"{len(pictures)}.png"
+        asked = ("sample", "a red ring", "--run", finished_run, "--count", 1, "--out", out)
+        assert entroflow(*asked, *options)[0] == 0
+        pictures.append(out.read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_weights_of_another_base_are_refused(entroflow, finished_run, tmp_path):
+    """Else the run's base would be shown as one that it was not trained from."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    for state in run.glob("checkpoints/*/state.json"):
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"reference": "0" * 16}))
+    for command in (("sample", "a ring", "--run", run), ("evaluate", run)):
+        code, _, err = entroflow(*command)
+        assert code == 2
+        assert one_line(err)
+        assert "other base weights" in err
+
+
+def test_a_run_can_start_from_the_weights_of_another(entroflow, finished_run, tmp_path):
+    """They are its base: the first evaluation sees what the last of the other run saw."""
+    tuned = finished_run / "checkpoints" / "00000002" / "ema.safetensors"
+    code, _, err = entroflow(
+        "train", "quickstart", *TINY, f"policy.weights={tuned}", "run.iterations=0",
+        "--run", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, err
+    (start,) = RunFolder.open(tmp_path / "run").metrics()
+    last = RunFolder.open(finished_run).metrics()[-1]
+    seen = [key for key in last if key.startswith("eval/")]
+    assert {key: start[key] for key in seen} == {key: last[key] for key in seen}
 
 
 class OwnEvaluation:

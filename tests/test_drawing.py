@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from entroflow import cli
-from entroflow.drawing import draw
+from entroflow.drawing import Opened, draw
 from entroflow.shapes.grammar import parse
 from entroflow.shapes.scenes import lay_out, render
 from gaussian_policy import GaussianPolicy
@@ -41,8 +41,9 @@ def bars(path, rows, columns, side=SIDE):
     ]
 
 
-def drawn(policy, prompts, out, names=("base",)):
-    draw(policy, names, prompts, count=2, steps=1, guidance=1.0, seed=0, out=out)
+def drawn(policy, prompts, out, models=("base",)):
+    opened = Opened(policy, models, "quickstart")
+    draw(opened, prompts, count=2, steps=1, guidance=None, seed=0, out=out)
 
 
 def test_only_captions_of_the_shapes_world_are_judged(tmp_path):
@@ -64,7 +65,7 @@ def test_models_stand_below_each_other_by_prompt(tmp_path):
     policy = GaussianPolicy(variance=0.0, latent_shape=(3, 8, 8), offsets={"light": 0.5})
     policy.decode = lambda latents: latents.float()
     policy.weights.keep("ema", {"shift": torch.full((3, 8, 8), 0.25, dtype=torch.float64)})
-    drawn(policy, ["dark", "light"], tmp_path / "out.png", names=("base", "tuned"))
+    drawn(policy, ["dark", "light"], tmp_path / "out.png", models=("base", "tuned"))
     table = np.asarray(Image.open(tmp_path / "out.png"))
     height = (table.shape[0] - GAP) // 4
     assert [int(table[GAP + row * height, GAP, 0]) for row in range(4)] == [0, 64, 128, 191]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -346,6 +347,28 @@ def test_the_last_override_wins_and_others_stay():
     assert recipe.run.evaluate_every == load_recipe("quickstart").run.evaluate_every
 
 
+def test_a_file_lies_beside_the_recipe_or_in_the_current_folder(tmp_path, monkeypatch):
+    """What was found first is written down, so that the run resumes from anywhere."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for folder in (home, elsewhere):
+        folder.mkdir()
+    mine = written(home, "prompts: {type: text, path: prompts.txt}")
+    monkeypatch.chdir(elsewhere)
+    assert load_recipe(mine).prompts.path == elsewhere / "prompts.txt"
+    (elsewhere / "prompts.txt").write_text("a ring")
+    assert load_recipe(mine).prompts.path == elsewhere / "prompts.txt"
+    (home / "prompts.txt").write_text("a circle")
+    recipe = load_recipe(mine)
+    assert recipe.prompts.path == home / "prompts.txt"
+    assert [prompt.text for prompt in load_component(mine, "prompts").load()] == ["a circle"]
+    again = written(elsewhere, recipe.to_yaml(), "run.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(again).prompts.path == home / "prompts.txt"
+    assert load_recipe(again).hash == recipe.hash
+    absolute = f"prompts.path={elsewhere / 'prompts.txt'}"
+    assert load_recipe(mine, [absolute]).prompts.path == elsewhere / "prompts.txt"
+
+
 def test_an_override_reaches_into_nested_keys(own_parts, tmp_path):
     own_parts("class Nested:\n    def __init__(self, inner): self.inner = inner\n", "nested_parts")
     text = "reward: {type: nested_parts.Nested, inner: {a: 1, b: 2}}"
@@ -357,9 +380,9 @@ def test_an_override_reaches_into_nested_keys(own_parts, tmp_path):
 
 def test_a_value_may_hold_an_equals_sign_or_be_no_yaml():
     overrides = ["prompts.type=text", "prompts.path=a=b.txt"]
-    assert str(load_recipe("quickstart", overrides).prompts.path) == "a=b.txt"
+    assert load_recipe("quickstart", overrides).prompts.path == Path.cwd() / "a=b.txt"
     overrides = ["prompts.type=text", "prompts.path=@[odd"]
-    assert str(load_recipe("quickstart", overrides).prompts.path) == "@[odd"
+    assert load_recipe("quickstart", overrides).prompts.path == Path.cwd() / "@[odd"
 
 
 def test_another_type_starts_from_its_own_defaults():

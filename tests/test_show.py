@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
 import torch
+from rich.console import Console
 
 from entroflow import show
 from entroflow.evaluation.base import Evaluated
@@ -37,6 +39,20 @@ def test_progress_copes_with_what_was_not_measured_and_shows_every_monitor(capsy
     said = capsys.readouterr().out
     assert "strict 0.500 [0.40, 0.60]" in said
     assert "sharpness 0.25  contrast nan  2.5M weighted evaluations" in said
+
+
+def test_time_left_of_a_resumed_run_is_not_taken_from_what_came_before(monkeypatch):
+    """The bar begins where the run goes on; only what passes after that gives a speed."""
+    monkeypatch.setattr(show, "console", Console(force_terminal=True, file=io.StringIO()))
+    with show.TrainingProgress(load_recipe("quickstart", ["run.iterations=100"])) as progress:
+        (task,) = progress._progress.tasks
+        progress.watch(line(60), None)
+        assert task.completed == 60
+        assert task.speed is None
+        progress.watch(line(61), None)
+        assert task.completed == 61
+        progress.watch(line(100), None)
+        assert "comparing with the base" in task.fields["numbers"]
 
 
 def test_the_table_has_a_dash_where_a_monitor_is_unknown(capsys):

@@ -116,6 +116,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise _torn(path, error) from None
 
 
+def check_reference(state: Mapping[str, Any], digest: str, checkpoint: Path) -> None:
+    """Compare the base weights that a checkpoint was trained from with those there are now.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if state["reference"] != digest:
+        raise CheckpointError(
+            f"{checkpoint} was trained from other base weights than the policy has now."
+        )
+
+
 class CheckpointError(InputError):
     """A checkpoint can't be read; the message says which file and what to do."""
 

@@ -32,7 +32,9 @@ class Weights(StrEnum):
     LIVE = "live"
 
 
-Seed = Annotated[int, typer.Option(min=0, help="Seed of all noise.")]
+MOST = 2**63 - 2
+"""Seeds are 64 bits, and one more is used."""
+Seed = Annotated[int, typer.Option(min=0, max=MOST, help="Seed of all noise.")]
 
 
 @app.command(
@@ -100,17 +102,28 @@ def sample(
     ] = None,
     weights: Annotated[Weights, typer.Option(help="Which weights of the run.")] = Weights.EMA,
     count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="ODE steps.")] = 10,
-    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 is none.")] = 1.0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="ODE steps; as in the run's evaluation, else 10.")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Guidance scale; as in the run's evaluation, else 1 (none)."),
+    ] = None,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("samples.png"),
 ) -> None:
-    """Draw captions: a PNG grid, one row per prompt and model, the same noise for each model."""
+    """Draw captions: a PNG grid, one row per prompt and model, the same noise for each model.
+
+    The weights of a run are those of its best checkpoint.
+    """
     from entroflow.drawing import draw, open_policy
 
-    policy, names = open_policy(run, weights.value)
-    draw(policy, names, prompts, count=count, steps=steps, guidance=guidance, seed=seed, out=out)
-    typer.echo(f"{out}  ({count} images a row; rows: {', '.join(names)})")
+    opened = open_policy(run, weights.value)
+    draw(opened, prompts, count=count, steps=steps, guidance=guidance, seed=seed, out=out)
+    rows = "base"
+    if opened.iteration is not None:
+        rows += f", tuned ({opened.iteration} iterations)"
+    typer.echo(f"{out}  ({count} images a row; rows: {rows})")
 
 
 @app.command(epilog="Examples: `entroflow evaluate` · `entroflow evaluate runs/mine --json`")
@@ -124,7 +137,7 @@ def evaluate(
         float | None, typer.Option(min=0.0, help="Guidance scale of base and tuned; 1 is none.")
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Images per skill.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of all noise.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MOST, help="Seed of all noise.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Score by skill, with 95% intervals: base, base with its best guidance, and tuned.
@@ -181,24 +194,44 @@ def pretrain_shapes(
 ) -> None:
     """Train the embedded model from nothing, as the shipped weights were.
 
-    A stopped run goes on where it was.
+    Ctrl-C finishes the step, saves, and exits; the same command goes on.
     """
+    from contextlib import closing
+
+    from entroflow.launch import asked_to_stop
     from entroflow.policies.shapes.pretrain import Pretraining, export_weights, pretrain
     from entroflow.show import steps_progress
 
     settings = Pretraining(seed=seed)
     if steps is not None:
         settings = settings.scaled_to(steps)
-    with steps_progress("pretraining", settings.steps, "loss") as advance:
-        for step, loss in pretrain(settings, folder):
+    with (
+        steps_progress("pretraining", settings.steps, "loss") as advance,
+        closing(pretrain(settings, folder)) as training,
+        asked_to_stop() as stopping,
+    ):
+        for step, loss in training:
             advance(step, loss)
+            if stopping() and step < settings.steps:
+                typer.echo(f"stopped at step {step}; the same command goes on.")
+                return
     typer.echo(f"weights  {export_weights(folder)}")
     typer.echo(f"use them: entroflow train policy.weights={folder / 'base.safetensors'}")
 
 
+class _StandardError(logging.Handler):
+    """Writes to what `sys.stderr` is at the time: a live bar puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        print(self.format(record), file=sys.stderr)
+
+
 def main() -> None:
     """Entry point: wrong input ends with one line and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_StandardError()]
+    )
     try:
         app()
     except InputError as error:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from entroflow import pictures
-from entroflow.checkpoints import read_tensors
+from entroflow.checkpoints import check_reference, read_state, read_tensors
 from entroflow.errors import InputError
+from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
 from entroflow.recipe import load_component
@@ -28,19 +30,36 @@ from entroflow.shapes.scoring import score
 BATCH_SIZE = 64
 
 
-def open_policy(run: Path | None, weights: str) -> tuple[Policy, list[str]]:
-    """The policy of a run, and the names of its models: `base`, and `tuned` if there is a run.
+@dataclass(frozen=True)
+class Opened:
+    """The policy of a run.
 
-    Under `weights("reference")` the policy is the base, under `weights("ema")` the weights asked
-    for, of the best checkpoint if one is marked, else of the latest.
+    Attributes:
+        policy: under `weights("reference")` the base, under `weights("ema")` the tuned weights.
+        models: `base`, and `tuned` if there is a run.
+        recipe: what it was made by, a shipped name or a file.
+        iteration: of the checkpoint that the tuned weights come from.
+    """
+
+    policy: Policy
+    models: tuple[str, ...]
+    recipe: str | Path
+    iteration: int | None = None
+
+
+def open_policy(run: Path | None, weights: str = "ema") -> Opened:
+    """The policy of a run, or the embedded base model.
+
+    Args:
+        weights: `ema` or `live`, of the best checkpoint if one is marked, else of the latest.
 
     Raises:
-        InputError: no run folder, or no whole checkpoint in it.
+        InputError: no run folder, no whole checkpoint in it, or other base weights than it had.
     """
     if run is None:
         policy: Policy = load_component("quickstart", "policy").build()
         policy.weights.keep("reference")
-        return policy, ["base"]
+        return Opened(policy, ("base",), "quickstart")
     folder = RunFolder.open(run)
     checkpoint = folder.best() or folder.latest()
     settings = load_component(folder.path / RECIPE, "policy")
@@ -51,18 +70,19 @@ def open_policy(run: Path | None, weights: str) -> tuple[Policy, list[str]]:
         )
     policy = settings.build()
     policy.weights.keep("reference")
+    state = read_state(checkpoint)
+    check_reference(state, policy.weights.digest("reference"), checkpoint)
     policy.weights.keep("ema", read_tensors(checkpoint / f"{weights}.safetensors"))
-    return policy, ["base", "tuned"]
+    return Opened(policy, ("base", "tuned"), folder.path / RECIPE, state["iteration"])
 
 
 def draw(
-    policy: Policy,
-    names: Sequence[str],
+    opened: Opened,
     prompts: Sequence[str],
     *,
     count: int,
-    steps: int,
-    guidance: float,
+    steps: int | None,
+    guidance: float | None,
     seed: int,
     out: Path,
 ) -> None:
@@ -71,9 +91,17 @@ def draw(
     A green bar marks images that show exactly what their caption says, a red one those that don't;
     there is none where that can't be judged.
 
+    Args:
+        steps, guidance: None: as in the evaluation of the run, if it says.
+
     Raises:
         InputError: a prompt is outside what the model knows.
     """
+    policy, models = opened.policy, opened.models
+    evaluation = load_component(opened.recipe, "evaluation")
+    usual = evaluation if isinstance(evaluation, HeldOutEvaluation) else HeldOutEvaluation()
+    steps = usual.steps if steps is None else steps
+    guidance = usual.guidance if guidance is None else guidance
     grid = policy.sigmas(steps)
     kernel = ODE()
     plan = fresh_rows(
@@ -83,14 +111,15 @@ def draw(
         grid,
         kernel.std(grid[:-1], grid[1:], grid),
     )
+    cond = policy.encode(plan.texts)
     images: list[Tensor] = []
     captions: list[str] = []
     passed: list[bool | None] = []
-    for name in names:
+    for name in models:
         rollouts = Rollouts.empty(plan, policy.latent_shape)
         with policy.weights("reference" if name == "base" else "ema"):
             for _ in sample(
-                policy, kernel, rollouts, seed=seed, iteration=0, guidance=guidance,
+                policy, kernel, rollouts, cond, seed=seed, iteration=0, guidance=guidance,
                 batch_size=BATCH_SIZE, initial=Stream.EVALUATION,
             ):  # fmt: skip
                 pass
@@ -99,7 +128,7 @@ def draw(
         captions += [f"{name}: {text}" for text in prompts for _ in range(count)]
         passed += _verdicts(rollouts.images, [prompts[p] for p in plan.prompt.tolist()])
     # [models, prompts, count] -> prompts first, so that the models stand below each other.
-    order = torch.arange(len(names) * plan.rows).view(len(names), len(prompts), count)
+    order = torch.arange(len(models) * plan.rows).view(len(models), len(prompts), count)
     rows = order.transpose(0, 1).flatten()
     sheet = pictures.grid(
         torch.cat(images)[rows],

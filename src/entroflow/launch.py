@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -138,9 +139,19 @@ def _run(
     finally:
         iterations.close()
         events.close()
-    if trainer.iteration >= trainer.recipe.run.iterations:
-        _compare(folder, trainer)
     write_report(folder)
+    if trainer.iteration >= trainer.recipe.run.iterations:
+        try:
+            with _signals_call(_interrupt):
+                _compare(folder, trainer)
+        except KeyboardInterrupt:
+            log.warning(
+                "the comparison with the base was cut short; everything else is saved, and "
+                "--resume %s makes it.",
+                folder.path,
+            )
+        else:
+            write_report(folder)
     return folder
 
 
@@ -182,13 +193,23 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
         asked = True
         log.warning("finishing the iteration, then saving; press Ctrl-C again to stop at once.")
 
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:
-        yield lambda: False
-        return
-    try:
+    with _signals_call(ask):
         yield lambda: asked
+
+
+def _interrupt(_number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _signals_call(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Within, SIGINT and SIGTERM call `handler`; outside the main thread they are left alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,9 @@ COMPONENTS: dict[str, dict[str, str]] = {
 """Section -> type -> where the component lives; imported only when a recipe names it."""
 
 
+MOST_SEEDS = 2**63 - 1
+"""Seeds stay below: that of the test prompts is one more, and an address holds 64 bits."""
+
 ComponentT = TypeVar("ComponentT", bound=Component)
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -119,7 +123,7 @@ class Run(Component):
     """How long, how often, and with which seed."""
 
     iterations: int = Field(100, ge=0, description="iterations of the whole run; 0 only evaluates")
-    seed: int = Field(0, ge=0, lt=2**63 - 1, description="run seed, part of every noise address")
+    seed: int = Field(0, ge=0, lt=MOST_SEEDS, description="run seed, part of every noise address")
     evaluate_every: int = Field(10, ge=1, description="iterations between evaluations")
     checkpoint_every: int = Field(20, ge=1, description="iterations between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the latest checkpoints stay")
@@ -230,7 +234,7 @@ def load_recipe(
     for override in sorted(overrides, key=lambda o: not o.partition("=")[0].endswith(".type")):
         _apply_override(mapping, override)
     _search_beside(folder)
-    recipe = build_recipe(mapping, name, given)
+    recipe = build_recipe(mapping, name, given, folder)
     own = any("." in recipe.resolved[section].get("type", "") for section in SECTIONS)
     return replace(recipe, found_in=folder) if own else recipe
 
@@ -262,8 +266,9 @@ def load_component(name_or_path: str | Path, section: str) -> Any:
     """
     name, text, folder = _find(str(name_or_path))
     mapping = _parse_yaml(text, name)
-    _search_beside(_home_folder(mapping, folder))
-    return _build(section, dict(mapping.get(section) or {}), name)[0]
+    folder = _home_folder(mapping, folder)
+    _search_beside(folder)
+    return _build(section, dict(mapping.get(section) or {}), name, folder)[0]
 
 
 def changed(component: ComponentT, fields: Mapping[str, Any], where: str) -> ComponentT:
@@ -287,11 +292,15 @@ def chosen_type(name_or_path: str | Path, section: str) -> str:
 
 
 def build_recipe(
-    mapping: Mapping[str, Any], name: str = "recipe", given: Mapping[str, Any] | None = None
+    mapping: Mapping[str, Any],
+    name: str = "recipe",
+    given: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
 ) -> Recipe:
     """Build a recipe from a plain mapping.
 
     Args:
+        folder: where files that it names are looked for first; then in the current folder.
         given: section -> a ready object of the caller's instead of what the mapping says.
 
     Raises:
@@ -312,7 +321,7 @@ def build_recipe(
         fields = {} if mapping.get(section) is None else mapping[section]
         if not isinstance(fields, Mapping):
             raise RecipeError(f"{name}: {section} must hold keys and values, not {fields!r}.")
-        parts[section], resolved[section] = _build(section, dict(fields), name)
+        parts[section], resolved[section] = _build(section, dict(fields), name, folder)
     return Recipe(name=name, **parts, resolved=resolved)
 
 
@@ -371,32 +380,34 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
     target[keys[-1]] = parsed
 
 
-def _build(section: str, fields: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
+def _build(
+    section: str, fields: dict[str, Any], name: str, folder: Path | None
+) -> tuple[Any, dict[str, Any]]:
     """The component of a section, and its fields with defaults written out."""
     if section in PLAIN:
-        return _validated(PLAIN[section], fields, f"{name}: {section}")
+        return _validated(PLAIN[section], fields, f"{name}: {section}", folder)
     known = COMPONENTS[section]
     kind = fields.pop("type", next(iter(known)))
     if not isinstance(kind, str):
         raise RecipeError(f"{name}: {section}.type must be a name, not {kind!r}.")
     if kind in known:
         chosen = _imported(known[kind], f"{name}: {section}.type")
-        return _validated(chosen, {"type": kind, **fields}, f"{name}: {section}")
+        return _validated(chosen, {"type": kind, **fields}, f"{name}: {section}", folder)
     if "." not in kind:
         raise RecipeError(
             f"{name}: {section}.type: unknown type {kind!r}{_hint(kind, list(known))}"
         )
-    return _users(section, kind, fields, name)
+    return _users(section, kind, fields, name, folder)
 
 
 def _users(
-    section: str, kind: str, fields: dict[str, Any], name: str
+    section: str, kind: str, fields: dict[str, Any], name: str, folder: Path | None
 ) -> tuple[Any, dict[str, Any]]:
     """A component of the user's, by dotted path."""
     where = f"{name}: {section}"
     chosen = _imported(kind, f"{where}.type")
     if inspect.isclass(chosen) and issubclass(chosen, BaseModel):
-        component, resolved = _validated(chosen, fields, where)
+        component, resolved = _validated(chosen, fields, where, folder)
         return component, {**resolved, "type": kind}
     if section == "reward" and inspect.isfunction(chosen):
         if fields:
@@ -431,7 +442,7 @@ def _imported(path: str, where: str) -> Any:
 
 
 def _validated(
-    chosen: type[BaseModel], fields: dict[str, Any], where: str
+    chosen: type[BaseModel], fields: dict[str, Any], where: str, folder: Path | None = None
 ) -> tuple[BaseModel, dict[str, Any]]:
     if chosen.model_config.get("extra", "ignore") == "ignore":
         # pydantic would drop them in silence.
@@ -445,7 +456,15 @@ def _validated(
         component = chosen.model_validate_json(json.dumps(fields, default=str), strict=True)
     except ValidationError as error:
         raise RecipeError(_explained(error, chosen, where)) from None
+    found = {key: _located(path, folder) for key, path in component if isinstance(path, Path)}
+    component = component.model_copy(update=found)
     return component, component.model_dump(mode="json")
+
+
+def _located(path: Path, folder: Path | None) -> Path:
+    """A file that a recipe names: it lies beside the recipe, or else in the current folder."""
+    places = [place / path for place in (folder, Path.cwd()) if place is not None]
+    return next((place for place in places if os.path.exists(place)), Path.cwd() / path)
 
 
 def _explained(error: ValidationError, chosen: type[BaseModel], where: str) -> str:

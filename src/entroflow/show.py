@@ -53,6 +53,7 @@ class TrainingProgress:
             recipe.name, total=recipe.run.iterations, numbers="setting up"
         )
         self._strict = math.nan
+        self._begun = False
 
     def __enter__(self) -> TrainingProgress:
         run = self._recipe.run
@@ -94,11 +95,13 @@ class TrainingProgress:
         mean = metrics.get("reward/mean")
         reward = "" if mean is None else f"reward {mean:.3f}  "
         spent = compact(metrics["ledger/network_evaluations"])
-        self._progress.update(
-            self._task,
-            completed=metrics["iteration"],
-            numbers=f"strict {self._strict:.3f}  {reward}{spent} evaluations",
-        )
+        numbers = f"strict {self._strict:.3f}  {reward}{spent} evaluations"
+        if metrics["iteration"] == self._recipe.run.iterations:
+            numbers += "  comparing with the base on test prompts"
+        # The time left comes from what was seen pass, not from what a resumed run did before.
+        move = self._progress.update if self._begun else self._progress.reset
+        move(self._task, completed=metrics["iteration"], numbers=numbers)
+        self._begun = True
 
     def close_with(self, folder: RunFolder) -> None:
         """The final table, if the run is complete."""
@@ -140,6 +143,8 @@ def evaluation_table(summary: dict[str, Any]) -> Table:
     if "gain" in summary:
         gain = summary["gain"]
         interval = f"\\[{gain['low']:+.3f}, {gain['high']:+.3f}]"
+        if (iteration := summary.get("iteration")) is not None:
+            table.title = f"{table.title}\ntuned: after iteration {iteration}"
         table.caption = f"gain in strict score {gain['strict']:+.3f} {interval}"
     return table
 

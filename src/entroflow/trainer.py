@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from entroflow.checkpoints import (
-    CheckpointError,
+    check_reference,
     load_optimizer_tensors,
     optimizer_tensors,
     read_state,
@@ -24,7 +24,7 @@ from entroflow.evaluation.base import Evaluated
 from entroflow.exploration.base import Request
 from entroflow.ledger import Ledger
 from entroflow.objectives.update import UpdateStatistics, update
-from entroflow.policies.base import Policy
+from entroflow.policies.base import Condition, Policy
 from entroflow.prompts import Prompt
 from entroflow.recipe import Recipe
 from entroflow.rewards.base import Reward, Scores, join_scores, score
@@ -71,7 +71,7 @@ class Trainer:
             InputError: a prompt file, a caption or a range of steps is wrong.
         """
         prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
-        self.policy.encode([prompt.text for prompt in prompts])
+        self._encode(prompts)
         sizes = self.recipe.allocation.sizes(len(prompts), [])
         if sizes is not None:
             self._plan(prompts, sizes, torch.zeros(len(prompts), dtype=torch.long))
@@ -80,17 +80,21 @@ class Trainer:
         """One iteration: the whole method, a line a stage."""
         start = perf_counter()
         prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
-        rollouts, scores = self._roll_out(prompts)
+        cond = self._encode(prompts)
+        rollouts, scores = self._roll_out(prompts, cond)
+        self._refuse_without_rewards(rollouts, scores)
         advantages = self.recipe.credit.advantages(rollouts, scores)
         transitions = transitions_of(rollouts, advantages)
-        self._refuse_if_useless(rollouts, scores, transitions)
         with self.ledger.timed("update"):
-            statistics = self._update(transitions, [prompt.text for prompt in prompts])
+            statistics = self._update(transitions, cond)
         self.iteration += 1
         self.seconds += perf_counter() - start
         return self._metrics(rollouts, scores, transitions, statistics)
 
-    def _roll_out(self, prompts: list[Prompt]) -> tuple[Rollouts, Scores]:
+    def _encode(self, prompts: list[Prompt]) -> Condition:
+        return self.policy.encode([prompt.text for prompt in prompts])
+
+    def _roll_out(self, prompts: list[Prompt], cond: Condition) -> tuple[Rollouts, Scores]:
         """Sample and score, round by round, until the allocation hands out no more."""
         recipe = self.recipe
         rounds: list[Rollouts] = []
@@ -105,7 +109,7 @@ class Trainer:
                 recipe.objective.needs_old_mean,
             )
             finished = sample(
-                self.policy, recipe.kernel, rollouts,
+                self.policy, recipe.kernel, rollouts, cond,
                 seed=recipe.run.seed, iteration=self.iteration,
                 guidance=recipe.sampling.guidance, batch_size=recipe.sampling.batch_size,
                 ledger=self.ledger,
@@ -121,29 +125,28 @@ class Trainer:
         request = Request(
             prompts, sizes, spent, self.base_grid, recipe.kernel, recipe.run.seed, self.iteration
         )
-        return recipe.credit.complete(recipe.exploration.plan(request))
-
-    def _refuse_if_useless(
-        self, rollouts: Rollouts, scores: Scores, transitions: Transitions
-    ) -> None:
-        """Stop where an update could teach nothing, now or ever."""
-        if not len(transitions):
+        plan = recipe.credit.complete(recipe.exploration.plan(request))
+        if plan.rows and not (plan.std > 0).any():
             raise InputError(
                 "no step of the plan is stochastic, so there is nothing to learn from; choose "
                 "another kernel than ode, or a wider exploration."
             )
-        if scores.values[rollouts.plan.scored].isnan().all():
+        return plan
+
+    def _refuse_without_rewards(self, rollouts: Rollouts, scores: Scores) -> None:
+        """Stop where every reward failed: most likely they will again."""
+        if scores.values[rated_rollouts(rollouts.plan)].isnan().all():
             raise InputError(
                 f"every reward of iteration {self.iteration + 1} failed; the warnings say why "
                 "(the last checkpoint is unharmed: mend the reward and go on with --resume)."
             )
 
-    def _update(self, transitions: Transitions, prompts: list[str]) -> UpdateStatistics:
+    def _update(self, transitions: Transitions, cond: Condition) -> UpdateStatistics:
         recipe, settings = self.recipe, self.recipe.optimizer
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate_at(self.iteration, recipe.run.iterations)
         statistics = update(
-            self.policy, recipe.kernel, self.policy.encode(prompts), transitions, recipe.objective,
+            self.policy, recipe.kernel, cond, transitions, recipe.objective,
             self.optimizer, self.parameters, seed=recipe.run.seed, iteration=self.iteration,
             guidance=recipe.sampling.guidance, micro_batch=settings.micro_batch,
             max_grad_norm=settings.max_grad_norm, ledger=self.ledger,
@@ -192,9 +195,8 @@ class Trainer:
         transitions: Transitions,
         statistics: UpdateStatistics,
     ) -> Metrics:
-        plan = rollouts.plan
-        rated = plan.scored & (plan.role == Role.ROLLOUT)
-        values, group = scores.values[rated], plan.group[rated]
+        rated = rated_rollouts(rollouts.plan)
+        values, group = scores.values[rated], rollouts.plan.group[rated]
         valid = ~values.isnan()
         groups = [values[(group == g) & valid] for g in group.unique()]
         spread = torch.stack([g.std(correction=0) for g in groups if len(g)])
@@ -252,10 +254,7 @@ class Trainer:
         """
         state = read_state(checkpoint)
         weights = self.policy.weights
-        if state["reference"] != weights.digest("reference"):
-            raise CheckpointError(
-                f"{checkpoint} was trained from other base weights than the policy has now."
-            )
+        check_reference(state, weights.digest("reference"), checkpoint)
         weights.load(read_tensors(checkpoint / "live.safetensors"))
         weights.keep("ema", read_tensors(checkpoint / "ema.safetensors"))
         load_optimizer_tensors(self.optimizer, read_tensors(checkpoint / "optimizer.safetensors"))
@@ -268,6 +267,11 @@ class Trainer:
     def _components_with_memory(self) -> list[tuple[str, Any]]:
         parts = vars(self.recipe).items()
         return [(name, part) for name, part in parts if hasattr(part, "load_state")]
+
+
+def rated_rollouts(plan: Plan) -> Tensor:
+    """[rows] bool: the rollouts that are scored, without anchors and completions."""
+    return plan.scored & (plan.role == Role.ROLLOUT)
 
 
 def evaluation_metrics(found: Evaluated) -> Metrics:
@@ -317,6 +321,9 @@ def train_in(
         if n % settings.evaluate_every == 0 or n == settings.iterations:
             found = trainer.evaluate()
             metrics |= evaluation_metrics(found)
+            spent = trainer.evaluation_ledger
+            metrics["ledger/held_out_network_evaluations"] = spent.network_evaluations
+            metrics["ledger/held_out_reward_calls"] = spent.reward_calls
         # Before the checkpoint: a crash in between must not lose the line.
         folder.append_metrics(metrics)
         if found is not None and _standing(metrics) > best:

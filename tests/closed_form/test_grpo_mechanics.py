@@ -132,7 +132,15 @@ def test_a_known_velocity_is_not_computed_again():
     policy, ledger = different_prompts_policy(), Ledger()
     plan = branching_plan(policy)
     collected = Rollouts.empty(plan, policy.latent_shape, torch.float64)
-    for _ in solver.sample(policy, KERNEL, collected, seed=0, iteration=0, ledger=ledger):
+    for _ in solver.sample(
+        policy,
+        KERNEL,
+        collected,
+        policy.encode(collected.plan.texts),
+        seed=0,
+        iteration=0,
+        ledger=ledger,
+    ):
         pass
     anchors, from_step_1, from_step_2 = 2 * 5, 4 * (4 - 1), 4 * (3 - 1)
     assert ledger.network_evaluations == anchors + from_step_1 + from_step_2
@@ -244,13 +252,17 @@ def test_kl_weighted_by_step_length_is_the_true_kl_times_the_step_length():
     """The KL term that Flow-GRPO's code adds, over the true one, is |dt|."""
     seen, _ = away_from_reference()
     true, coded = (
-        updated(seen, Clipped(clip_range=1e-4, kl=1.0, kl_weight=weighting)).by_step["loss"]
+        updated(seen, Clipped(clip_range=1e-4, kl=1.0, kl_weight=weighting)).by_step
         for weighting in ("uniform", "step_length")
     )
     grid = seen.rollouts.plan.base_grid.tolist()
     for step in range(STEPS - 1):
         length = grid[step] - grid[step + 1]
-        assert coded[step] == pytest.approx(length * true[step], rel=1e-12)
+        assert coded["loss"][step] == pytest.approx(length * true["loss"][step], rel=1e-12)
+        # Both are written down.
+        assert coded["kl"][step] == pytest.approx(true["kl"][step], rel=1e-12)
+        assert coded["weighted_kl"][step] == pytest.approx(length * true["kl"][step], rel=1e-12)
+    assert "weighted_kl" not in true
 
 
 # --- loss and gradient at ratio 1 -----------------------------------------------------------------

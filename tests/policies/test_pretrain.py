@@ -305,17 +305,17 @@ def assert_same(one, two):
 @pytest.mark.usefixtures("tiny_network")
 @pytest.mark.parametrize("stop", [1, 3, 4, 5])
 def test_a_run_stopped_and_resumed_is_bit_equal_to_one_in_one_go(tmp_path, stop):
-    """Wherever it stops: steps after the last checkpoint are done again."""
+    """Wherever it is closed, no step is lost."""
     whole = list(pretrain(TINY, tmp_path / "whole", checkpoint_every=2))
     run = pretrain(TINY, tmp_path / "parts", checkpoint_every=2)
     before = [next(run) for _ in range(stop)]
     run.close()
+    assert read_state(tmp_path / "parts" / "checkpoint")["step"] == stop
     torch.manual_seed(99)
     after = list(pretrain(TINY, tmp_path / "parts", checkpoint_every=2))
     assert [step for step, _ in whole] == [1, 2, 3, 4, 5, 6]
     assert before == whole[:stop]
-    assert after == whole[-len(after) :]
-    assert len(before) + len(after) >= len(whole)
+    assert after == whole[stop:]
     assert_same(tensors_of(tmp_path / "parts"), tensors_of(tmp_path / "whole"))
     assert read_state(tmp_path / "parts" / "checkpoint")["step"] == 6
     logged = [
@@ -323,6 +323,18 @@ def test_a_run_stopped_and_resumed_is_bit_equal_to_one_in_one_go(tmp_path, stop)
         for name in ("whole", "parts")
     ]
     assert logged[0] == logged[1] == [{"step": step, "loss": loss} for step, loss in whole]
+
+
+@pytest.mark.usefixtures("tiny_network")
+def test_steps_after_the_last_checkpoint_are_done_again_after_a_crash(tmp_path):
+    whole = list(pretrain(TINY, tmp_path / "whole", checkpoint_every=2))
+    run = pretrain(TINY, tmp_path / "parts", checkpoint_every=2)
+    for _ in range(3):
+        next(run)
+    with pytest.raises(RuntimeError, match="a crash"):
+        run.throw(RuntimeError("a crash"))
+    assert list(pretrain(TINY, tmp_path / "parts", checkpoint_every=2)) == whole[2:]
+    assert_same(tensors_of(tmp_path / "parts"), tensors_of(tmp_path / "whole"))
 
 
 def test_the_full_network_resumes_bit_equal(tmp_path):

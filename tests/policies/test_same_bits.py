@@ -46,7 +46,14 @@ def sampled(policy, state_dtype, batch_size, guidance):
     )
     collected = Rollouts.empty(plan, policy.latent_shape, state_dtype)
     finished = sample(
-        policy, KERNEL, collected, seed=0, iteration=0, guidance=guidance, batch_size=batch_size
+        policy,
+        KERNEL,
+        collected,
+        policy.encode(collected.plan.texts),
+        seed=0,
+        iteration=0,
+        guidance=guidance,
+        batch_size=batch_size,
     )
     for _ in finished:
         pass

@@ -21,7 +21,7 @@ from entroflow.shapes.grammar import (
 )
 from entroflow.shapes.recognise import MOST_DETECTED, Detections, recognise
 from entroflow.shapes.scenes import RESOLUTION, SIZE_BOUNDARY, Scenes, lay_out, render
-from entroflow.shapes.scoring import judge, overall, score
+from entroflow.shapes.scoring import judge, score
 
 PER_CELL = 340
 """Scenes per skill and split: 6120 in all."""
@@ -498,17 +498,3 @@ def test_what_empty_slots_hold_does_not_matter(cases):
     one, two = judge(seen, specs), judge(other, specs)
     assert torch.equal(one.strict, two.strict)
     assert torch.equal(one.graded, two.graded)
-
-
-# --- summary --------------------------------------------------------------------------------------
-
-
-def test_overall_is_the_mean_of_the_means_of_the_skills():
-    """Skills weigh alike, however many prompts each has; absent skills are left out."""
-    values = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.5])
-    skills = ["colors", "colors", "colors", "counting", "position"]
-    result = overall(values, skills)
-    assert result == pytest.approx(
-        {"counting": 1.0, "colors": 1 / 3, "position": 0.5, "overall": (1 + 1 / 3 + 0.5) / 3}
-    )
-    assert overall(values > 0.5, skills)["overall"] == pytest.approx((1 + 1 / 3 + 0) / 3)

@@ -54,7 +54,7 @@ def test_a_passed_policy_can_not_be_opened_from_the_command_line(tmp_path):
     """It is no settings to build a policy from, and the message says so."""
     folder = train(tmp_path / "run", stop_after=1)
     with pytest.raises(InputError, match="trained with a policy object from Python"):
-        open_policy(folder.path, "ema")
+        open_policy(folder.path)
 
 
 def test_a_run_with_a_component_beside_its_recipe_resumes(tmp_path, monkeypatch):

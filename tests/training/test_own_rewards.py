@@ -32,7 +32,8 @@ from tiny_run import (
 def sampled(reward, **sections):
     """One iteration up to the advantages: scores, advantages of the rows, and the trainer."""
     trainer = Trainer(recipe(**sections), PixelPolicy(), FunctionReward(reward))
-    rollouts, scores = trainer._roll_out(trainer.recipe.prompts.batch(0, 0))
+    prompts = trainer.recipe.prompts.batch(0, 0)
+    rollouts, scores = trainer._roll_out(prompts, trainer._encode(prompts))
     return trainer, scores, trainer.recipe.credit.advantages(rollouts, scores)[:, 0]
 
 

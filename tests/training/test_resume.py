@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
 import entroflow
+from entroflow import launch
 from entroflow.checkpoints import CheckpointError
 from entroflow.errors import InputError
 from entroflow.runs import RunFolder
@@ -75,6 +78,31 @@ def test_an_error_of_the_watcher_leaves_the_iteration_saved(tmp_path):
     assert folder.latest().name == "00000001"
     folder = entroflow.resume(folder.path, policy=PixelPolicy())
     assert_same_run(train(tmp_path / "whole"), folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_last_comparison_can_be_cut_short(tmp_path, monkeypatch, caplog, number):
+    """Everything else is there already; resuming makes it."""
+
+    def compare(folder, trainer):
+        signal.raise_signal(number)
+
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "_compare", compare)
+        folder = train(tmp_path / "run")
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert "the comparison with the base was cut short" in caplog.text
+    assert folder.metrics()[-1]["iteration"] == 3
+    assert folder.latest().name == "00000003"
+    report = folder.path / "report.html"
+    before = report.read_bytes()
+    compared = []
+    monkeypatch.setattr(launch, "_compare", lambda folder, trainer: compared.append(folder.path))
+    report.unlink()
+    entroflow.resume(folder.path, policy=PixelPolicy())
+    assert compared == [folder.path]
+    assert len(report.read_bytes()) == len(before)
 
 
 def test_a_run_resumed_from_its_start_is_one_in_one_go(tmp_path):

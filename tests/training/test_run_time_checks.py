@@ -18,9 +18,10 @@ NAMED = ("dtype", "guidance", "grid", "batch shape", "grad mode")
 
 
 def test_a_plan_without_noise_is_wrong_input(tmp_path):
-    """With the ODE there is nothing to train on."""
+    """With the ODE there is nothing to train on, and that shows before anything is sampled."""
     with pytest.raises(InputError, match="no step of the plan is stochastic"):
         train(tmp_path / "run", kernel={"type": "ode"})
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("share", "warns"), [(0.05, False), (0.2, True), (-0.2, True)])

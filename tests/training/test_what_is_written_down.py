@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 import entroflow
+from entroflow.policies.shapes.policy import ShapesPolicyConfig
 from entroflow.runs import METRICS
 from tiny_run import HERE, ROLLOUTS, PixelPolicy, Shift, final_tensors, train
 
@@ -81,6 +83,7 @@ def test_what_was_not_measured_is_null(tmp_path):
     for n, line in enumerate(folder.metrics()[1:], start=1):
         for name in ("loss", "ratio_max_deviation", "clip_fraction", "gradient_norm"):
             assert line[f"policy/{name}"] is None
+        assert line["by_step"] == {"advantage_size": {"0": 0.0, "1": 0.0}}
         assert line["policy/kl"] == 0
         assert line["policy/skipped"] == line["policy/transitions"] == 2 * ROLLOUTS
         assert line["reward/tied_groups"] == 2
@@ -88,6 +91,34 @@ def test_what_was_not_measured_is_null(tmp_path):
         assert line["ledger/optimizer_steps"] == 0
     live = final_tensors(folder)["live"]["shift"]
     assert torch.equal(live, torch.zeros_like(live))
+
+
+def test_the_size_of_the_advantage_counts_tied_groups_and_leaves_out_failures(tmp_path):
+    """One group is tied; the other has rewards 0, 1, 1: of size sqrt 2, 1 / sqrt 2 twice."""
+
+    def reward(images, prompts, metadata):
+        names = sorted(set(prompts))
+        values = {names[0]: [0.5] * 4, names[-1]: [0.0, 1.0, 1.0, math.nan]}
+        assert len(names) == 2
+        return [values[prompt].pop() for prompt in prompts]
+
+    folder = train(
+        tmp_path / "run", reward=reward, objective={"kl": 0.0, "minibatches": 1},
+        sampling={"batch_size": ROLLOUTS}, credit={"epsilon": 0.0}, run={"iterations": 1},
+    )  # fmt: skip
+    sizes = folder.metrics()[1]["by_step"]["advantage_size"]
+    assert sizes == pytest.approx(dict.fromkeys(("0", "1"), 2 * math.sqrt(2) / 7))
+
+
+def test_what_evaluations_cost_is_written_where_there_was_one(tmp_path):
+    folder = train(
+        tmp_path / "run", evaluation={"type": "shapes", "steps": 2, "images_per_skill": 1},
+        policy=ShapesPolicyConfig().build(), run={"iterations": 1, "evaluate_every": 1},
+        reward=lambda images, *_: [image.mean().item() for image in images],
+    )  # fmt: skip
+    for n, line in enumerate(folder.metrics(), start=1):
+        assert line["ledger/held_out_reward_calls"] == n * 6
+        assert line["ledger/held_out_network_evaluations"] == n * 6 * 2
 
 
 def test_an_evaluation_may_have_no_examples(tmp_path):

@@ -9,8 +9,7 @@ from entroflow.drawing import open_policy
 from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.evaluation.base_and_tuned import compare_with_base
-from entroflow.recipe import changed, load_component
-from entroflow.runs import RECIPE
+from entroflow.recipe import MOST_SEEDS, changed, load_component
 
 
 def evaluate(
@@ -30,7 +29,8 @@ def evaluate(
         steps, guidance, images_per_skill, seed: None: as in the comparison at the end of the run.
 
     Returns:
-        The same summary as the `evaluation.json` of a finished run.
+        The same summary as the `evaluation.json` of a finished run; `iteration` is that of the
+        checkpoint, None for the base model.
 
     Raises:
         InputError: another split; no run folder, or no whole checkpoint in it; its evaluation can't
@@ -38,11 +38,11 @@ def evaluate(
     """
     if split not in ("validation", "test"):
         raise InputError(f"split is validation or test, not {split!r}.")
-    if seed is not None and seed < 0:
-        raise InputError(f"seed must be at least 0, not {seed}.")
+    if seed is not None and not 0 <= seed < MOST_SEEDS:
+        raise InputError(f"seed must be at least 0 and below 2**63 - 1, not {seed}.")
     folder = None if run is None else Path(run)
-    policy, names = open_policy(folder, "ema")
-    recipe = "quickstart" if folder is None else folder / RECIPE
+    opened = open_policy(folder)
+    recipe = opened.recipe
     evaluation = load_component(recipe, "evaluation")
     if not isinstance(evaluation, HeldOutEvaluation):
         raise InputError(
@@ -54,10 +54,10 @@ def evaluate(
     }  # fmt: skip
     settings = {key: value for key, value in given.items() if value is not None}
     summary, _ = compare_with_base(
-        policy,
+        opened.policy,
         changed(evaluation.on_test_prompts(), settings, "evaluation"),
         seed=load_component(recipe, "run").test_seed if seed is None else seed,
         batch_size=load_component(recipe, "sampling").batch_size,
-        with_tuned="tuned" in names,
+        with_tuned="tuned" in opened.models,
     )
-    return summary
+    return {"iteration": opened.iteration, **summary}

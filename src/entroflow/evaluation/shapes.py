@@ -57,8 +57,9 @@ class ShapesEvaluation(HeldOutEvaluation):
         std = kernel.std(grid[:-1], grid[1:], grid)
         rollouts = Rollouts.empty(fresh_rows(prompts, sizes, none, grid, std), policy.latent_shape)
         finished = sample(
-            policy, kernel, rollouts, seed=seed, iteration=0, guidance=self.guidance,
-            batch_size=batch_size, initial=Stream.EVALUATION, ledger=ledger,
+            policy, kernel, rollouts, policy.encode(rollouts.plan.texts),
+            seed=seed, iteration=0, guidance=self.guidance, batch_size=batch_size,
+            initial=Stream.EVALUATION, ledger=ledger,
         )  # fmt: skip
         rewards = torch.full((rollouts.plan.rows,), torch.nan)
         if reward is not None:

@@ -79,8 +79,9 @@ class Clipped(Component):
         terms = {"loss": surrogate, "ratio": ratio, "clipped": ((ratio - 1).abs() > clip).float()}
         if reference_mean is not None:
             kl = kl_divergence(mean, reference_mean, transitions.std)
-            terms["kl"] = kl
-            step_length = (transitions.sigma - transitions.sigma_next).to(kl)
-            weight = step_length if self.kl_weight == "step_length" else 1.0
-            terms["loss"] = surrogate + self.kl * weight * kl
+            terms["kl"] = weighted = kl
+            if self.kl_weight == "step_length":
+                step_length = (transitions.sigma - transitions.sigma_next).to(kl)
+                terms["weighted_kl"] = weighted = step_length * kl
+            terms["loss"] = surrogate + self.kl * weighted
         return terms

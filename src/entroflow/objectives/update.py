@@ -28,7 +28,8 @@ class UpdateStatistics:
         kl: KL to the reference per dimension, mean over a sample, before the first optimizer step.
         ratio_deviation: largest |ratio - 1| before the first optimizer step; 0 in exact arithmetic.
         terms: means over all transitions that were used, by name.
-        by_step: the same, by base-grid step.
+        by_step: the same, by base-grid step; and `advantage_size`, the mean |advantage| of all
+            transitions whose reward did not fail.
         gradient_norm: before clipping, one per optimizer step.
         skipped: transitions of weight or advantage zero, on which no pass was spent.
     """
@@ -97,7 +98,7 @@ def update(
                 terms = objective.terms(these, density, mean, reference_mean)
                 loss = (share[chunk].to(terms["loss"]) * terms["loss"]).sum()
                 (dimensions * loss).backward()
-                _gather(gathered, terms, minibatch[chunk], these.advantage)
+                _gather(gathered, terms, minibatch[chunk])
                 if first:
                     ratio = torch.exp(density.detach() - these.log_prob.to(density))
                     deviation = (ratio - 1).abs().max().item()
@@ -200,24 +201,29 @@ def _distinct(state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values[order], first[order], rank[inverse]
 
 
-def _gather(
-    gathered: dict[str, list[Tensor]], terms: dict[str, Tensor], index: Tensor, advantage: Tensor
-) -> None:
+def _gather(gathered: dict[str, list[Tensor]], terms: dict[str, Tensor], index: Tensor) -> None:
     gathered.setdefault("index", []).append(index)
-    for name, values in {**terms, "advantage_size": advantage.abs()}.items():
+    for name, values in terms.items():
         gathered.setdefault(name, []).append(values.detach())
 
 
 def _summarise(
     statistics: UpdateStatistics, gathered: dict[str, list[Tensor]], transitions: Transitions
 ) -> None:
+    # Also those that were skipped: a tied group is no signal, not a missing one.
+    rated = transitions.weight > 0
+    statistics.by_step["advantage_size"] = _by_step(
+        transitions.advantage[rated].abs(), transitions.step[rated]
+    )
     if not gathered:
         return
     columns = {name: torch.cat(parts) for name, parts in gathered.items()}
     step = transitions.step[columns.pop("index")]
     for name, values in columns.items():
-        values = values.double()
-        statistics.terms[name] = values.mean().item()
-        statistics.by_step[name] = {
-            int(s): values[step == s].mean().item() for s in step.unique().tolist()
-        }
+        statistics.terms[name] = values.double().mean().item()
+        statistics.by_step[name] = _by_step(values, step)
+
+
+def _by_step(values: Tensor, step: Tensor) -> dict[int, float]:
+    """Means by base-grid step."""
+    return {int(s): values[step == s].double().mean().item() for s in step.unique().tolist()}

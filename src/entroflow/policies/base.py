@@ -82,10 +82,6 @@ class WeightSets:
         self._check(source, name)
         self._sets[name] = {key: source[key].detach().clone() for key in self.live}
 
-    def has(self, name: str) -> bool:
-        """Whether a copy of that name exists."""
-        return name == "live" or name in self._sets
-
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one set."""
         return self.live if name == "live" else self._sets[name]
@@ -133,7 +129,7 @@ class WeightSets:
         summary = hashlib.blake2b(digest_size=8)
         for key, tensor in sorted(self.tensors(name).items()):
             summary.update(key.encode())
-            summary.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            summary.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return summary.hexdigest()
 
     def _swap(self, stored: dict[str, Tensor]) -> None:

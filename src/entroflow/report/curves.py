@@ -247,7 +247,7 @@ OVER_ITERATIONS = (
         "policy/gradient_norm",
         "Gradient norm",
         BLUE,
-        "Before it is limited. Sudden peaks are a sign of instability.",
+        "Before it is limited to optimizer.max_grad_norm. Sudden peaks are a sign of instability.",
     ),
     (
         "reward/tied_groups",
@@ -276,11 +276,17 @@ BY_STEP = (
     (
         "advantage_size",
         "Size of the advantage",
-        "Mean absolute value: how strong the signal is.",
+        "Mean absolute value: how strong the signal is. Tied groups count as 0.",
         0.0,
     ),
     ("loss", "Loss", "Mean of the loss term. Blue is above 0, orange below.", 0.0),
     ("kl", "KL to the reference", "Where along the way the policy leaves the base model.", 0.0),
+    (
+        "weighted_kl",
+        "Weighted KL",
+        "The same times the step length, as the loss has it.",
+        0.0,
+    ),
 )
 """Metric of `by_step`, title, how to read it, and the value that is drawn as 0."""
 

@@ -126,7 +126,8 @@ def _strict(line: Mapping[str, Any]) -> Interval:
 
 def costs(metrics: Metrics) -> list[tuple[str, str]]:
     """The ledger at the latest iteration: name and amount, where they are known."""
-    latest = metrics[-1] if metrics else {}
+    # Not every line has every count: evaluations are counted where there was one.
+    latest = {key: value for line in metrics for key, value in line.items()}
     named = {
         "network_evaluations": "network evaluations",
         "weighted_evaluations": "weighted evaluations",
@@ -134,6 +135,8 @@ def costs(metrics: Metrics) -> list[tuple[str, str]]:
         "reward_calls": "images scored",
         "decodes": "images decoded",
         "optimizer_steps": "optimizer steps",
+        "held_out_network_evaluations": "evaluations for held-out scores",
+        "held_out_reward_calls": "images scored for them",
     }
     amounts = [
         (name, count(latest[f"ledger/{key}"]))

@@ -71,6 +71,11 @@ class Plan:
         return len(self.prompt)
 
     @property
+    def texts(self) -> list[str]:
+        """[P] the words of the prompts."""
+        return [prompt.text for prompt in self.prompts]
+
+    @property
     def sigmas(self) -> Tensor:
         """[B, S + 1] the grid of every row, padded with 0."""
         return self.base_grid[self.points]

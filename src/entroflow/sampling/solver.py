@@ -111,6 +111,7 @@ def sample(
     policy: Policy,
     kernel: Kernel,
     rollouts: Rollouts,
+    cond: Condition,
     *,
     seed: int,
     iteration: int,
@@ -124,6 +125,7 @@ def sample(
     Args:
         policy: run with the weights that are active.
         rollouts: as made by `Rollouts.empty`.
+        cond: the encoded prompts of its plan.
         seed, iteration: part of the address of all noise.
         guidance: guidance scale.
         batch_size: most rows in one network call.
@@ -131,7 +133,6 @@ def sample(
         ledger: counts network evaluations and decodes.
     """
     plan, sigmas, latent_shape = rollouts.plan, rollouts.plan.sigmas, policy.latent_shape
-    cond = policy.encode([prompt.text for prompt in plan.prompts])
     for wave in plan.waves():
 
         def step_noise(row: Tensor, step: Tensor, wave: Tensor = wave) -> Tensor:

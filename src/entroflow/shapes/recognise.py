@@ -20,6 +20,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
+from entroflow.errors import InputError
 from entroflow.shapes.grammar import SHAPES
 from entroflow.shapes.scenes import AREA, PALETTE, RESOLUTION, coverage, pixel_axes
 
@@ -69,11 +70,14 @@ def recognise(images: Tensor) -> Detections:
 
     Args:
         images: [B, 3, 32, 32] RGB in [0, 1].
+
+    Raises:
+        InputError: images of another size.
     """
     if images.shape[1:] != (3, RESOLUTION, RESOLUTION):
-        raise ValueError(
+        raise InputError(
             f"the shapes world reads images [B, 3, {RESOLUTION}, {RESOLUTION}], "
-            f"not {list(images.shape)}."
+            f"not {list(images.shape)}; another policy needs another reward and evaluation."
         )
     parts = [_recognise(part) for part in images.detach().float().cpu().split(CHUNK)]
     columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Detections)}

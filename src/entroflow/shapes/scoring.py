@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entroflow.shapes.grammar import COLORS, RELATIONS, SHAPES, SIZES, SKILLS, Spec
+from entroflow.shapes.grammar import COLORS, RELATIONS, SHAPES, SIZES, Spec
 from entroflow.shapes.recognise import MOST_DETECTED, RECOGNISABLE, Detections, recognise
 from entroflow.shapes.scenes import MOST_OBJECTS, SIZE_BOUNDARY
 
@@ -55,16 +55,6 @@ def judge(seen: Detections, specs: Sequence[Spec]) -> Verdict:
     stated = (relation >= 0).float()
     graded = (graded_count + graded_objects + stated * graded_relation) / (2 + stated)
     return Verdict(strict=all_exact & (seen.count == needed), graded=graded)
-
-
-def overall(strict_or_graded: Tensor, skills: Sequence[str]) -> dict[str, float]:
-    """Mean by skill, and `overall`, the mean of the skills that occur."""
-    by_skill = {}
-    for skill in SKILLS:
-        rows = torch.tensor([name == skill for name in skills])
-        if rows.any():
-            by_skill[skill] = strict_or_graded[rows].double().mean().item()
-    return {**by_skill, "overall": float(np.mean(list(by_skill.values())))}
 
 
 def _requirements(specs: Sequence[Spec]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
