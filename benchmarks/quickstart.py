@@ -15,6 +15,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +73,8 @@ def draw(results: list[dict], runs: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure = pyplot.figure(figsize=(11, 3.6), dpi=110)
-    curves, pictures = figure.subfigures(1, 2, width_ratios=(1, 1.35))
+    figure = pyplot.figure(figsize=(11, 4.4), dpi=110)
+    curves, pictures = figure.subfigures(1, 2, width_ratios=(1, 1.1))
     axes = curves.subplots()
     for result in results:
         minutes = [point["seconds"] / 60 for point in result["curve"]]
@@ -90,20 +91,23 @@ def draw(results: list[dict], runs: Path) -> None:
     first = runs / name_of(next(r for r in results if not r["control"]))
     known = json.loads((first / "examples" / "test_base.json").read_text())["captions"]
     chosen = np.linspace(0, len(known) - 1, SHOWN).round().astype(int)
-    cells = pictures.subplots(4, SHOWN // 2)
+    # A thin row between the two pairs of rows leaves room for captions of two lines.
+    cells = pictures.subplots(5, SHOWN // 2, height_ratios=(1, 1, 0.3, 1, 1))
+    for axes in cells[2]:
+        axes.set_axis_off()
     for row, model in enumerate(("base", "tuned")):
         strip = np.asarray(Image.open(first / "examples" / f"test_{model}.png"))
         side = strip.shape[0]
         for place, index in enumerate(chosen):
             half, column = divmod(place, SHOWN // 2)
-            axes = cells[2 * half + row, column]
+            axes = cells[3 * half + row, column]
             axes.imshow(strip[:, index * side : (index + 1) * side], interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             if row == 0:
-                axes.set_title(known[index], fontsize=7)
+                axes.set_title(textwrap.fill(known[index], 20), fontsize=8)
             if column == 0:
                 axes.set_ylabel({"base": "before", "tuned": "after"}[model], fontsize=9)
-    pictures.subplots_adjust(left=0.05, right=0.99, bottom=0.02, top=0.93, hspace=0.25, wspace=0.05)
+    pictures.subplots_adjust(left=0.05, right=0.99, bottom=0.02, top=0.9, hspace=0.08, wspace=0.1)
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE)
 
