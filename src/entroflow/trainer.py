@@ -169,7 +169,7 @@ class Trainer:
                 recipe.sampling.guidance, recipe.sampling.steps, recipe.sampling.batch_size,
                 recipe.optimizer.micro_batch,
             )  # fmt: skip
-        if self.iteration == 0 and statistics.kl > limit:
+        if self.iteration == 0 and (statistics.kl or 0.0) > limit:
             log.warning(
                 "the KL to the reference is %.1e before any step, when it must be 0: the reference "
                 "weights are not those that sampled.",

@@ -25,7 +25,8 @@ class UpdateStatistics:
     """What happened in the updates of one iteration; None or absent where nothing was measured.
 
     Attributes:
-        kl: KL to the reference per dimension, mean over a sample, before the first optimizer step.
+        kl: KL to the reference per dimension before the first optimizer step: mean over its
+            transitions if the objective needs the reference, else over a sample of all.
         ratio_deviation: largest |ratio - 1| before the first optimizer step; 0 in exact arithmetic.
         terms: means over all transitions that were used, by name.
         by_step: the same, by base-grid step; and `advantage_size`, the mean |advantage| of all
@@ -34,7 +35,7 @@ class UpdateStatistics:
         skipped: transitions of weight or advantage zero, on which no pass was spent.
     """
 
-    kl: float
+    kl: float | None = None
     ratio_deviation: float | None = None
     terms: dict[str, float] = field(default_factory=dict)
     by_step: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -69,10 +70,12 @@ def update(
         InputError: fewer rows than minibatches, or a gradient that is not finite.
     """
     forward = _Forward(policy, kernel, cond, guidance)
-    statistics = UpdateStatistics(kl=_kl_to_reference(forward, transitions, ledger))
+    statistics = UpdateStatistics()
+    if not objective.needs_reference:
+        statistics.kl = _kl_to_reference(forward, transitions, ledger)
     dimensions = transitions.states[0].numel()
     gathered: dict[str, list[Tensor]] = {}
-    first = True
+    first, first_kl = True, []
     for epoch in range(objective.epochs):
         for minibatch in _minibatches(transitions, objective.minibatches, seed, iteration, epoch):
             part = transitions.take(minibatch)
@@ -99,10 +102,14 @@ def update(
                 loss = (share[chunk].to(terms["loss"]) * terms["loss"]).sum()
                 (dimensions * loss).backward()
                 _gather(gathered, terms, minibatch[chunk])
+                if first and reference_mean is not None:
+                    first_kl.append(kl_divergence(mean.detach(), reference_mean, these.std))
                 if first:
                     ratio = torch.exp(density.detach() - these.log_prob.to(density))
                     deviation = (ratio - 1).abs().max().item()
                     statistics.ratio_deviation = max(statistics.ratio_deviation or 0.0, deviation)
+            if first and first_kl:
+                statistics.kl = torch.cat(first_kl).mean().item()
             norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
             if not norm.isfinite():
                 raise InputError(
