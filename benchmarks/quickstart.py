@@ -1,6 +1,6 @@
 """What does `quickstart` achieve? Three seeds, and a control with the rewards shuffled in groups.
 
-    python benchmarks/quickstart.py [--seeds 0 1 2] [--runs runs/claims] [SECTION.KEY=VALUE]...
+    python benchmarks/quickstart.py [SECTION.KEY=VALUE]... [--seeds 0 1 2] [--runs runs/claims]
 
 Runs `entroflow train` once per seed, one after the other, and writes docs/claims/quickstart.json
 (raw results) and docs/images/quickstart.png. With changes to the recipe there is neither control nor
