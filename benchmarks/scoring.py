@@ -41,14 +41,8 @@ def samples(specs: list[Spec]) -> Tensor:
     prompts = [Prompt(text(spec)) for spec in specs]
     plan = fresh_rows(prompts, ones, zeros, policy.sigmas(STEPS), torch.zeros(STEPS))
     rollouts = Rollouts.empty(plan, policy.latent_shape)
-    for _ in sample(
-        policy,
-        ODE(),
-        rollouts,
-        policy.encode(rollouts.plan.texts),
-        seed=0,
-        iteration=0,
-    ):
+    cond = policy.encode(rollouts.plan.texts)
+    for _ in sample(policy, ODE(), rollouts, cond, seed=0, iteration=0):
         pass
     assert rollouts.images is not None
     return rollouts.images

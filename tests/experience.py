@@ -97,14 +97,9 @@ def experience(
     policy = policy or different_prompts_policy()
     plan = plan or every_step_plan(policy)
     collected = Rollouts.empty(plan, policy.latent_shape, dtype, keep_means=True)
+    cond = policy.encode(collected.plan.texts)
     finished = solver.sample(
-        policy,
-        KERNEL,
-        collected,
-        policy.encode(collected.plan.texts),
-        seed=0,
-        iteration=0,
-        batch_size=batch_size,
+        policy, KERNEL, collected, cond, seed=0, iteration=0, batch_size=batch_size
     )
     scores = score(FunctionReward(reward), collected, finished)
     advantages = (credit or Terminal()).advantages(collected, scores)

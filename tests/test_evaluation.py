@@ -515,7 +515,8 @@ def test_the_interval_of_a_gain_covers_the_true_one():
         ({"steps": 0}, "evaluation.steps: .* greater than or equal to 1, not 0"),
         ({"guidance": -1.0}, "evaluation.guidance: .* greater than or equal to 0, not -1.0"),
         ({"images_per_skill": 2.5}, "evaluation.images_per_skill: .* integer, not 2.5"),
-        ({"seed": -1}, "seed must be at least 0 and below .*, not -1"),
+        ({"seed": 2**63 - 1}, "run.seed: .* less than"),
+        ({"seed": -1}, "run.seed: .* greater than or equal to 0, not -1"),
     ],
 )
 def test_evaluate_refuses_settings_out_of_range(setting, message):

@@ -41,16 +41,19 @@ def test_progress_copes_with_what_was_not_measured_and_shows_every_monitor(capsy
     assert "sharpness 0.25  contrast nan  2.5M weighted evaluations" in said
 
 
-def test_time_left_of_a_resumed_run_is_not_taken_from_what_came_before(monkeypatch):
-    """The bar begins where the run goes on; only what passes after that gives a speed."""
+def test_the_bar_of_a_resumed_run_begins_there_and_ends_with_the_comparison(monkeypatch):
+    """The time left comes from what was seen pass: a jump of 60 iterations counts for nothing."""
+    clock = iter(range(0, 10_000, 5))
     monkeypatch.setattr(show, "console", Console(force_terminal=True, file=io.StringIO()))
     with show.TrainingProgress(load_recipe("quickstart", ["run.iterations=100"])) as progress:
+        progress._progress.get_time = lambda: next(clock)
         (task,) = progress._progress.tasks
         progress.watch(line(60), None)
         assert task.completed == 60
-        assert task.speed is None
-        progress.watch(line(61), None)
-        assert task.completed == 61
+        for iteration in (61, 62, 63):
+            progress.watch(line(iteration), None)
+        # Each reading of the clock is five seconds on, so an iteration takes that or more.
+        assert 0 < task.speed <= 1 / 5
         progress.watch(line(100), None)
         assert "comparing with the base" in task.fields["numbers"]
 

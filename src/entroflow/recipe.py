@@ -67,9 +67,6 @@ COMPONENTS: dict[str, dict[str, str]] = {
 """Section -> type -> where the component lives; imported only when a recipe names it."""
 
 
-MOST_SEEDS = 2**63 - 1
-"""Seeds stay below: that of the test prompts is one more, and an address holds 64 bits."""
-
 ComponentT = TypeVar("ComponentT", bound=Component)
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -123,7 +120,8 @@ class Run(Component):
     """How long, how often, and with which seed."""
 
     iterations: int = Field(100, ge=0, description="iterations of the whole run; 0 only evaluates")
-    seed: int = Field(0, ge=0, lt=MOST_SEEDS, description="run seed, part of every noise address")
+    # One more, for the test prompts, must still fit the 64 bits of a noise address.
+    seed: int = Field(0, ge=0, lt=2**63 - 1, description="run seed, part of every noise address")
     evaluate_every: int = Field(10, ge=1, description="iterations between evaluations")
     checkpoint_every: int = Field(20, ge=1, description="iterations between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the latest checkpoints stay")

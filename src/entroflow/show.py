@@ -53,7 +53,6 @@ class TrainingProgress:
             recipe.name, total=recipe.run.iterations, numbers="setting up"
         )
         self._strict = math.nan
-        self._begun = False
 
     def __enter__(self) -> TrainingProgress:
         run = self._recipe.run
@@ -98,10 +97,7 @@ class TrainingProgress:
         numbers = f"strict {self._strict:.3f}  {reward}{spent} evaluations"
         if metrics["iteration"] == self._recipe.run.iterations:
             numbers += "  comparing with the base on test prompts"
-        # The time left comes from what was seen pass, not from what a resumed run did before.
-        move = self._progress.update if self._begun else self._progress.reset
-        move(self._task, completed=metrics["iteration"], numbers=numbers)
-        self._begun = True
+        self._progress.update(self._task, completed=metrics["iteration"], numbers=numbers)
 
     def close_with(self, folder: RunFolder) -> None:
         """The final table, if the run is complete."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from entroflow.credit import normalise, terminal
 from entroflow.credit.terminal import Terminal
 from entroflow.ledger import Ledger
+from entroflow.objectives import update
 from entroflow.objectives.clipped import Clipped
 from entroflow.sampling import kernels, noise, rollouts, solver
 from entroflow.sampling.rollouts import Rollouts, Transitions
@@ -132,15 +133,8 @@ def test_a_known_velocity_is_not_computed_again():
     policy, ledger = different_prompts_policy(), Ledger()
     plan = branching_plan(policy)
     collected = Rollouts.empty(plan, policy.latent_shape, torch.float64)
-    for _ in solver.sample(
-        policy,
-        KERNEL,
-        collected,
-        policy.encode(collected.plan.texts),
-        seed=0,
-        iteration=0,
-        ledger=ledger,
-    ):
+    cond = policy.encode(collected.plan.texts)
+    for _ in solver.sample(policy, KERNEL, collected, cond, seed=0, iteration=0, ledger=ledger):
         pass
     anchors, from_step_1, from_step_2 = 2 * 5, 4 * (4 - 1), 4 * (3 - 1)
     assert ledger.network_evaluations == anchors + from_step_1 + from_step_2
@@ -263,6 +257,19 @@ def test_kl_weighted_by_step_length_is_the_true_kl_times_the_step_length():
         assert coded["kl"][step] == pytest.approx(true["kl"][step], rel=1e-12)
         assert coded["weighted_kl"][step] == pytest.approx(length * true["kl"][step], rel=1e-12)
     assert "weighted_kl" not in true
+
+
+def test_the_kl_before_the_first_step_does_not_depend_on_the_objective(monkeypatch):
+    """From the passes of the loss, or from passes of its own: the mean of the closed form."""
+    seen, difference = away_from_reference()
+    monkeypatch.setattr(update, "KL_SAMPLE", len(seen.transitions))
+    steps = steps_of(seen)
+    move = mean_by_shift(seen.policy, **steps) / steps["s"]
+    wanted = np.mean(move**2) * np.mean(difference**2) / 2
+    assert wanted > 0
+    for beta in (0.0, 0.3):
+        found = updated(seen, Clipped(clip_range=1e-4, kl=beta)).kl
+        assert found == pytest.approx(wanted, rel=1e-10)
 
 
 # --- loss and gradient at ratio 1 -----------------------------------------------------------------

@@ -45,11 +45,12 @@ def sampled(policy, state_dtype, batch_size, guidance):
         [Prompt(text) for text in TEXTS], torch.tensor(SIZES), torch.tensor([0, 0]), grid, std
     )
     collected = Rollouts.empty(plan, policy.latent_shape, state_dtype)
+    cond = policy.encode(collected.plan.texts)
     finished = sample(
         policy,
         KERNEL,
         collected,
-        policy.encode(collected.plan.texts),
+        cond,
         seed=0,
         iteration=0,
         guidance=guidance,

@@ -36,15 +36,8 @@ def scored(reward, batch_size=2):
     sizes, none = torch.tensor([ROWS]), torch.tensor([0])
     plan = fresh_rows([Prompt("a ring")], sizes, none, grid, torch.zeros(2))
     rollouts = Rollouts.empty(plan, policy.latent_shape)
-    finished = sample(
-        policy,
-        ODE(),
-        rollouts,
-        policy.encode(rollouts.plan.texts),
-        seed=0,
-        iteration=0,
-        batch_size=batch_size,
-    )
+    cond = policy.encode(rollouts.plan.texts)
+    finished = sample(policy, ODE(), rollouts, cond, seed=0, iteration=0, batch_size=batch_size)
     return score(reward, rollouts, finished)
 
 

@@ -237,13 +237,8 @@ def test_states_at_rest_are_rounded_before_their_density(dtype, bits):
 
 def sampled(policy, plan, *, dtype=torch.float64, kernel=KERNEL, **options):
     rollouts = Rollouts.empty(plan, policy.latent_shape, dtype)
-    for _ in sample(
-        policy,
-        kernel,
-        rollouts,
-        policy.encode(rollouts.plan.texts),
-        **{"seed": 3, "iteration": 2, **options},
-    ):
+    cond = policy.encode(rollouts.plan.texts)
+    for _ in sample(policy, kernel, rollouts, cond, **{"seed": 3, "iteration": 2, **options}):
         pass
     return rollouts
 
@@ -349,15 +344,8 @@ def test_rows_come_as_they_finish_and_gradients_stay_off():
     rollouts = Rollouts.empty(plan, SHAPE, torch.float64)
     seen = []
     with torch.enable_grad():
-        for rows in sample(
-            policy,
-            KERNEL,
-            rollouts,
-            policy.encode(rollouts.plan.texts),
-            seed=0,
-            iteration=0,
-            batch_size=2,
-        ):
+        cond = policy.encode(rollouts.plan.texts)
+        for rows in sample(policy, KERNEL, rollouts, cond, seed=0, iteration=0, batch_size=2):
             seen.append(rows.tolist())
             assert torch.is_grad_enabled()
             assert rollouts.images[rollouts.image_of(rows)].abs().sum() > 0

@@ -9,7 +9,7 @@ from entroflow.drawing import open_policy
 from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.evaluation.base_and_tuned import compare_with_base
-from entroflow.recipe import MOST_SEEDS, changed, load_component
+from entroflow.recipe import changed, load_component
 
 
 def evaluate(
@@ -38,8 +38,6 @@ def evaluate(
     """
     if split not in ("validation", "test"):
         raise InputError(f"split is validation or test, not {split!r}.")
-    if seed is not None and not 0 <= seed < MOST_SEEDS:
-        raise InputError(f"seed must be at least 0 and below 2**63 - 1, not {seed}.")
     folder = None if run is None else Path(run)
     opened = open_policy(folder)
     recipe = opened.recipe
@@ -53,10 +51,13 @@ def evaluate(
         "split": split, "steps": steps, "guidance": guidance, "images_per_skill": images_per_skill
     }  # fmt: skip
     settings = {key: value for key, value in given.items() if value is not None}
+    run_settings = load_component(recipe, "run")
+    if seed is not None:
+        changed(run_settings, {"seed": seed}, "run")
     summary, _ = compare_with_base(
         opened.policy,
         changed(evaluation.on_test_prompts(), settings, "evaluation"),
-        seed=load_component(recipe, "run").test_seed if seed is None else seed,
+        seed=run_settings.test_seed if seed is None else seed,
         batch_size=load_component(recipe, "sampling").batch_size,
         with_tuned="tuned" in opened.models,
     )

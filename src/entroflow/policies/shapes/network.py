@@ -80,7 +80,7 @@ class ModalityStream(nn.Module):
         """The residual updates after attention: its output, then the MLP."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = parts
         tokens = torch.addcmul(tokens, gate, self.out(attended))
-        # Squared ReLU (So et al., 2021): cheaper on a CPU than GELU.
+        # Squared ReLU (So et al., 2021).
         wide = F.relu(self.widen(modulate(tokens, mlp_shift, mlp_scale))).square()
         return torch.addcmul(tokens, mlp_gate, self.narrow(wide))
 
