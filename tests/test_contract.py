@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from entroflow.credit.normalise import group_advantages
+from entroflow.errors import InputError
 from entroflow.recipe import build_recipe
 from entroflow.rewards.base import Scores, Status
 from entroflow.sampling.plan import Role, fresh_rows, with_children
@@ -247,6 +248,17 @@ def test_a_whole_step_counts_the_rewards_of_rollouts_alone(run):
     assert metrics["reward/mean"] == pytest.approx(values.nanmean().item(), rel=1e-12)
     assert metrics["reward/failed"] == 1
     assert metrics["policy/ratio_max_deviation"] == 0.0
+
+
+def test_scores_of_completions_alone_are_no_rewards(run):
+    """With nothing but those, every advantage would be masked: the run stops and says so."""
+    trainer, _, _, rollouts, scores, _ = run
+    rollout = rollouts.plan.role == Role.ROLLOUT
+    trainer._refuse_without_rewards(rollouts, scores)
+    scores = replace(scores, values=scores.values.masked_fill(rollout, torch.nan))
+    assert scores.values.isfinite().any()
+    with pytest.raises(InputError, match="every reward of iteration 1 failed"):
+        trainer._refuse_without_rewards(rollouts, scores)
 
 
 def _flow_sde(shift, x, sigma, sigma_next, room, a=0.7, mean=0.3, variance=0.5):
