@@ -84,6 +84,23 @@ def test_ledger_counts_what_the_plan_asks_for(finished_run):
         assert line["ledger/weighted_evaluations"] == n * rollouts * (steps + 1 + 3)
 
 
+def test_the_comparison_says_what_it_cost(finished_run):
+    """Guidance takes two passes where it is neither 0 nor 1; every image is decoded once."""
+    summary = json.loads((finished_run / "evaluation.json").read_text())
+    made = [
+        (found["images"], 1 if found["guidance"] == 1 else 2) for found in summary["guidance_tried"]
+    ]
+    made += [
+        (model["scores"]["overall"]["images"], model["passes"])
+        for model in summary["models"].values()
+    ]
+    assert len(made) >= 3 + 3
+    cost = summary["cost"]
+    assert cost["network_evaluations"] == sum(2 * images * passes for images, passes in made)
+    assert cost["decodes"] == sum(images for images, _ in made)
+    assert cost["seconds"]["compare"] > 0
+
+
 def test_train_never_overwrites(entroflow, finished_run):
     code, _, err = entroflow("train", "quickstart", *TINY, "--run", finished_run)
     assert code == 2
@@ -128,7 +145,7 @@ def test_evaluate_makes_the_comparison_of_the_run_again(entroflow, finished_run,
     code, out, _ = entroflow("evaluate", run, "--json")
     assert code == 0
     kept = json.loads((run / "evaluation.json").read_text())
-    assert json.loads(out) == {key: kept[key] for key in kept.keys() - {"recipe_hash"}}
+    assert json.loads(out) == {key: kept[key] for key in kept.keys() - {"recipe_hash", "cost"}}
     code, out, _ = entroflow(
         "evaluate", run, "--json", "--split", "validation", "--steps", 1, "--guidance", 2,
         "--images", 1, "--seed", 7,
@@ -181,13 +198,15 @@ def test_a_run_can_start_from_the_weights_of_another(entroflow, finished_run, tm
 class OwnEvaluation:
     """Has no settings that could be changed."""
 
+    def run(self, policy, **options): ...
+
 
 def test_evaluate_refuses_an_evaluation_that_it_cannot_repeat(entroflow, finished_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     recipe = load_recipe(run / "recipe.yaml").resolved
     own = {**recipe, "evaluation": {"type": f"{__name__}.OwnEvaluation"}}
-    (run / "recipe.yaml").write_text(json.dumps(own))
+    RunFolder(run).write_recipe(json.dumps(own) + "\n")
     code, _, err = entroflow("evaluate", run)
     assert code == 2
     assert one_line(err)

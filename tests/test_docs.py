@@ -18,10 +18,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
 from ruamel.yaml import YAML
 
 import entroflow
-from entroflow.recipe import build_recipe, load_recipe
+from entroflow import cli
+from entroflow.recipe import build_recipe, load_recipe, shipped_recipes
 from entroflow.shapes import grammar
 
 ROOT = Path(__file__).parents[1]
@@ -152,12 +154,33 @@ def test_yaml_is_a_recipe_or_sections_of_one(block):
         assert mapping.keys() <= load_recipe("quickstart").resolved.keys()
 
 
-@by_place([block for block in BLOCKS if block.language == "sh"])
-def test_recipes_and_overrides_on_the_command_line_are_right(block):
-    for line in block.code.splitlines():
-        words = shlex.split(line, comments=True)
-        if words[:2] == ["entroflow", "train"] and words[2:3] in (["quickstart"], ["flow_grpo"]):
-            load_recipe(words[2], [word for word in words[3:] if "=" in word])
+COMMANDS = [
+    pytest.param(words[1:], id=f"{block.where} {line}")
+    for block in BLOCKS
+    if block.language == "sh"
+    for line in block.code.splitlines()
+    if (words := shlex.split(line.partition(">")[0], comments=True))[:1] == ["entroflow"]
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_commands_take_what_they_are_given(words):
+    """Options as the command line parses them, and overrides as the recipe does."""
+    command = typer.main.get_command(cli.app)
+    while hasattr(command, "commands"):
+        name, *words = words
+        command = command.commands[name]
+    given = command.make_context(name, words).params
+    if name == "train":
+        overrides = [word for word in given["arguments"] or () if "=" in word]
+        recipes = [word for word in given["arguments"] or () if "=" not in word]
+        load_recipe(next((r for r in recipes if r in shipped_recipes()), "quickstart"), overrides)
+
+
+def test_every_command_is_shown():
+    assert {words[0] for words in (param.values[0] for param in COMMANDS)} == {
+        "train", "sample", "evaluate", "report", "recipes", "pretrain",
+    }  # fmt: skip
 
 
 # --- examples -------------------------------------------------------------------------------------

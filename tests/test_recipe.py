@@ -370,7 +370,12 @@ def test_a_file_lies_beside_the_recipe_or_in_the_current_folder(tmp_path, monkey
 
 
 def test_an_override_reaches_into_nested_keys(own_parts, tmp_path):
-    own_parts("class Nested:\n    def __init__(self, inner): self.inner = inner\n", "nested_parts")
+    source = (
+        "class Nested:\n"
+        "    def __init__(self, inner): self.inner = inner\n"
+        "    def score(self, images, prompts): ...\n"
+    )
+    own_parts(source, "nested_parts")
     text = "reward: {type: nested_parts.Nested, inner: {a: 1, b: 2}}"
     recipe = load_recipe(
         written(tmp_path, text), ["reward.inner.b=[3, 4]", "reward.inner.c.d=1e-3"]
@@ -430,6 +435,7 @@ class Typed(Component):
     """As the shipped components are."""
     scale: float = 2.0
     names: tuple[str, ...] = ("a", "b")
+    def score(self, images, prompts): ...
 
 class Loose(BaseModel):
     """Ignores what it does not know, as pydantic does by default."""
@@ -438,13 +444,23 @@ class Loose(BaseModel):
 class Named(Component):
     type: str = "named"
     scale: float = 2.0
+    def score(self, images, prompts): ...
 
 class Child(ShapesReward):
     """A shipped component, slightly changed."""
 
 class Plain:
+    """Has what the protocols of all sections ask for."""
+    minibatches = epochs = 1
+    needs_old_mean = needs_reference = skips_zero_advantage = False
+
     def __init__(self, scale, offset=0):
+        if scale == "bad":
+            raise RuntimeError("no such scale")
         self.scale, self.offset = scale, offset
+
+    def build(self): ...
+    batch = sizes = plan = std = mean = score = complete = advantages = clip = terms = run = build
 
 def function(images, prompts, metadata):
     return [0.0] * len(images)
@@ -508,11 +524,7 @@ def test_a_function_beside_the_recipe_is_a_reward(tmp_path, parts):
 
 @pytest.mark.parametrize("section", [s for s in SECTIONS if s not in PLAIN])
 def test_any_chosen_section_takes_a_component_of_ones_own(tmp_path, parts, section):
-    fields = f"{{type: {parts}.Plain, scale: 1}}"
-    text = f"{section}: {fields}"
-    if section != "objective":
-        text += ""
-    recipe = load_recipe(written(tmp_path, text))
+    recipe = load_recipe(written(tmp_path, f"{section}: {{type: {parts}.Plain, scale: 1}}"))
     assert getattr(recipe, section).scale == 1
     assert_same(recipe, reread(recipe, tmp_path))
 
@@ -528,6 +540,8 @@ def test_any_chosen_section_takes_a_component_of_ones_own(tmp_path, parts, secti
         ("{{type: {0}.function, scale: 1}}", "a function takes no keys, but ['scale']"),
         ("{{type: {0}.Plian}}", "has no 'Plian'; did you mean 'Plain'?"),
         ("{{type: {0}.NUMBER}}", "NUMBER is neither a class nor a function"),
+        ("{{type: {0}.Plain, scale: bad}}", "Plain raised RuntimeError: no such scale ("),
+        ("{{type: collections.Counter}}", "collections.Counter is not for reward: it has no score"),
         ("{{type: no_such_module.Reward}}", "can't import 'no_such_module'"),
         ("{{type: '{0}.'}}", "has no ''"),
     ],
@@ -537,6 +551,48 @@ def test_a_wrong_component_of_ones_own_is_refused(tmp_path, parts, fields, said)
         own(tmp_path, fields.format(parts))
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("def score(:", r"raised SyntaxError: .*\(own_module.py, line 1\)"),
+        ("\nx = 1 / 0", r"raised ZeroDivisionError: division by zero \(.*own_module.py, line 2\)"),
+        ("from json import jason", "raised ImportError: cannot import name 'jason'"),
+        ("import no_such_dependency", "No module named 'no_such_dependency'"),
+    ],
+)
+def test_a_module_that_can_not_be_imported_is_refused_with_its_reason(
+    tmp_path, own_parts, source, said
+):
+    own_parts(source, "own_module")
+    with pytest.raises(RecipeError, match=said) as refused:
+        own(tmp_path, "{type: own_module.score}")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("section", [s for s in SECTIONS if s not in PLAIN])
+def test_what_is_not_for_a_section_is_refused(tmp_path, section):
+    """What its protocol asks for is missing, and would be missed only while training."""
+    with pytest.raises(RecipeError, match=f"Counter is not for {section}: it has no "):
+        own(tmp_path, "{type: collections.Counter}", section)
+
+
+def test_the_users_modules_come_last_and_those_beside_the_recipe_first(
+    tmp_path, own_parts, monkeypatch
+):
+    """A file of the user's must not take the place of an installed module, nor the current folder
+    that of the recipe's.
+    """
+    own_parts("def score(images, *_): return 'beside'", "own_module")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "own_module.py").write_text("def score(images, *_): return 'elsewhere'")
+    monkeypatch.chdir(elsewhere)
+    before = list(sys.path)
+    recipe = own(tmp_path, "{type: own_module.score}")
+    assert recipe.reward.function(None) == "beside"
+    assert sys.path == [*before, str(tmp_path), str(elsewhere)]
 
 
 def test_a_function_is_no_component_of_another_section(tmp_path, parts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from enum import StrEnum
@@ -186,7 +187,9 @@ def recipes(
 
 @pretrain_app.command("shapes", epilog="Example: `entroflow pretrain shapes --folder base`")
 def pretrain_shapes(
-    folder: Annotated[Path, typer.Option(help="Where to train; the same folder goes on.")],
+    folder: Annotated[Path, typer.Option(help="Where to train; the same folder goes on.")] = Path(
+        "runs/pretrain-shapes"
+    ),
     steps: Annotated[
         int | None, typer.Option(min=1, help="Shorten or stretch all phases to about this total.")
     ] = None,
@@ -239,7 +242,9 @@ def main() -> None:
         sys.exit(2)
     except OSError as error:
         # A folder that can't be written, a full disk: nothing a traceback would explain.
-        typer.echo(f"error: {error}", err=True)
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
 
 

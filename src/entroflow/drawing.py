@@ -56,19 +56,14 @@ def open_policy(run: Path | None, weights: str = "ema") -> Opened:
     Raises:
         InputError: no run folder, no whole checkpoint in it, or other base weights than it had.
     """
+    policy: Policy
     if run is None:
-        policy: Policy = load_component("quickstart", "policy").build()
+        policy = load_component("quickstart", "policy").build()
         policy.weights.keep("reference")
         return Opened(policy, ("base",), "quickstart")
     folder = RunFolder.open(run)
     checkpoint = folder.best() or folder.latest()
-    settings = load_component(folder.path / RECIPE, "policy")
-    if not hasattr(settings, "build"):
-        raise InputError(
-            f"{run} was trained with a policy object from Python ({type(settings).__name__}); "
-            "its weights can be used from Python only."
-        )
-    policy = settings.build()
+    policy = load_component(folder.path / RECIPE, "policy").build()
     policy.weights.keep("reference")
     state = read_state(checkpoint)
     check_reference(state, policy.weights.digest("reference"), checkpoint)

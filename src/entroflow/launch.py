@@ -15,6 +15,7 @@ from entroflow.checkpoints import to_json, write_text
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated, HeldOutEvaluation
 from entroflow.evaluation.base_and_tuned import compare_with_base
+from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
 from entroflow.recipe import Recipe, chosen_type, load_recipe
 from entroflow.report.events import Events
@@ -57,8 +58,9 @@ def train(
     loaded = load_recipe(recipe, overrides, _given(policy, reward))
     trainer = Trainer(loaded, policy)
     trainer.try_inputs()
-    folder = RunFolder.create(Path(run) if run else default_folder(loaded), loaded.to_yaml())
-    return _run(folder, trainer, stop_after, watch)
+    folder = RunFolder.create(Path(run) if run else new_folder(loaded), loaded.to_yaml())
+    with folder.held():
+        return _run(folder, trainer, stop_after, watch)
 
 
 def resume(
@@ -95,17 +97,25 @@ def resume(
         before, now = chosen_type(folder.path / RECIPE, section), recipe.resolved[section]["type"]
         if before != now:
             raise InputError(f"{run} was started with the {section} {before}, not {now}.")
-    checkpoint = folder.latest()
-    trainer = Trainer(recipe, policy)
-    trainer.load(checkpoint)
-    folder.cut_after(trainer.iteration)
-    write_text(folder.path / RECIPE, recipe.to_yaml())
-    return _run(folder, trainer, stop_after, watch)
+    with folder.held():
+        trainer = Trainer(recipe, policy)
+        trainer.load(folder.latest())
+        folder.cut_after(trainer.iteration)
+        folder.write_recipe(recipe.to_yaml())
+        return _run(folder, trainer, stop_after, watch)
 
 
-def default_folder(recipe: Recipe) -> Path:
-    """`runs/<recipe>-<time>`."""
-    return Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+def new_folder(recipe: Recipe) -> Path:
+    """A new folder `runs/<recipe>-<time>`, with a number where several start at once."""
+    name = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    place, number = Path("runs") / name, 1
+    while True:
+        try:
+            place.mkdir(parents=True)
+            return place
+        except FileExistsError:
+            number += 1
+            place = place.with_name(f"{name}-{number}")
 
 
 def _given(policy: Policy | None, reward: Reward | RewardFunction | None) -> dict[str, Any]:
@@ -124,7 +134,7 @@ def _run(
     stop_after: int | None,
     watch: Callable[[Metrics, Evaluated | None], None] | None,
 ) -> RunFolder:
-    events = Events(folder.tensorboard)
+    events = Events(folder.tensorboard, from_iteration=trainer.iteration + bool(folder.metrics()))
     iterations = train_in(folder, trainer, stop_after)
     try:
         with asked_to_stop() as stopping:
@@ -143,10 +153,12 @@ def _run(
     if trainer.iteration >= trainer.recipe.run.iterations:
         try:
             with _signals_call(_interrupt):
+                if stopping():
+                    raise KeyboardInterrupt
                 _compare(folder, trainer)
         except KeyboardInterrupt:
             log.warning(
-                "the comparison with the base was cut short; everything else is saved, and "
+                "the comparison with the base was left out; everything else is saved, and "
                 "--resume %s makes it.",
                 folder.path,
             )
@@ -164,14 +176,17 @@ def _compare(folder: RunFolder, trainer: Trainer) -> None:
     recipe = trainer.recipe
     if not isinstance(recipe.evaluation, HeldOutEvaluation):
         return
-    summary, found = compare_with_base(
-        trainer.policy,
-        recipe.evaluation.on_test_prompts(),
-        seed=recipe.run.test_seed,
-        batch_size=recipe.sampling.batch_size,
-        ledger=trainer.evaluation_ledger,
-    )
-    summary = {"iteration": trainer.iteration, "recipe_hash": recipe.hash, **summary}
+    cost = Ledger()
+    with cost.timed("compare"):
+        summary, found = compare_with_base(
+            trainer.policy,
+            recipe.evaluation.on_test_prompts(),
+            seed=recipe.run.test_seed,
+            batch_size=recipe.sampling.batch_size,
+            ledger=cost,
+        )
+    known = {"iteration": trainer.iteration, "recipe_hash": recipe.hash, "cost": cost.state()}
+    summary = {**known, **summary}
     write_text(folder.path / EVALUATION, to_json(summary, indent=1) + "\n")
     for name, evaluated in found.items():
         folder.save_examples(f"test_{name}", evaluated)

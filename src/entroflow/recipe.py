@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -66,6 +67,18 @@ COMPONENTS: dict[str, dict[str, str]] = {
 }
 """Section -> type -> where the component lives; imported only when a recipe names it."""
 
+PROTOCOLS = {
+    "policy": "entroflow.policies.base.PolicyConfig",
+    "prompts": "entroflow.prompts.PromptSource",
+    "allocation": "entroflow.allocation.base.Allocation",
+    "exploration": "entroflow.exploration.base.Exploration",
+    "kernel": "entroflow.sampling.kernels.Kernel",
+    "reward": "entroflow.rewards.base.Reward",
+    "credit": "entroflow.credit.base.Credit",
+    "objective": "entroflow.objectives.base.Objective",
+    "evaluation": "entroflow.evaluation.base.Evaluation",
+}
+"""Section -> what its components must have."""
 
 ComponentT = TypeVar("ComponentT", bound=Component)
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -76,7 +89,11 @@ class Sampling(Component):
 
     steps: int = Field(10, ge=2, description="steps of the base grid")
     guidance: float = Field(1.0, ge=0, description="guidance scale; 1 is none")
-    batch_size: int = Field(64, ge=1, description="most images in one network call")
+    batch_size: int = Field(
+        64,
+        ge=1,
+        description="most images in one network call, not counting the second pass of guidance",
+    )
     state_dtype: Literal["float64", "float32", "bfloat16"] = Field(
         "float32", description="storage type of states; the carried state is rounded to it"
     )
@@ -244,10 +261,13 @@ def _home_folder(mapping: dict[str, Any], folder: Path | None) -> Path | None:
 
 
 def _search_beside(folder: Path | None) -> None:
-    """A user's components live beside the recipe that names them, or in the current folder."""
+    """A user's components live beside the recipe that names them, or in the current folder.
+
+    Both come last, so that a file of the user's takes the place of no installed module.
+    """
     for place in (folder, Path.cwd()):
         if place is not None and str(place) not in sys.path:
-            sys.path.insert(0, str(place))
+            sys.path.append(str(place))
 
 
 def _home(part: Any) -> str:
@@ -404,6 +424,21 @@ def _users(
     """A component of the user's, by dotted path."""
     where = f"{name}: {section}"
     chosen = _imported(kind, f"{where}.type")
+    component, resolved = _made(section, kind, chosen, fields, where, folder)
+    protocol = _imported(PROTOCOLS[section], where)
+    needed = {**vars(protocol), **protocol.__annotations__}
+    missing = [key for key in needed if key[0] != "_" and not hasattr(component, key)]
+    if missing:
+        raise RecipeError(
+            f"{where}.type: {kind} is not for {section}: it has no {', '.join(missing)} (an object "
+            "that was passed from Python can be used from Python only)."
+        )
+    return component, resolved
+
+
+def _made(
+    section: str, kind: str, chosen: Any, fields: dict[str, Any], where: str, folder: Path | None
+) -> tuple[Any, dict[str, Any]]:
     if inspect.isclass(chosen) and issubclass(chosen, BaseModel):
         component, resolved = _validated(chosen, fields, where, folder)
         return component, {**resolved, "type": kind}
@@ -421,22 +456,37 @@ def _users(
         raise RecipeError(f"{where}: {kind} {error}.") from None
     except ValueError:
         raise RecipeError(f"{where}.type: {kind} does not say which keys it takes.") from None
-    return chosen(**fields), {"type": kind, **fields}
+    try:
+        return chosen(**fields), {"type": kind, **fields}
+    except Exception as error:
+        raise RecipeError(f"{where}: {kind} {_raised(error)}.") from None
 
 
 def _imported(path: str, where: str) -> Any:
     module_name, _, attribute = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
+    except (ModuleNotFoundError, ValueError) as error:
         raise RecipeError(
             f"{where}: can't import {module_name!r} ({error}); it must be installed, or lie beside "
             "the recipe or in the current folder."
         ) from None
+    except Exception as error:
+        raise RecipeError(f"{where}: the import of {module_name!r} {_raised(error)}.") from None
     if not hasattr(module, attribute):
         public = [entry for entry in vars(module) if not entry.startswith("_")]
-        raise RecipeError(f"{where}: {module_name} has no {attribute!r}{_hint(attribute, public)}")
+        found = f"{module_name} ({getattr(module, '__file__', 'built in')})"
+        raise RecipeError(f"{where}: {found} has no {attribute!r}{_hint(attribute, public)}")
     return getattr(module, attribute)
+
+
+def _raised(error: Exception) -> str:
+    """What someone else's code raised, and in which line, as the end of a sentence."""
+    if isinstance(error, SyntaxError):
+        return f"raised {type(error).__name__}: {error}"
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    at = f"{frame.filename}, line {frame.lineno}"
+    return f"raised {type(error).__name__}: {error} ({at})"
 
 
 def _validated(

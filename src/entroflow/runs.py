@@ -13,13 +13,16 @@ report.html             made from the above
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from PIL.Image import Image
 from torch import Tensor
 
@@ -35,6 +38,8 @@ RECIPE, METRICS, REPORT, EVALUATION = (
     "evaluation.json",
 )
 BEST = "best.json"
+END = "...\n"
+"""The end of a YAML document: a recipe without it is torn."""
 SHEET_COLUMNS = 6
 
 
@@ -59,13 +64,20 @@ class RunFolder:
         Raises:
             RunError: something is there already.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunError(
-                f"{path} exists already; choose another --run, or go on with --resume {path}."
-            )
-        path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
-        write_text(path / RECIPE, recipe_yaml)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if (path / RECIPE).is_file() and run.all_checkpoints():
+                remedy = f"or go on with --resume {path}"
+            else:
+                remedy = "or remove it: there is nothing in it to go on from"
+            raise RunError(f"{path} exists already; choose another --run, {remedy}.")
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            # Of two processes that make the same folder at the same time, one gets here first.
+            run.checkpoints.mkdir()
+        except FileExistsError:
+            raise RunError(f"another process has just made {path}; choose another --run.") from None
+        run.write_recipe(recipe_yaml)
         return run
 
     @classmethod
@@ -73,11 +85,39 @@ class RunFolder:
         """An existing run folder.
 
         Raises:
-            RunError: `path` is not one.
+            RunError: `path` is not one, or its recipe is torn.
         """
-        if not (path / RECIPE).is_file():
+        recipe = path / RECIPE
+        if not recipe.is_file():
             raise RunError(f"{path} is not a run folder: it has no {RECIPE}.")
+        if not recipe.read_bytes().endswith(END.encode()):
+            # Sections that are cut off would take their defaults in silence.
+            raise RunError(f"{recipe} is torn: its last line is not {END.strip()!r}.")
         return cls(path)
+
+    def write_recipe(self, recipe_yaml: str) -> None:
+        """Write the resolved recipe."""
+        write_text(self.path / RECIPE, recipe_yaml + END)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, no other process writes into the folder.
+
+        Raises:
+            RunError: another process does.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(f"another process is writing into {self.path}.") from None
+        try:
+            # What a process that was killed had begun to write.
+            for part in self.path.glob("**/.*.part"):
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+            yield
+        finally:
+            lock.release()
 
     # --- metrics -------------------------------------------------------------------------------
 
@@ -155,12 +195,19 @@ class RunFolder:
 
     def best(self) -> Path | None:
         """The best checkpoint by evaluation, if one is marked and still there."""
+        return self._marked()[0]
+
+    def best_score(self) -> float:
+        """The score of the best checkpoint; -inf if there is none."""
+        return self._marked()[1]
+
+    def _marked(self) -> tuple[Path | None, float]:
         try:
             content = json.loads((self.checkpoints / BEST).read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
-            return None
+            return None, -math.inf
         folder = self.checkpoints / f"{content['iteration']:08d}"
-        return folder if folder.is_dir() else None
+        return (folder, content["score"]) if folder.is_dir() else (None, -math.inf)
 
     def all_checkpoints(self) -> list[Path]:
         """Every checkpoint, oldest first."""
@@ -174,7 +221,9 @@ class RunFolder:
         """
         found = self.all_checkpoints()
         if not found:
-            raise CheckpointError(f"{self.path} has no checkpoint yet.")
+            raise CheckpointError(
+                f"{self.path} has no checkpoint to go on from; remove it and start anew."
+            )
         return found[-1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Generator
+from copy import deepcopy
 from time import perf_counter
 from typing import Any
 
@@ -70,11 +71,14 @@ class Trainer:
         Raises:
             InputError: a prompt file, a caption or a range of steps is wrong.
         """
+        memories = [(part, deepcopy(part.state())) for _, part in self._components_with_memory()]
         prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
         self._encode(prompts)
         sizes = self.recipe.allocation.sizes(len(prompts), [])
         if sizes is not None:
             self._plan(prompts, sizes, torch.zeros(len(prompts), dtype=torch.long))
+        for part, memory in memories:
+            part.load_state(memory)
 
     def step(self) -> Metrics:
         """One iteration: the whole method, a line a stage."""
@@ -222,6 +226,16 @@ class Trainer:
             },
         }
 
+    def start_metrics(self) -> Metrics:
+        """The line of iteration 0."""
+        return {
+            "iteration": 0,
+            "seconds": 0.0,
+            "policy/dimensions": self.dimensions,
+            "policy/clip_range": self.recipe.objective.clip(self.dimensions),
+            **{f"ledger/{name}": count for name, count in self.ledger.counts().items()},
+        }
+
     # --- checkpoints ---------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -294,6 +308,7 @@ def train_in(
 ) -> Generator[tuple[Metrics, Evaluated | None], None, None]:
     """Run a trainer in a run folder; yields the metrics of every iteration, from 0 on.
 
+    A checkpoint comes after the yield: what it holds, the caller has written down as well.
     Closing the generator between two iterations leaves a checkpoint of the last one.
 
     Args:
@@ -301,9 +316,6 @@ def train_in(
     """
     settings = trainer.recipe.run
     end = settings.iterations if stop_after is None else min(stop_after, settings.iterations)
-    best = -math.inf
-    for line in folder.metrics():
-        best = max(best, _standing(line))
     saved = -1
 
     def save() -> None:
@@ -314,43 +326,59 @@ def train_in(
             )
             saved = trainer.iteration
 
-    def finish(metrics: Metrics) -> tuple[Metrics, Evaluated | None]:
-        """Evaluate where it is due, and write everything down."""
-        nonlocal best
-        n, found = trainer.iteration, None
-        if n % settings.evaluate_every == 0 or n == settings.iterations:
-            found = trainer.evaluate()
-            metrics |= evaluation_metrics(found)
-            spent = trainer.evaluation_ledger
-            metrics["ledger/held_out_network_evaluations"] = spent.network_evaluations
-            metrics["ledger/held_out_reward_calls"] = spent.reward_calls
-        # Before the checkpoint: a crash in between must not lose the line.
-        folder.append_metrics(metrics)
-        if found is not None and _standing(metrics) > best:
-            best = _standing(metrics)
+    def keep(line: Metrics) -> None:
+        """Save where it is due."""
+        n = trainer.iteration
+        if _standing(line) > folder.best_score():
             save()
-            folder.mark_best(n, best)
+            folder.mark_best(n, _standing(line))
             folder.prune(settings.keep_checkpoints)
         if n % settings.checkpoint_every == 0 or n == end:
             save()
-        return metrics, found
 
+    lines = [line for line in folder.metrics() if line["iteration"] == trainer.iteration]
     try:
-        if trainer.iteration == 0 and not folder.metrics():
-            start: Metrics = {
-                "iteration": 0,
-                "seconds": 0.0,
-                "policy/dimensions": trainer.dimensions,
-                "policy/clip_range": trainer.recipe.objective.clip(trainer.dimensions),
-            }
-            start |= {f"ledger/{name}": count for name, count in trainer.ledger.counts().items()}
-            yield finish(start)
+        if trainer.iteration == 0 and not lines:
+            line = trainer.start_metrics()
+            yield line, _written(folder, trainer, line)
+            keep(line)
+        elif lines:
+            (line,) = lines
+            if trainer.iteration == settings.iterations and "eval/strict" not in line:
+                # The run was cut short to where it stands: what was no end is one now.
+                folder.cut_after(trainer.iteration - 1)
+                yield line, _written(folder, trainer, line)
+            else:
+                saved = trainer.iteration
+            keep(line)
         while trainer.iteration < end:
-            yield finish(trainer.step())
+            line = trainer.step()
+            yield line, _written(folder, trainer, line)
+            keep(line)
     except GeneratorExit:
         # Closed between two iterations; after an error the last checkpoint stands instead.
+        keep(line)
         save()
         raise
+
+
+def _written(folder: RunFolder, trainer: Trainer, line: Metrics) -> Evaluated | None:
+    """Evaluate where it is due, add that to the line, and write it down."""
+    n, settings, found = trainer.iteration, trainer.recipe.run, None
+    if n % settings.evaluate_every == 0 or n == settings.iterations:
+        found = trainer.evaluate()
+        if math.isnan(found.reward):
+            log.warning(
+                "iteration %d: no held-out image has a reward, so this checkpoint can't be marked "
+                "the best (held-out prompts have no metadata).",
+                n,
+            )
+        line |= evaluation_metrics(found)
+        spent = trainer.evaluation_ledger
+        line["ledger/held_out_network_evaluations"] = spent.network_evaluations
+        line["ledger/held_out_reward_calls"] = spent.reward_calls
+    folder.append_metrics(line)
+    return found
 
 
 def _standing(metrics: Metrics) -> float:

@@ -1,6 +1,7 @@
 """The report of small run folders made by hand."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -127,17 +128,21 @@ SUMMARY = {
         "base": {
             "passes": 1,
             "scores": {"colors": score(0.6, 0.5, 0.7), "overall": score(0.53, 0.49, 0.57)},
+            "monitors": {"texture": 0.002, "diversity": 0.25, "contrast": None},
         },
         "base_guided": {
             "passes": 2,
             "scores": {"colors": score(0.7, 0.6, 0.8), "overall": score(0.61, 0.57, 0.65)},
+            "monitors": {"texture": 0.001, "diversity": 0.2, "contrast": 0.5},
         },
         "tuned": {
             "passes": 1,
             "scores": {"colors": score(0.9, 0.82, 0.95), "overall": score(0.86, 0.83, 0.89)},
+            "monitors": {"texture": 0.007, "diversity": 0.3, "contrast": 0.6},
         },
     },
     "gain": {"strict": 0.33, "low": 0.28, "high": 0.38},
+    "cost": {"network_evaluations": 23_456, "seconds": {"compare": 50.0}},
 }
 
 
@@ -210,9 +215,10 @@ def test_the_headline_and_the_cost_in_numbers(make_run):
     # 12 iterations of 2,368 and 100,000 evaluations and of 40 s.
     for amount in ("28.4k", "1.2M", "2,304", "8 min 0 s", "12 of 12"):
         assert amount in page.text
-    # Rollouts took 120 s, of which 20 s were scoring; 250 s in all.
-    sampling, updating = "sampling 1 min 40 s 40%", "updating 1 min 20 s 32%"
-    for stage in (sampling, "scoring 20 s 8%", updating, "evaluating 50 s 20%"):
+    # Rollouts took 120 s, of which 20 s were scoring; 300 s in all.
+    sampling, updating = "sampling 1 min 40 s 33%", "updating 1 min 20 s 27%"
+    others = "scoring 20 s 7%", "evaluating 50 s 17%", "comparing 50 s 17%"
+    for stage in (sampling, updating, *others):
         assert stage in page.text
 
 
@@ -378,9 +384,29 @@ def test_evaluations_on_other_prompts_are_named(make_run, sections, prompts):
 class OwnEvaluation:
     """An evaluation without settings."""
 
+    def run(self, policy, **options): ...
+
 
 def test_captions_are_seen_if_the_training_draws_from_their_split(make_run):
     assert "has seen" not in read(make_run(prompts={"split": "test"})).text
+
+
+def test_base_and_tuned_are_compared_in_what_the_reward_can_not_see(make_run):
+    """Beside the evaluations of the run; what was not measured is left out."""
+    page = read(make_run(compared=True))
+    (table,) = re.findall(
+        r"On test prompts monitor base tuned ratio (.*?) Under the hood", page.text
+    )
+    assert "background texture 0.00200 0.00700 × 3.50" in table
+    assert "diversity within a prompt 0.250 0.300 × 1.20" in table
+    assert "contrast" not in table
+
+
+def test_the_comparison_is_among_the_costs(make_run):
+    page = read(make_run(compared=True))
+    assert "evaluations for the comparison with the base 23.5k" in page.text
+    assert "and of the comparison with the base; the longest" in page.text
+    assert "comparison with the base" not in read(make_run(last=6, compared=False)).text
 
 
 def test_monitors_of_ones_own_are_shown(make_run):

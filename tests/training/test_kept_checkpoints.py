@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
 import entroflow
+from entroflow.runs import RunFolder
 from tiny_run import PixelPolicy, Shift, train
 
 
@@ -63,3 +65,37 @@ def test_the_best_is_remembered_over_a_pause(tmp_path):
     folder = entroflow.resume(folder.path, policy=PixelPolicy())
     assert int(folder.best().name) == 1
     assert {int(path.name) for path in folder.all_checkpoints()} == {1, 5}
+
+
+def test_a_crash_before_the_mark_does_not_lose_the_best(tmp_path, monkeypatch):
+    """The checkpoint is there, and its score is in the metrics: resuming marks it. The script then
+    begins anew, so the last evaluation ties with it.
+    """
+    mark = RunFolder.mark_best
+
+    def crash(self, iteration, score):
+        if iteration == 1:
+            raise KeyboardInterrupt
+        mark(self, iteration, score)
+
+    settings = {"iterations": 3, "evaluate_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1}
+    scores = {"type": f"{__name__}.Scripted", "scores": [0.1, 0.9]}
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "mark_best", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", run=settings, evaluation=scores)
+    folder = RunFolder.open(tmp_path / "run")
+    assert (int(folder.best().name), int(folder.latest().name)) == (0, 1)
+    folder = entroflow.resume(folder.path, policy=PixelPolicy())
+    assert folder.metrics()[-1]["iteration"] == 3
+    assert int(folder.best().name) == 1
+    assert folder.best_score() == 0.9
+
+
+def test_without_held_out_rewards_nothing_is_best_and_it_is_said(tmp_path, caplog):
+    scores = {"type": f"{__name__}.Scripted", "scores": [math.nan] * 3}
+    folder = train(tmp_path / "run", evaluation=scores)
+    assert folder.best() is None
+    said = [record.message for record in caplog.records]
+    for message, n in zip(said, (0, 2, 3), strict=True):
+        assert message.startswith(f"iteration {n}: no held-out image has a reward")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 
 import pytest
 import torch
+from pydantic import PrivateAttr
 
 import entroflow
 from entroflow import launch
-from entroflow.checkpoints import CheckpointError
+from entroflow.checkpoints import CheckpointError, read_state
 from entroflow.errors import InputError
-from entroflow.runs import RunFolder
+from entroflow.exploration.window import Window
+from entroflow.runs import RunError, RunFolder
 from tiny_run import (
     HERE,
     ROLLOUTS,
@@ -81,6 +84,24 @@ def test_an_error_of_the_watcher_leaves_the_iteration_saved(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_asks_to_stop_in_the_last_iteration_waits_for_no_comparison(
+    tmp_path, monkeypatch, caplog, number
+):
+    def watch(metrics, evaluated):
+        if metrics["iteration"] == 3:
+            signal.raise_signal(number)
+
+    compared = []
+    monkeypatch.setattr(launch, "_compare", lambda folder, trainer: compared.append(folder.path))
+    folder = train(tmp_path / "run", watch=watch)
+    assert folder.latest().name == "00000003"
+    assert compared == []
+    assert "the comparison with the base was left out" in caplog.text
+    entroflow.resume(folder.path, policy=PixelPolicy())
+    assert compared == [folder.path]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_last_comparison_can_be_cut_short(tmp_path, monkeypatch, caplog, number):
     """Everything else is there already; resuming makes it."""
 
@@ -92,7 +113,7 @@ def test_the_last_comparison_can_be_cut_short(tmp_path, monkeypatch, caplog, num
         patch.setattr(launch, "_compare", compare)
         folder = train(tmp_path / "run")
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert "the comparison with the base was cut short" in caplog.text
+    assert "the comparison with the base was left out" in caplog.text
     assert folder.metrics()[-1]["iteration"] == 3
     assert folder.latest().name == "00000003"
     report = folder.path / "report.html"
@@ -149,6 +170,89 @@ def test_a_resumed_run_may_become_longer(tmp_path):
     assert "iterations: 4" in (longer.path / "recipe.yaml").read_text()
 
 
+def test_a_run_cut_short_to_where_it_stands_ends_with_an_evaluation(tmp_path):
+    """Iteration 1 was no end when it was run, and had none."""
+    whole = train(tmp_path / "whole", run={"iterations": 1})
+    short = train(tmp_path / "short", stop_after=1)
+    assert "eval/strict" not in short.metrics()[-1]
+    short = entroflow.resume(short.path, ["run.iterations=1"], policy=PixelPolicy())
+    assert_same_run(whole, short)
+    again = entroflow.resume(short.path, policy=PixelPolicy())
+    assert_same_run(whole, again)
+
+
+class CountedPlans(Window):
+    """Remembers how many plans it has made."""
+
+    _made: int = PrivateAttr(0)
+
+    def plan(self, request):
+        self._made += 1
+        return super().plan(request)
+
+    def state(self):
+        return {"made": self._made}
+
+    def load_state(self, state):
+        self._made = state["made"]
+
+
+def test_trying_the_inputs_moves_no_memory(tmp_path):
+    """An iteration plans once, and before the first nothing has been planned."""
+    folder = train(tmp_path / "run", exploration={"type": f"{__name__}.CountedPlans"})
+    made = {
+        int(path.name): read_state(path)["components"]["exploration"]["made"]
+        for path in folder.all_checkpoints()
+    }
+    assert made
+    assert all(count == iteration for iteration, count in made.items())
+
+
+def test_a_run_folder_has_one_writer(tmp_path):
+    """Whoever comes second is refused, and changes nothing; what was half written goes."""
+    folder = train(tmp_path / "run", stop_after=1)
+    halves = [folder.path / ".evaluation.json.1.part", folder.checkpoints / ".00000002.1.part"]
+    halves[0].write_text("{")
+    halves[1].mkdir()
+    with folder.held():
+        assert not any(path.exists() for path in halves)
+        before = {path: path.read_bytes() for path in folder.path.glob("*.*")}
+        with pytest.raises(RunError, match="another process is writing into"):
+            entroflow.resume(folder.path, policy=PixelPolicy())
+        assert {path: path.read_bytes() for path in folder.path.glob("*.*")} == before
+    folder = entroflow.resume(folder.path, policy=PixelPolicy())
+    assert folder.metrics()[-1]["iteration"] == 3
+
+
+def test_runs_that_start_at_once_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = [launch.new_folder(recipe()) for _ in range(3)]
+    assert len(set(made)) == 3
+    assert {path.parent.name for path in made} == {"runs"}
+    assert all(path.name.startswith("tiny-") for path in made)
+    RunFolder.create(made[0], "")
+    with pytest.raises(RunError, match="exists already"):
+        RunFolder.create(made[0], "")
+    # Another process came first, after this one had seen an empty folder.
+    (made[1] / "checkpoints").mkdir()
+    monkeypatch.setattr(type(made[1]), "iterdir", lambda path: iter(()))
+    with pytest.raises(RunError, match="another process has just made"):
+        RunFolder.create(made[1], "")
+
+
+def test_a_torn_recipe_is_refused_wherever_it_is_cut(tmp_path):
+    """Sections that are missing would take their defaults in silence."""
+    folder = train(tmp_path / "run", stop_after=1)
+    path = folder.path / "recipe.yaml"
+    whole = path.read_text()
+    for end in range(0, len(whole), 7):
+        path.write_text(whole[:end])
+        with pytest.raises(RunError, match=r"recipe.yaml is torn"):
+            entroflow.resume(folder.path, policy=PixelPolicy())
+    path.write_text(whole)
+    assert entroflow.resume(folder.path, policy=PixelPolicy()).metrics()[-1]["iteration"] == 3
+
+
 @pytest.mark.parametrize(
     "override",
     ["optimizer.learning_rate=1", "objective.kl=1", "run.seed=1", "kernel.type=ode", "running=1"],
@@ -171,7 +275,7 @@ def test_resume_refuses_other_base_weights(tmp_path):
 def test_resume_refuses_a_folder_without_a_run_or_checkpoint(tmp_path):
     with pytest.raises(InputError, match="is not a run folder"):
         entroflow.resume(tmp_path)
-    text = recipe(policy={"type": f"{HERE}.PixelPolicy"}).to_yaml()
-    folder = RunFolder.create(tmp_path / "run", text)
-    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+    folder = train(tmp_path / "run", stop_after=1)
+    shutil.rmtree(folder.checkpoints)
+    with pytest.raises(CheckpointError, match="has no checkpoint to go on from; remove it"):
         entroflow.resume(folder.path, policy=PixelPolicy())

@@ -16,7 +16,7 @@ from PIL import Image
 import entroflow
 from entroflow.policies.shapes.policy import ShapesPolicyConfig
 from entroflow.runs import METRICS
-from tiny_run import HERE, ROLLOUTS, PixelPolicy, Shift, final_tensors, train
+from tiny_run import HERE, ROLLOUTS, PixelPolicy, Shift, brightness, final_tensors, train
 
 
 class Blind(Shift):
@@ -57,6 +57,33 @@ def test_tensorboard_reads_every_number_and_picture(tmp_path, monkeypatch):
         shown.write_bytes(picture.encoded_image_string)
         with Image.open(path) as one, Image.open(shown) as other:
             assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_tensorboard_shows_what_came_after_a_crash_once(tmp_path, monkeypatch):
+    """Iteration 1 had no checkpoint: it is run again, and its first events are hidden."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def reward(images, prompts, metadata):
+        nonlocal scored
+        scored += len(images)
+        if scored > ROLLOUTS + 4:
+            raise KeyboardInterrupt
+        return brightness(images, prompts, metadata)
+
+    scored = 0
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", reward=reward)
+    later = SimpleNamespace(time=lambda: time.time() + 5)
+    monkeypatch.setattr("tensorboardX.event_file_writer.time", later)
+    scored = -100
+    folder = entroflow.resume(tmp_path / "run", policy=PixelPolicy(), reward=reward)
+    events = accumulator.EventAccumulator(
+        str(folder.tensorboard), size_guidance={"scalars": 0, "images": 0}
+    )
+    events.Reload()
+    assert [event.step for event in events.Scalars("reward/mean")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("seconds")] == [0, 1, 2, 3]
+    assert [picture.step for picture in events.Images("examples")] == [0, 2, 3]
 
 
 def test_the_ledger_counts_forward_backward_and_reference_passes(tmp_path):

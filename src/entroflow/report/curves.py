@@ -193,10 +193,15 @@ def monitor_names(metrics: Metrics) -> dict[str, str]:
     """Metric -> name of every monitor, in the order in which they were written."""
     keys = [key for line in metrics for key in line if key.startswith("eval/")]
     return {
-        key: NAMES.get(key, key.removeprefix("eval/").replace("_", " "))
+        key: monitor_name(key)
         for key in dict.fromkeys(keys)
         if key not in NO_MONITORS and not key.startswith("eval/strict/")
     }
+
+
+def monitor_name(key: str) -> str:
+    """The name of a metric `eval/...` for people."""
+    return NAMES.get(key, key.removeprefix("eval/").replace("_", " "))
 
 
 def monitors(ratios: Ratios, names: Mapping[str, str]) -> Figure:

@@ -13,12 +13,18 @@ from tensorboardX import SummaryWriter
 
 
 class Events:
-    """Writes event files that TensorBoard shows."""
+    """Writes event files that TensorBoard shows.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        from_iteration: TensorBoard hides what earlier files hold from there on.
+    """
+
+    def __init__(self, folder: Path, from_iteration: int = 0) -> None:
         # A resumed run must not write into the file of its first part.
         part = len(list(folder.glob("events*"))) if folder.exists() else 0
-        self._writer = SummaryWriter(str(folder), filename_suffix=f".{part}")
+        self._writer = SummaryWriter(
+            str(folder), purge_step=from_iteration, filename_suffix=f".{part}"
+        )
 
     def numbers(self, metrics: Mapping[str, Any]) -> None:
         """Every finite number of one iteration."""

@@ -11,6 +11,7 @@ from entroflow.report.curves import (
     Metrics,
     Ratios,
     is_finite,
+    monitor_name,
     monitor_names,
     series,
 )
@@ -41,12 +42,18 @@ class Stage:
 
 @dataclass(frozen=True)
 class Monitor:
-    """A monitor at the first and the latest evaluation, and their ratio if the first is not 0."""
+    """A monitor before and after training, and their ratio if the first is not 0."""
 
     name: str
-    first: str
-    latest: str
+    before: str
+    after: str
     ratio: str
+
+    @classmethod
+    def of(cls, key: str, before: float, after: float) -> Monitor:
+        """From a metric `eval/...` and its two values."""
+        ratio = f"× {after / before:.2f}" if before > 0 else "–"
+        return cls(monitor_name(key), number(before), number(after), ratio)
 
 
 # --- headline -------------------------------------------------------------------------------------
@@ -124,8 +131,8 @@ def _strict(line: Mapping[str, Any]) -> Interval:
 # --- cost -----------------------------------------------------------------------------------------
 
 
-def costs(metrics: Metrics) -> list[tuple[str, str]]:
-    """The ledger at the latest iteration: name and amount, where they are known."""
+def costs(metrics: Metrics, evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The ledger at the latest iteration and of the comparison: name and amount, where known."""
     # Not every line has every count: evaluations are counted where there was one.
     latest = {key: value for line in metrics for key, value in line.items()}
     named = {
@@ -143,13 +150,16 @@ def costs(metrics: Metrics) -> list[tuple[str, str]]:
         for key, name in named.items()
         if f"ledger/{key}" in latest
     ]
+    if "cost" in evaluation:
+        compared = count(evaluation["cost"]["network_evaluations"])
+        amounts.append(("evaluations for the comparison with the base", compared))
     if "seconds" in latest:
         amounts.append(("training time", duration(latest["seconds"])))
     return amounts
 
 
-def stages(state: Mapping[str, Any]) -> list[Stage]:
-    """Wall time by stage, from a checkpoint's state."""
+def stages(state: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[Stage]:
+    """Wall time by stage, from a checkpoint's state and the comparison."""
     timed = state.get("ledger", {}).get("seconds", {})
     scoring = timed.get("score", 0.0)
     seconds = {
@@ -158,6 +168,7 @@ def stages(state: Mapping[str, Any]) -> list[Stage]:
         "scoring": scoring,
         "updating": timed.get("update", 0.0),
         "evaluating": state.get("evaluation_ledger", {}).get("seconds", {}).get("evaluate", 0.0),
+        "comparing": evaluation.get("cost", {}).get("seconds", {}).get("compare", 0.0),
     }
     total = sum(seconds.values())
     return [
@@ -242,14 +253,21 @@ def ratios(metrics: Metrics) -> Ratios:
 
 def monitors(metrics: Metrics) -> list[Monitor]:
     """Each monitor at the first and the latest evaluation."""
-    rows = []
-    for key, name in monitor_names(metrics).items():
-        _, values = series(metrics, key)
-        if values:
-            first, latest = values[0], values[-1]
-            ratio = f"× {latest / first:.2f}" if first > 0 else "–"
-            rows.append(Monitor(name, number(first), number(latest), ratio))
-    return rows
+    found = {key: series(metrics, key)[1] for key in monitor_names(metrics)}
+    return [Monitor.of(key, values[0], values[-1]) for key, values in found.items() if values]
+
+
+def compared_monitors(evaluation: Mapping[str, Any]) -> list[Monitor]:
+    """Each monitor under the base and the tuned weights, if they were compared."""
+    models = evaluation.get("models", {})
+    if "base" not in models or "tuned" not in models:
+        return []
+    base, tuned = models["base"]["monitors"], models["tuned"]["monitors"]
+    return [
+        Monitor.of(f"eval/{name}", base[name], tuned[name])
+        for name in base
+        if is_finite(base[name]) and is_finite(tuned.get(name))
+    ]
 
 
 def expectation(relative: Ratios) -> str:

@@ -72,8 +72,8 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "complete": complete,
         "prompts": prompts,
         "headline": outcome.headline(metrics, evaluation, complete, settings),
-        "costs": outcome.costs(metrics),
-        "stages": outcome.stages(state),
+        "costs": outcome.costs(metrics, evaluation),
+        "stages": outcome.stages(state, evaluation),
         "checkpointed": checkpointed,
         "curves": curves.score_and_reward(metrics, prompts),
         "progress": examples.over_iterations(folder, done),
@@ -87,6 +87,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
             folder, [(f"test_{model}", name) for model, name in names.items()]
         ),
         "monitors": outcome.monitors(metrics),
+        "compared_monitors": outcome.compared_monitors(evaluation),
         "expectation": outcome.expectation(relative),
         "monitor_figure": (
             curves.monitors(relative, curves.monitor_names(metrics))

@@ -120,7 +120,8 @@ def batch_of_scenes(settings: Pretraining, step: int) -> tuple[Tensor, Tensor]:
 def flow_matching_loss(network: torch.nn.Module, settings: Pretraining, step: int) -> Tensor:
     """Mean squared error of the velocity at logit-normal sigmas (Esser et al., 2024)."""
     images, words = batch_of_scenes(settings, step)
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    # Reduced to what torch takes: seeds may have 63 bits.
+    generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + step) % 2**63)
     noise = torch.randn(images.shape, generator=generator)
     noisiness = settings.phase_of(step)[0].noisiness
     sigma = torch.sigmoid(noisiness + 1.2 * torch.randn(len(images), generator=generator))
