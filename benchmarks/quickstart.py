@@ -44,21 +44,22 @@ def train(overrides: list[str], folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "entroflow.cli", "train", *start], check=True)
 
 
+def commit() -> str:
+    """Of the package, and whether it was changed since."""
+    git = {"cwd": ROOT, "capture_output": True, "text": True}
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=True, **git)
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "src"], **git).returncode
+    return head.stdout.strip() + ("-changed" if changed else "")
+
+
 def result_of(folder: Path, key: dict) -> dict:
     """What a finished run left behind, without pictures."""
     run = RunFolder.open(folder)
     metrics = run.metrics()
     evaluation = json.loads((folder / EVALUATION).read_text())
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
     return {
         **key,
-        "commit": head.stdout.strip(),
+        "commit": commit(),
         "training_seconds": metrics[-1]["seconds"],
         "ledger": {k: v for k, v in metrics[-1].items() if k.startswith("ledger/")},
         "curve": [{k: line[k] for k in CURVE} for line in metrics if "eval/strict" in line],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -219,6 +220,31 @@ def test_report_is_written_anew(entroflow, finished_run):
     assert code == 0
     assert (finished_run / "report.html").stat().st_size > 1000
     assert "report.html" in out
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [FileNotFoundError(errno.ENOENT, "no such\nfile", "a.txt"), OSError(errno.ENOSPC, "full")],
+)
+def test_a_failure_of_the_disk_is_one_line(entroflow, monkeypatch, failure):
+    def write(folder):
+        raise failure
+
+    monkeypatch.setattr("entroflow.runs.RunFolder.open", write)
+    code, _, err = entroflow("report", "run")
+    assert code == 2
+    assert one_line(err)
+
+
+def test_a_failure_that_is_no_wrong_input_keeps_its_traceback(entroflow, monkeypatch):
+    """Of a judge on the network, say: what matters is where it happened."""
+
+    def write(folder):
+        raise ConnectionError("the judge is away")
+
+    monkeypatch.setattr("entroflow.runs.RunFolder.open", write)
+    with pytest.raises(ConnectionError, match="the judge is away"):
+        entroflow("report", "run")
 
 
 def test_recipes_are_listed_and_printed(entroflow):
