@@ -46,10 +46,10 @@ def train(overrides: list[str], folder: Path) -> None:
 
 def commit() -> str:
     """Of the package, and whether it was changed since."""
-    git = {"cwd": ROOT, "capture_output": True, "text": True}
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=True, **git)
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "src"], **git).returncode
-    return head.stdout.strip() + ("-changed" if changed else "")
+    head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
+    differences = ["git", "diff", "--name-only", "HEAD", "--", "src"]
+    changed = subprocess.check_output(differences, cwd=ROOT, text=True)
+    return head.strip() + ("-changed" if changed else "")
 
 
 def result_of(folder: Path, key: dict) -> dict:
