@@ -66,11 +66,8 @@ class RunFolder:
         """
         run = cls(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            if (path / RECIPE).is_file() and run.all_checkpoints():
-                remedy = f"or go on with --resume {path}"
-            else:
-                remedy = "or remove it: there is nothing in it to go on from"
-            raise RunError(f"{path} exists already; choose another --run, {remedy}.")
+            resumable = f", or go on with --resume {path}" if run.all_checkpoints() else ""
+            raise RunError(f"{path} exists already; choose another --run{resumable}.")
         path.mkdir(parents=True, exist_ok=True)
         try:
             # Of two processes that make the same folder at the same time, one gets here first.

@@ -230,8 +230,11 @@ def test_runs_that_start_at_once_have_folders_of_their_own(tmp_path, monkeypatch
     assert len(set(made)) == 3
     assert {path.parent.name for path in made} == {"runs"}
     assert all(path.name.startswith("tiny-") for path in made)
-    RunFolder.create(made[0], "")
-    with pytest.raises(RunError, match="exists already"):
+    folder = RunFolder.create(made[0], "")
+    with pytest.raises(RunError, match=r"exists already; choose another --run\.$"):
+        RunFolder.create(made[0], "")
+    (folder.checkpoints / "00000003").mkdir()
+    with pytest.raises(RunError, match=r"another --run, or go on with --resume"):
         RunFolder.create(made[0], "")
     # Another process came first, after this one had seen an empty folder.
     (made[1] / "checkpoints").mkdir()
