@@ -89,7 +89,10 @@ class RunFolder:
             raise RunError(f"{path} is not a run folder: it has no {RECIPE}.")
         if not recipe.read_bytes().endswith(END.encode()):
             # Sections that are cut off would take their defaults in silence.
-            raise RunError(f"{recipe} is torn: its last line is not {END.strip()!r}.")
+            raise RunError(
+                f"{recipe} is torn: its last line is not {END.strip()!r}; copy it from the end of "
+                f"{REPORT}, if there is one, or start anew."
+            )
         return cls(path)
 
     def write_recipe(self, recipe_yaml: str) -> None:
