@@ -152,7 +152,7 @@ def _texts() -> str:
 def _component(component: type[BaseModel]) -> str:
     """The docstring of a component, and a table of its keys."""
     paragraphs = (inspect.getdoc(component) or "").split("\n\n")
-    text = "\n\n".join(_wrapped(" ".join(part.split())) for part in paragraphs)
+    text = "\n\n".join(_paragraph(part) for part in paragraphs)
     schema = component.model_json_schema()
     required = schema.get("required", [])
     table = ["| key | default | values | meaning |", "|---|---|---|---|"]
@@ -167,10 +167,19 @@ def _component(component: type[BaseModel]) -> str:
     return f"{text}\n\n" + "\n".join(table) + "\n"
 
 
+def _paragraph(text: str) -> str:
+    """A paragraph in lines of `WIDTH`; entries of a list begin on lines of their own."""
+    first, *entries = re.split(r"^- ", text, flags=re.MULTILINE)
+    lines = [_wrapped("- " + " ".join(entry.split()), subsequent_indent="  ") for entry in entries]
+    return "\n".join(([_wrapped(" ".join(first.split()))] if first else []) + lines)
+
+
 def _values(schema: dict[str, Any]) -> str:
     """The type and range of a key, in words."""
     if "anyOf" in schema:
         return " or ".join(_values(option) for option in schema["anyOf"])
+    if "const" in schema:
+        return _code(schema["const"])
     if "enum" in schema:
         return ", ".join(_code(value) for value in schema["enum"])
     if schema["type"] == "array":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -36,12 +38,16 @@ CHANGES = {
     "prompts": {"per_iteration": 9, "split": "validation", "skills": ["colors"]},
     "allocation": {"group_size": 25},
     "sampling": {"steps": 9, "guidance": 2.0, "batch_size": 65, "state_dtype": "bfloat16"},
-    "exploration": {"start": 1, "size": 2},
+    "exploration": {
+        "start": 1, "size": 2, "move": "decay", "last_start": 4, "every": 26, "stride": 2,
+        "decay_rate": 0.2, "decay_from": 12, "share_noise": True,
+    },
     "kernel": {"noise_level": 0.9},
     "reward": {"value": "strict"},
     "credit": {"scale": "none", "ddof": 1, "epsilon": 0.0, "advantage_clip": 4.0},
     "objective": {
         "clip_total": 2.5, "kl": 0.1, "kl_weight": "step_length", "minibatches": 2, "epochs": 2,
+        "weight": "variance",
     },
     "optimizer": {
         "learning_rate": 2e-4, "warm_up": 1, "cool_down_share": 0.5, "betas": [0.9, 0.95],
@@ -230,6 +236,18 @@ def test_hash_ignores_the_seed_and_how_often_to_evaluate_and_save(change):
     assert changed(**change).hash == changed().hash
 
 
+def test_hash_covers_types_and_what_is_not_the_default():
+    """So a key that a later version adds leaves the hash of a recipe without it as it is."""
+    content = {section: {"type": next(iter(COMPONENTS[section]))} for section in COMPONENTS}
+    content |= {"sampling": {"steps": 9}, "optimizer": {}, "run": {"iterations": 7}}
+    content["objective"]["clip_total"] = 2.0
+    text = json.dumps(content, sort_keys=True).encode()
+    recipe = build_recipe(
+        {"sampling": {"steps": 9}, "run": {"iterations": 7}, "objective": {"clip_total": 2.0}}
+    )
+    assert recipe.hash == hashlib.blake2b(text, digest_size=6).hexdigest()
+
+
 def test_hash_ignores_the_order_of_keys_and_defaults_written_out():
     recipe = load_recipe("quickstart")
     turned = {
@@ -393,13 +411,14 @@ def test_a_value_may_hold_an_equals_sign_or_be_no_yaml():
 def test_another_type_starts_from_its_own_defaults():
     """`size` and `start` of a window mean nothing to `every_step`; and back again."""
     recipe = load_recipe("quickstart", ["exploration.type=every_step"])
-    assert recipe.resolved["exploration"] == {"type": "every_step"}
+    assert recipe.resolved["exploration"] == {"type": "every_step", "share_noise": False}
     overrides = [
         "exploration.type=every_step", "exploration.type=window",
         "exploration.start=2",
     ]  # fmt: skip
     recipe = load_recipe("quickstart", overrides)
-    assert recipe.resolved["exploration"] == {"type": "window", "start": 2, "size": 3}
+    assert (recipe.exploration.start, recipe.exploration.size) == (2, 3)
+    assert recipe.exploration.move == "fixed"
 
 
 def test_the_same_type_again_keeps_its_fields():

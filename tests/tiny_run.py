@@ -90,7 +90,9 @@ def recipe(**sections):
         "run": {"iterations": 3, "evaluate_every": 2, "checkpoint_every": 2},
     }
     for section, fields in sections.items():
-        settings[section] = {**settings.get(section, {}), **fields}
+        before = settings.get(section, {})
+        same = "type" not in before or fields.get("type", before["type"]) == before["type"]
+        settings[section] = {**(before if same else {}), **fields}
     return build_recipe(settings, "tiny")
 
 

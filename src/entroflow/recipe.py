@@ -51,10 +51,14 @@ COMPONENTS: dict[str, dict[str, str]] = {
     "allocation": {"uniform": "entroflow.allocation.uniform.Uniform"},
     "exploration": {
         "every_step": "entroflow.exploration.every_step.EveryStep",
+        "random_fraction": "entroflow.exploration.random_fraction.RandomFraction",
         "window": "entroflow.exploration.window.Window",
     },
     "kernel": {
         "flow_sde": "entroflow.sampling.kernels.FlowSDE",
+        "dance_sde": "entroflow.sampling.kernels.DanceSDE",
+        "cps": "entroflow.sampling.kernels.CPS",
+        "variance_matched": "entroflow.sampling.kernels.VarianceMatched",
         "ode": "entroflow.sampling.kernels.ODE",
     },
     "reward": {"shapes": "entroflow.rewards.shapes.ShapesReward"},
@@ -62,7 +66,10 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "terminal": "entroflow.credit.terminal.Terminal",
         "shuffled": "entroflow.credit.shuffled.Shuffled",
     },
-    "objective": {"clipped": "entroflow.objectives.clipped.Clipped"},
+    "objective": {
+        "clipped": "entroflow.objectives.clipped.Clipped",
+        "guard": "entroflow.objectives.guard.Guard",
+    },
     "evaluation": {"shapes": "entroflow.evaluation.shapes.ShapesEvaluation"},
 }
 """Section -> type -> where the component lives; imported only when a recipe names it."""
@@ -188,9 +195,12 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """A short hash of all settings but the seed and how often to evaluate and save."""
-        content = {key: value for key, value in self.resolved.items() if key in SECTIONS}
-        content["run"] = {"iterations": content["run"]["iterations"]}
+        """A short hash of all settings but the seed and how often to evaluate and save.
+
+        Keys that have their default are left out: a new key changes no recipe that does without.
+        """
+        content = {section: _set(section, self.resolved[section]) for section in SECTIONS}
+        content["run"] = {"iterations": self.resolved["run"]["iterations"]}
         text = json.dumps(content, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -204,6 +214,20 @@ class Recipe:
         home = {FOUND_IN: str(self.found_in)} if self.found_in else {}
         writer.dump({"name": self.name, **home, **self.resolved}, out)
         return out.getvalue()
+
+
+def _set(section: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The type of a resolved section, and the keys whose value is not the default."""
+    known: Any = PLAIN.get(section)
+    if known is None and (path := COMPONENTS[section].get(fields.get("type", ""))):
+        known = _imported(path, section)
+    # Of a component of the user's, which a report does not import, every key counts.
+    defaults = {} if known is None else known.model_construct().model_dump(mode="json")
+    return {
+        key: value
+        for key, value in fields.items()
+        if key == "type" or key not in defaults or defaults[key] != value
+    }
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -506,7 +530,8 @@ def _validated(
         raise RecipeError(_explained(error, chosen, where)) from None
     found = {key: _located(path, folder) for key, path in component if isinstance(path, Path)}
     component = component.model_copy(update=found)
-    return component, component.model_dump(mode="json")
+    resolved = component.model_dump(mode="json")
+    return component, dict(sorted(resolved.items(), key=lambda item: item[0] != "type"))
 
 
 def _located(path: Path, folder: Path | None) -> Path:

@@ -130,6 +130,14 @@ class Trainer:
             prompts, sizes, spent, self.base_grid, recipe.kernel, recipe.run.seed, self.iteration
         )
         plan = recipe.credit.complete(recipe.exploration.plan(request))
+        refused = plan.std.isnan().nonzero()
+        if len(refused):
+            row, step = refused[0].tolist()
+            before, after = plan.sigmas[row, step : step + 2].tolist()
+            raise InputError(
+                f"the kernel has no stochastic step from sigma {before:.3g} to {after:.3g}; keep "
+                "the exploration away from it, or see what the kernel's keys allow (cps: floor)."
+            )
         if plan.rows and not (plan.std > 0).any():
             raise InputError(
                 "no step of the plan is stochastic, so there is nothing to learn from; choose "

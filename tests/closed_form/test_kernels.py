@@ -17,7 +17,7 @@ from torch import Tensor
 
 from entroflow.sampling import kernels
 from entroflow.sampling.grid import shifted_grid
-from entroflow.sampling.kernels import ODE, FlowSDE
+from entroflow.sampling.kernels import CPS, ODE, DanceSDE, FlowSDE, VarianceMatched
 from entroflow.sampling.noise import Stream, gaussian
 from entroflow.sampling.solver import integrate
 from gaussian_policy import GaussianPolicy
@@ -140,16 +140,92 @@ def test_drift_beyond_the_ode_is_half_the_variance_times_the_score():
     torch.testing.assert_close(kernel.mean(x, v, t, t_next, s), wanted, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("eta", [0.1, 0.3])
-def test_constant_diffusion_gives_the_step_of_dancegrpo(eta):
-    """With s = eta sqrt(|dt|): x + dt [v + eta^2 / 2t (x + (1 - t) v)] (DanceGRPO 2505.07818)."""
+def check_dance_sde() -> None:
+    for eta, (steps, shift) in itertools.product((0.1, 0.3, 1.0), GRIDS):
+        grid = shifted_grid(steps, shift)
+        t, t_next = grid[:-1], grid[1:]
+        kernel = DanceSDE(noise_level=eta)
+        s = kernel.std(t, t_next, grid)
+        np.testing.assert_allclose(s, eta * np.sqrt((t - t_next).numpy()), rtol=1e-14)
+        x, v, dt = normal(len(t), 4), normal(len(t), 4, seed=1), (t_next - t)[:, None]
+        score = -(x + (1 - t[:, None]) * v) / t[:, None]
+        wanted = x + dt * (v - eta**2 / 2 * score)
+        found = kernel.mean(x, v, t, t_next, s)
+        np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=0, atol=1e-12)
+
+
+def test_dance_sde_has_a_constant_diffusion():
+    """s = eta sqrt(|dt|), mean = x + dt [v - eta^2 / 2 score] (DanceGRPO 2505.07818)."""
+    check_dance_sde()
+
+
+def test_dance_sde_is_flow_sde_with_a_constant_diffusion():
+    """With a^2 t / (1 - t) = eta^2 the two kernels give the same Gaussian."""
     grid = shifted_grid(10, 3.0)
-    t, t_next = grid[:-1], grid[1:]
-    x, v, dt = normal(len(t), 4), normal(len(t), 4, seed=1), (t_next - t)[:, None]
-    noise_predicted = x + (1 - t[:, None]) * v
-    wanted = x + dt * (v + eta**2 / (2 * t[:, None]) * noise_predicted)
-    mean = FlowSDE().mean(x, v, t, t_next, eta * (t - t_next).sqrt())
-    torch.testing.assert_close(mean, wanted, rtol=0, atol=1e-12)
+    for i in range(1, 10):
+        t, t_next = grid[i : i + 1], grid[i + 1 : i + 2]
+        a = 0.3 * math.sqrt((1 - t.item()) / t.item())
+        flow, dance = FlowSDE(noise_level=a), DanceSDE(noise_level=0.3)
+        s = flow.std(t, t_next, grid)
+        torch.testing.assert_close(s, dance.std(t, t_next, grid), rtol=1e-12, atol=0)
+        x, v = normal(1, 4), normal(1, 4, seed=1)
+        assert torch.equal(flow.mean(x, v, t, t_next, s), dance.mean(x, v, t, t_next, s))
+
+
+def check_cps() -> None:
+    for eta, (steps, shift) in itertools.product((0.1, 0.7, 0.8, 1.0), GRIDS):
+        grid = shifted_grid(steps, shift)
+        kernel = CPS(noise_level=eta, floor=0)
+        for i, j in moves_of(grid):
+            t, t_next = grid[i].expand(3), grid[j].expand(3)
+            s = kernel.std(t, t_next, grid)
+            wanted = grid[j].item() * math.sin(eta * math.pi / 2)
+            np.testing.assert_allclose(s, wanted, rtol=1e-14, atol=0)
+            x, v = normal(3, 4), normal(3, 4, seed=1)
+            data, noise = x - grid[i] * v, x + (1 - grid[i]) * v
+            kept = grid[j] * math.cos(eta * math.pi / 2)
+            wanted = (1 - grid[j]) * data + kept * noise
+            found = kernel.mean(x, v, t, t_next, s)
+            # Near eta = 1 the root of t'^2 - s^2 loses half of the digits.
+            np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=0, atol=1e-7)
+            if eta < 1:
+                np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=0, atol=1e-12)
+
+
+def test_cps_keeps_the_noise_at_sigma():
+    """s = t' sin(eta pi / 2), mean = (1 - t') x0 + t' cos(eta pi / 2) x1, whose square and s^2 are
+    t'^2 together (Flow-CPS 2509.05952); eta = 1 draws all noise anew, and t' = 0 none.
+    """
+    check_cps()
+
+
+def test_cps_refuses_steps_that_end_below_its_floor():
+    """Their density is nearly singular; the last step, to 0, is deterministic."""
+    grid = torch.tensor([1.0, 0.5, 0.1, 0.04, 0.01, 0.0], dtype=torch.float64)
+    std = CPS(noise_level=1.0, floor=0.05).std(grid[:-1], grid[1:], grid)
+    assert std.isnan().tolist() == [False, False, True, True, False]
+    assert std[-1] == 0
+    assert not CPS(floor=0).std(grid[:-1], grid[1:], grid).isnan().any()
+
+
+def check_variance_matched() -> None:
+    grid = shifted_grid(16, 3.0)
+    kernel, flow = VarianceMatched(noise_level=0.7), FlowSDE(noise_level=0.7)
+    for i, j in moves_of(grid):
+        t, t_next = grid[i].expand(3), grid[j].expand(3)
+        s = kernel.std(t, t_next, grid)
+        wanted = min(flow.std(t, t_next, grid)[0].item(), grid[j].item())
+        np.testing.assert_allclose(s, wanted, rtol=1e-14)
+        x, v = normal(3, 4), normal(3, 4, seed=1)
+        data, noise = x - grid[i] * v, x + (1 - grid[i]) * v
+        wanted = (1 - grid[j]) * data + math.sqrt(grid[j].item() ** 2 - wanted**2) * noise
+        found = kernel.mean(x, v, t, t_next, s)
+        np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=0, atol=1e-7)
+
+
+def test_variance_matched_has_the_entropy_of_flow_sde_and_the_mean_of_cps():
+    """(1 - t') x0 + sqrt(t'^2 - s^2) x1 with Flow-SDE's s, at most t' (derived)."""
+    check_variance_matched()
 
 
 def test_without_noise_every_kernel_is_the_euler_step():
@@ -159,11 +235,11 @@ def test_without_noise_every_kernel_is_the_euler_step():
     x, v = normal(len(t), 4), normal(len(t), 4, seed=1)
     euler = x + (t_next - t)[:, None] * v
     assert torch.equal(ODE().std(t, t_next, grid), torch.zeros_like(t))
-    for kernel in (ODE(), FlowSDE()):
+    for kernel in (ODE(), FlowSDE(), DanceSDE(), CPS(), VarianceMatched()):
         assert torch.equal(kernel.mean(x, v, t, t_next, torch.zeros_like(t)), euler)
 
 
-@pytest.mark.parametrize("kernel", [ODE(), FlowSDE()])
+@pytest.mark.parametrize("kernel", [ODE(), FlowSDE(), DanceSDE(), CPS(), VarianceMatched()])
 def test_deterministic_steps_draw_no_noise(kernel):
     """A run with s = 0 throughout is the composition of Euler steps, and asks for no noise."""
 
@@ -200,6 +276,33 @@ def test_sensitivity_of_the_mean_to_the_velocity(a):
     torch.testing.assert_close(sensitivity, wanted, rtol=1e-12, atol=0)
     in_stds = (-dt * (1 - t) / t).sqrt() * (1 / a + a / 2)
     torch.testing.assert_close(sensitivity.abs() / s, in_stds, rtol=1e-12, atol=0)
+
+
+def test_sensitivity_of_the_mean_of_cps_to_the_velocity():
+    """dmean/dv = -(1 - t') t + t' cos(eta pi / 2) (1 - t), and that over s (derived)."""
+    grid, eta = shifted_grid(16, 3.0), 0.8
+    t, t_next, kernel = grid[1:-2], grid[2:-1], CPS(noise_level=eta)
+    s = kernel.std(t, t_next, grid)
+    x, v = normal(len(t), 1), normal(len(t), 1, seed=1).requires_grad_()
+    kernel.mean(x, v, t, t_next, s).sum().backward()
+    wanted = -(1 - t_next) * t + t_next * math.cos(eta * math.pi / 2) * (1 - t)
+    torch.testing.assert_close(v.grad[:, 0], wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_the_published_density_of_cps_is_the_true_one_times_twice_the_variance():
+    """Up to what the policy can't move: d / dv of -mean (x' - mean)^2 is 2 (x' - mean) c / D, which
+    is 2 s^2 times the gradient of the density (Flow-CPS 2509.05952).
+    """
+    grid, eta, D = shifted_grid(16, 3.0), 0.8, 6
+    t, t_next, kernel = grid[1:-2], grid[2:-1], CPS(noise_level=eta)
+    s = kernel.std(t, t_next, grid)
+    x, x_next = normal(len(t), D), normal(len(t), D, seed=2)
+    v = normal(len(t), D, seed=1).requires_grad_()
+    mean = kernel.mean(x, v, t, t_next, s)
+    (2 * s**2 * kernels.log_prob(x_next, mean, s)).sum().backward()
+    c = -(1 - t_next) * t + t_next * math.cos(eta * math.pi / 2) * (1 - t)
+    wanted = 2 * (x_next - mean.detach()) * (c / D)[:, None]
+    torch.testing.assert_close(v.grad, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_log_density_is_that_of_a_gaussian_per_dimension():
@@ -270,6 +373,18 @@ def opposite_score(
     return 2 * ODE().mean(x, v, t, t_next, s) - FLOW_SDE_MEAN(kernel, x, v, t, t_next, s)
 
 
+def with_another_sine(kernel: CPS, t: Tensor, t_next: Tensor, base_grid: Tensor) -> Tensor:
+    return CPS_STD(kernel, t, t_next, base_grid) * 1.01
+
+
+def less_noise_kept(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, s: Tensor) -> Tensor:
+    return PRESERVING(x, v, t, t_next, 1.1 * s)
+
+
+def twice_the_correction(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, s: Tensor) -> Tensor:
+    return CORRECTED(x, v, t, t_next, math.sqrt(2) * s)
+
+
 def summed(x_next: Tensor, mean: Tensor, s: Tensor) -> Tensor:
     return LOG_PROB(x_next, mean, s) * mean[0].numel()
 
@@ -280,6 +395,7 @@ def without_the_half(mean: Tensor, other: Tensor, s: Tensor) -> Tensor:
 
 FLOW_SDE_STD, FLOW_SDE_MEAN = FlowSDE.std, FlowSDE.mean
 LOG_PROB, KL = kernels.log_prob, kernels.kl_divergence
+CPS_STD, PRESERVING, CORRECTED = CPS.std, kernels.coefficient_preserving, kernels.score_corrected
 
 
 @pytest.mark.parametrize(
@@ -287,6 +403,10 @@ LOG_PROB, KL = kernels.log_prob, kernels.kl_divergence
     [
         (check_standard_deviations, FlowSDE, "std", clamped_one_point_late),
         (check_means, FlowSDE, "mean", opposite_score),
+        (check_cps, CPS, "std", with_another_sine),
+        (check_cps, kernels, "coefficient_preserving", less_noise_kept),
+        (check_variance_matched, kernels, "coefficient_preserving", less_noise_kept),
+        (check_dance_sde, kernels, "score_corrected", twice_the_correction),
         (check_log_density, kernels, "log_prob", summed),
         (check_kl, kernels, "kl_divergence", without_the_half),
     ],

@@ -242,6 +242,22 @@ def test_gradients_of_branches_after_the_weights_moved():
     check_path(2, 4, kinds=2, plan=branching_plan)
 
 
+@pytest.mark.parametrize("plan", [two_groups, branching_plan])
+def test_one_update_for_every_step(plan):
+    """by_step: the transitions that start at one point of the grid, from noise to data, with the
+    weights moving in between (the published order of E-GRPO).
+    """
+    seen = seen_by_two_dimensional_policy(plan)
+    path = walked(seen, minibatches="by_step", epochs=2)
+    step = seen.transitions.step.numpy()
+    in_order = [np.flatnonzero(step == number) for number in np.unique(step)]
+    assert len(in_order) > 1
+    assert [sorted(used) for used in path.used] == [part.tolist() for part in in_order * 2]
+    wanted = by_hand(seen, path.used)
+    for found, by_cases in zip(path.gradients, wanted.gradients, strict=True):
+        np.testing.assert_allclose(found, by_cases, rtol=1e-9, atol=1e-12)
+
+
 def test_kl_pulls_back_after_the_weights_moved():
     """Its gradient, 0 in the first step, joins that of the clipped loss in the later ones."""
     check_path(3, 2, kl=0.5)

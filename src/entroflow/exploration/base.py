@@ -38,6 +38,12 @@ class Request:
         """[T] standard deviation that the kernel gives each step of the base grid."""
         return self.kernel.std(self.base_grid[:-1], self.base_grid[1:], self.base_grid)
 
+    def std_but_last(self) -> Tensor:
+        """[T] the same, but 0 for the last step, whose noise would stay visible."""
+        std = self.std()
+        std[-1] = 0
+        return std
+
 
 class Exploration(Protocol):
     """Makes the plan of one round."""

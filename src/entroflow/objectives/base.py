@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -21,7 +21,9 @@ class Objective(Protocol):
     skips_zero_advantage: bool
     """Whether the loss of a transition with advantage 0 is exactly 0: no pass is spent on it."""
 
-    minibatches: int
+    minibatches: int | Literal["by_step"]
+    """Parts into which the transitions are dealt at random, or one for each step they start at."""
+
     epochs: int
 
     def clip(self, dimensions: int) -> float:

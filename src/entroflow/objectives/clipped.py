@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -13,14 +13,9 @@ from entroflow.sampling.kernels import kl_divergence
 from entroflow.sampling.rollouts import Transitions
 
 
-class Clipped(Component):
-    """max(-A rho, -A clip(rho, 1 - c, 1 + c)) + beta KL, per transition.
+class Surrogate(Component):
+    """What the objectives with a clipped ratio have in common."""
 
-    rho is the ratio of densities per dimension: the true ratio to the power 1/D. Give either
-    `clip_range` c per dimension, or `clip_total`, the bound on the true log-ratio, c D.
-    """
-
-    type: Literal["clipped"] = "clipped"
     clip_range: float | None = Field(None, gt=0, description="clip range per dimension")
     clip_total: float | None = Field(
         None,
@@ -33,7 +28,11 @@ class Clipped(Component):
         "uniform",
         description="step_length: KL times |sigma' - sigma|, as Flow-GRPO's published code does",
     )
-    minibatches: int = Field(1, ge=1, description="optimizer steps per pass over the rollouts")
+    minibatches: Annotated[int, Field(ge=1)] | Literal["by_step"] = Field(
+        1,
+        description="optimizer steps per pass over the rollouts, on random parts of the rows; "
+        "by_step: one for each step of the base grid where transitions start, in their order",
+    )
     epochs: int = Field(1, ge=1, description="passes over the rollouts")
 
     @model_validator(mode="before")
@@ -43,11 +42,6 @@ class Clipped(Component):
         if all(given):
             raise ValueError("give clip_range or clip_total, not both")
         return fields if any(given) else {**fields, "clip_total": 6.6}
-
-    @property
-    def needs_old_mean(self) -> bool:
-        """False: the ratio needs log-probabilities only."""
-        return False
 
     @property
     def needs_reference(self) -> bool:
@@ -73,9 +67,10 @@ class Clipped(Component):
         """See `Objective.terms`."""
         clip = self.clip(mean[0].numel())
         advantage = transitions.advantage.to(log_prob)
-        ratio = torch.exp(log_prob - transitions.log_prob.to(log_prob))
+        ratio = torch.exp(self._log_ratio(transitions, log_prob, mean))
         clipped = ratio.clamp(1 - clip, 1 + clip)
         surrogate = torch.maximum(-advantage * ratio, -advantage * clipped)
+        surrogate = self._step_weight(transitions).to(surrogate) * surrogate
         terms = {"loss": surrogate, "ratio": ratio, "clipped": ((ratio - 1).abs() > clip).float()}
         if reference_mean is not None:
             kl = kl_divergence(mean, reference_mean, transitions.std)
@@ -85,3 +80,39 @@ class Clipped(Component):
                 terms["weighted_kl"] = weighted = step_length * kl
             terms["loss"] = surrogate + self.kl * weighted
         return terms
+
+    def _log_ratio(self, transitions: Transitions, log_prob: Tensor, mean: Tensor) -> Tensor:
+        """[n] logarithm of what is clipped, as a function of the live weights."""
+        raise NotImplementedError
+
+    def _step_weight(self, transitions: Transitions) -> Tensor:
+        """[n] factor of the surrogate; the ratio, its clip range and the KL are without it."""
+        raise NotImplementedError
+
+
+class Clipped(Surrogate):
+    """max(-A rho, -A clip(rho, 1 - c, 1 + c)) + beta KL, per transition.
+
+    rho is the ratio of densities per dimension: the true ratio to the power 1/D. Give either
+    `clip_range` c per dimension, or `clip_total`, the bound on the true log-ratio, c D.
+    """
+
+    type: Literal["clipped"] = "clipped"
+    weight: Literal["uniform", "variance"] = Field(
+        "uniform",
+        description="of the clipped term of a step; variance: 2 std^2, the factor by which the "
+        "published density of CPS differs from the true one",
+    )
+
+    @property
+    def needs_old_mean(self) -> bool:
+        """False: the ratio needs log-probabilities only."""
+        return False
+
+    def _log_ratio(self, transitions: Transitions, log_prob: Tensor, mean: Tensor) -> Tensor:
+        return log_prob - transitions.log_prob.to(log_prob)
+
+    def _step_weight(self, transitions: Transitions) -> Tensor:
+        if self.weight == "variance":
+            return 2 * transitions.std.square()
+        return torch.ones_like(transitions.std)

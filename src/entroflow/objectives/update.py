@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -166,9 +167,18 @@ def _kl_to_reference(forward: _Forward, transitions: Transitions, ledger: Ledger
 
 
 def _minibatches(
-    transitions: Transitions, count: int, seed: int, iteration: int, epoch: int
+    transitions: Transitions,
+    count: int | Literal["by_step"],
+    seed: int,
+    iteration: int,
+    epoch: int,
 ) -> list[Tensor]:
-    """Random split of the transitions by row; rows that share a state stay together."""
+    """Random split of the transitions by row, where rows that share a state stay together; or one
+    part for each base-grid step where transitions start.
+    """
+    if count == "by_step":
+        steps = transitions.step.unique()
+        return [(transitions.step == step).nonzero()[:, 0] for step in steps]
     if count == 1:
         return [torch.arange(len(transitions))]
     lowest_row = torch.full((len(transitions.states),), torch.iinfo(torch.long).max)

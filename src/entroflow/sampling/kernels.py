@@ -24,7 +24,10 @@ class Kernel(Protocol):
     """A transition kernel."""
 
     def std(self, sigma: Tensor, sigma_next: Tensor, base_grid: Tensor) -> Tensor:
-        """Standard deviation of a stochastic step; the arguments but `base_grid` broadcast."""
+        """Standard deviation of a stochastic step; the arguments but `base_grid` broadcast.
+
+        NaN where the kernel has no such step, and a plan must not ask for one.
+        """
         ...
 
     def mean(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, std: Tensor) -> Tensor:
@@ -45,15 +48,80 @@ class FlowSDE(Component):
 
     def std(self, sigma: Tensor, sigma_next: Tensor, base_grid: Tensor) -> Tensor:
         """Broadcasts; see the class."""
-        room = torch.maximum(1 - sigma, 1 - base_grid[1])
-        return self.noise_level * torch.sqrt(sigma * (sigma - sigma_next) / room)
+        return flow_sde_std(self.noise_level, sigma, sigma_next, base_grid)
 
     def mean(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, std: Tensor) -> Tensor:
         """See the class; std = 0 gives the Euler step."""
-        sigma, sigma_next, std = (beside(part, x) for part in (sigma, sigma_next, std))
-        dt = sigma_next - sigma
-        pull = torch.where(std > 0, std.square() / (2 * sigma), 0.0)
-        return x + dt * v - pull * (x + (1 - sigma) * v)
+        return score_corrected(x, v, sigma, sigma_next, std)
+
+
+class DanceSDE(Component):
+    """The SDE of DanceGRPO (2505.07818): constant diffusion eta, so std = eta sqrt(|dt|).
+
+    The mean is that of Flow-SDE for this std: x + dt [v + eta^2 / (2 t) (x + (1 - t) v)].
+    """
+
+    type: Literal["dance_sde"] = "dance_sde"
+    noise_level: float = Field(0.3, gt=0, description="eta, the diffusion, the same at every sigma")
+
+    def std(self, sigma: Tensor, sigma_next: Tensor, base_grid: Tensor) -> Tensor:
+        """Broadcasts; see the class."""
+        return self.noise_level * torch.sqrt(sigma - sigma_next)
+
+    def mean(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, std: Tensor) -> Tensor:
+        """See the class; std = 0 gives the Euler step."""
+        return score_corrected(x, v, sigma, sigma_next, std)
+
+
+class CPS(Component):
+    """Coefficient-preserving sampling (Flow-CPS, 2509.05952): std = t' sin(eta pi / 2).
+
+    The mean is (1 - t') x0 + t' cos(eta pi / 2) x1 with the predictions x0 = x - t v of the data
+    and x1 = x + (1 - t) v of the noise. For data at one point the marginals are exact at any noise
+    level; in general they are not, however fine the grid.
+    """
+
+    type: Literal["cps"] = "cps"
+    noise_level: float = Field(
+        0.8, gt=0, le=1, description="eta; sin(eta pi / 2) of the noise is drawn anew"
+    )
+    floor: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="lowest sigma after a stochastic step: towards 0 the density becomes singular; "
+        "0 where objective.weight is variance, which makes up for it",
+    )
+
+    def std(self, sigma: Tensor, sigma_next: Tensor, base_grid: Tensor) -> Tensor:
+        """Broadcasts; NaN between 0 and `floor`."""
+        std = sigma_next * math.sin(self.noise_level * math.pi / 2) + 0 * sigma
+        return std.masked_fill((sigma_next > 0) & (sigma_next < self.floor), math.nan)
+
+    def mean(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, std: Tensor) -> Tensor:
+        """See the class; std = 0 gives the Euler step."""
+        return coefficient_preserving(x, v, sigma, sigma_next, std)
+
+
+class VarianceMatched(Component):
+    """Flow-SDE's std, at most t', with the mean of CPS: the same entropy and no excess noise.
+
+    A step of Flow-SDE adds noise beyond what sigma stands for, quadratically in its length, which
+    shows in merged steps; here data at one point keep exact marginals at any length.
+    """
+
+    type: Literal["variance_matched"] = "variance_matched"
+    noise_level: float = Field(0.7, gt=0, description="a of Flow-SDE")
+
+    def std(self, sigma: Tensor, sigma_next: Tensor, base_grid: Tensor) -> Tensor:
+        """Broadcasts; see the class."""
+        return torch.minimum(
+            flow_sde_std(self.noise_level, sigma, sigma_next, base_grid), sigma_next
+        )
+
+    def mean(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, std: Tensor) -> Tensor:
+        """See the class; std = 0 gives the Euler step."""
+        return coefficient_preserving(x, v, sigma, sigma_next, std)
 
 
 class ODE(Component):
@@ -68,6 +136,36 @@ class ODE(Component):
     def mean(self, x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, std: Tensor) -> Tensor:
         """x + (sigma_next - sigma) v."""
         return x + beside(sigma_next - sigma, x) * v
+
+
+def flow_sde_std(
+    noise_level: float, sigma: Tensor, sigma_next: Tensor, base_grid: Tensor
+) -> Tensor:
+    """a sqrt(t |dt| / (1 - t)); broadcasts, see `FlowSDE`."""
+    room = torch.maximum(1 - sigma, 1 - base_grid[1])
+    return noise_level * torch.sqrt(sigma * (sigma - sigma_next) / room)
+
+
+def score_corrected(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, std: Tensor) -> Tensor:
+    """x + dt v + std^2 / 2 score, with the score -(x + (1 - t) v) / t: one Euler-Maruyama step."""
+    sigma, sigma_next, std = (beside(part, x) for part in (sigma, sigma_next, std))
+    dt = sigma_next - sigma
+    pull = torch.where(std > 0, std.square() / (2 * sigma), 0.0)
+    return x + dt * v - pull * (x + (1 - sigma) * v)
+
+
+def coefficient_preserving(
+    x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, std: Tensor
+) -> Tensor:
+    """(1 - t') x0 + sqrt(t'^2 - std^2) x1: what is drawn anew leaves the predicted noise.
+
+    Written as the Euler step less the noise that is taken back, so that std = 0 gives it exactly.
+    """
+    sigma, sigma_next, std = (beside(part, x) for part in (sigma, sigma_next, std))
+    kept = torch.sqrt(torch.clamp(sigma_next.square() - std.square(), min=0))
+    # t' - sqrt(t'^2 - std^2), without the cancellation where std is small.
+    taken = torch.where(std > 0, std.square() / (sigma_next + kept), 0.0)
+    return x + (sigma_next - sigma) * v - taken * (x + (1 - sigma) * v)
 
 
 def beside(per_row: Tensor, x: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class Plan:
         prompt, group, member: [B] integers.
         points: [B, S + 1] base-grid indices, increasing, padded with T.
         std: [B, S] standard deviation of every step; 0 is deterministic.
+        trained: [B, S] bool, whether the update sees the step; only stochastic steps can be.
         role: [B] values of `Role`.
         scored: [B] bool, whether the row's image goes to the reward.
         parent: [B] row whose state this row starts from, or `FRESH`.
@@ -59,6 +60,7 @@ class Plan:
     member: Tensor
     points: Tensor
     std: Tensor
+    trained: Tensor
     role: Tensor
     scored: Tensor
     parent: Tensor
@@ -84,6 +86,10 @@ class Plan:
     def length(self) -> Tensor:
         """[B] number of steps of every row."""
         return (self.points[:, :-1] < len(self.base_grid) - 1).sum(dim=1)
+
+    def training(self, trained: Tensor) -> Plan:
+        """The same plan; of its stochastic steps the update sees only those given: [B, S] bool."""
+        return replace(self, trained=trained & (self.std > 0))
 
     def waves(self) -> Iterator[Tensor]:
         """Rows in an order in which parents come first, as sets that can be sampled together."""
@@ -126,6 +132,7 @@ def fresh_rows(
     within = torch.arange(len(prompt)) - (sizes.cumsum(0) - sizes)[prompt]
     member = within + first_member[prompt]
     B = len(prompt)
+    std = std.expand(P, T)[prompt].clone()
     return Plan(
         prompts=tuple(prompts),
         base_grid=base_grid,
@@ -133,7 +140,8 @@ def fresh_rows(
         group=prompt.clone(),
         member=member,
         points=torch.arange(T + 1).expand(B, -1).clone(),
-        std=std.expand(P, T)[prompt].clone(),
+        std=std,
+        trained=std > 0,
         role=torch.full((B,), role),
         scored=torch.full((B,), scored),
         parent=torch.full((B,), FRESH),
@@ -165,13 +173,16 @@ def with_children(
     n, T = len(parent), len(plan.base_grid) - 1
     if points is None:
         points = shifted_left(plan.points[parent], parent_step, fill=T)
+    if std is None:
+        std = torch.zeros(n, points.shape[1] - 1, dtype=plan.std.dtype)
     children = replace(
         plan,
         prompt=plan.prompt[parent],
         group=plan.group[parent] if group is None else group,
         member=plan.member[parent] if member is None else member,
         points=points,
-        std=torch.zeros(n, points.shape[1] - 1, dtype=plan.std.dtype) if std is None else std,
+        std=std,
+        trained=std > 0,
         role=torch.full((n,), role),
         scored=torch.full((n,), scored),
         parent=parent,
@@ -203,7 +214,8 @@ def _stacked(plans: Sequence[Plan], parent_offsets: Sequence[int]) -> Plan:
         if f.name not in ("prompts", "base_grid")
     }
     columns["points"] = [padded(points, width, T) for points in columns["points"]]
-    columns["std"] = [padded(std, width - 1, 0) for std in columns["std"]]
+    for name in ("std", "trained"):
+        columns[name] = [padded(table, width - 1, 0) for table in columns[name]]
     columns["parent"] = [
         torch.where(parent == FRESH, FRESH, parent + offset)
         for parent, offset in zip(columns["parent"], parent_offsets, strict=True)

@@ -19,7 +19,7 @@ class Rollouts:
     """The states, images and log-probabilities of a plan's rows.
 
     States are stored once in a pool and referred to by index: rows that start from the same state
-    share it. Kept are the ends of stochastic steps and the states that children start from.
+    share it. Kept are the ends of trained steps and the states that children start from.
 
     Attributes:
         plan: the plan that was sampled.
@@ -28,7 +28,7 @@ class Rollouts:
         velocities: [V, *latent] pool of the velocities at states that children start from.
         velocity_index: [B, S] position in that pool, or `ABSENT`.
         log_prob: [B, S] of stochastic steps, 0 elsewhere.
-        means: [B, S, *latent] of stochastic steps if they were asked for.
+        means: [B, S, *latent] of all steps if they were asked for.
         images: [number of scored rows, 3, H, W] in [0, 1].
     """
 
@@ -53,13 +53,11 @@ class Rollouts:
 
         Args:
             dtype: storage type of states.
-            keep_means: also keep the means of stochastic steps.
+            keep_means: also keep the means.
         """
-        stochastic = plan.std > 0
-        keep = torch.nn.functional.pad(stochastic, (0, 1)) | torch.nn.functional.pad(
-            stochastic, (1, 0)
-        )
-        with_velocity = torch.zeros_like(stochastic)
+        trained = plan.trained
+        keep = torch.nn.functional.pad(trained, (0, 1)) | torch.nn.functional.pad(trained, (1, 0))
+        with_velocity = torch.zeros_like(trained)
         child = (plan.parent != FRESH).nonzero()[:, 0]
         parent, parent_step = plan.parent[child], plan.parent_step[child]
         keep[parent, parent_step] = True
@@ -177,14 +175,14 @@ class Transitions:
 
 
 def transitions_of(rollouts: Rollouts, advantages: Tensor) -> Transitions:
-    """The stochastic steps of all rollout rows as a flat table.
+    """The trained steps of all rollout rows as a flat table.
 
     Args:
         advantages: [B, S], NaN where the reward failed. Such transitions keep no weight, and the
             others share it equally.
     """
     plan = rollouts.plan
-    trained = (plan.std > 0) & (plan.role == Role.ROLLOUT)[:, None]
+    trained = plan.trained & (plan.role == Role.ROLLOUT)[:, None]
     row, column = trained.nonzero(as_tuple=True)
     advantage = advantages[row, column]
     valid = ~advantage.isnan()
