@@ -47,19 +47,19 @@ def train(overrides: list[str], folder: Path) -> None:
 def commit() -> str:
     """Of the package, and whether it was changed since."""
     head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
-    differences = ["git", "diff", "--name-only", "HEAD", "--", "src"]
-    changed = subprocess.check_output(differences, cwd=ROOT, text=True)
+    status = ["git", "status", "--porcelain", "--", "src"]
+    changed = subprocess.check_output(status, cwd=ROOT, text=True)
     return head.strip() + ("-changed" if changed else "")
 
 
-def result_of(folder: Path, key: dict) -> dict:
+def result_of(folder: Path, key: dict, measured_at: str) -> dict:
     """What a finished run left behind, without pictures."""
     run = RunFolder.open(folder)
     metrics = run.metrics()
     evaluation = json.loads((folder / EVALUATION).read_text())
     return {
         **key,
-        "commit": commit(),
+        "commit": measured_at,
         "training_seconds": metrics[-1]["seconds"],
         "ledger": {k: v for k, v in metrics[-1].items() if k.startswith("ledger/")},
         "curve": [{k: line[k] for k in CURVE} for line in metrics if "eval/strict" in line],
@@ -137,10 +137,10 @@ def main() -> None:
         key = {"recipe_hash": recipe.hash, "base": weights, "seed": seed, "control": control}
         found = [r for r in stored if key.items() <= r.items()]
         if not found:
-            folder = arguments.runs / name_of(key)
+            folder, measured_at = arguments.runs / name_of(key), commit()
             if not (folder / EVALUATION).exists():
                 train(overrides, folder)
-            found = [{"overrides": overrides, **result_of(folder, key)}]
+            found = [{"overrides": overrides, **result_of(folder, key, measured_at)}]
             stored += found
             CLAIMS.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
         results += found

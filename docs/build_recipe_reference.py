@@ -178,10 +178,8 @@ def _values(schema: dict[str, Any]) -> str:
     """The type and range of a key, in words."""
     if "anyOf" in schema:
         return " or ".join(_values(option) for option in schema["anyOf"])
-    if "const" in schema:
-        return _code(schema["const"])
-    if "enum" in schema:
-        return ", ".join(_code(value) for value in schema["enum"])
+    if "const" in schema or "enum" in schema:
+        return ", ".join(_code(value) for value in schema.get("enum", [schema.get("const")]))
     if schema["type"] == "array":
         if "prefixItems" in schema:
             each = _values(schema["prefixItems"][0])

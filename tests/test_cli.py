@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from urllib.error import HTTPError
 
 import pytest
 from PIL import Image
@@ -236,14 +237,21 @@ def test_a_failure_of_the_disk_is_one_line(entroflow, monkeypatch, failure):
     assert one_line(err)
 
 
-def test_a_failure_that_is_no_wrong_input_keeps_its_traceback(entroflow, monkeypatch):
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ConnectionError("the judge is away"),
+        HTTPError("http://127.0.0.1/judge", 503, "the judge is away", None, None),
+    ],
+)
+def test_a_failure_that_is_no_wrong_input_keeps_its_traceback(entroflow, monkeypatch, failure):
     """Of a judge on the network, say: what matters is where it happened."""
 
     def write(folder):
-        raise ConnectionError("the judge is away")
+        raise failure
 
     monkeypatch.setattr("entroflow.runs.RunFolder.open", write)
-    with pytest.raises(ConnectionError, match="the judge is away"):
+    with pytest.raises(OSError, match="the judge is away"):
         entroflow("report", "run")
 
 

@@ -578,7 +578,12 @@ def test_a_wrong_component_of_ones_own_is_refused(tmp_path, parts, fields, said)
         ("def score(:", r"raised SyntaxError: .*\(own_module.py, line 1\)"),
         ("\nx = 1 / 0", r"raised ZeroDivisionError: division by zero \(.*own_module.py, line 2\)"),
         ("from json import jason", "raised ImportError: cannot import name 'jason'"),
-        ("import no_such_dependency", "No module named 'no_such_dependency'"),
+        ("\nLIMIT = int('abc')", r"raised ValueError: .*\(.*own_module.py, line 2\)"),
+        (
+            "\n\nimport no_such_dependency",
+            r"the import of 'own_module' raised ModuleNotFoundError: .*own_module.py, line 3\)",
+        ),
+        ("import json\njson.loads('{')", r"raised JSONDecodeError: .*own_module.py, line 2\)"),
     ],
 )
 def test_a_module_that_can_not_be_imported_is_refused_with_its_reason(
@@ -609,9 +614,29 @@ def test_the_users_modules_come_last_and_those_beside_the_recipe_first(
     (elsewhere / "own_module.py").write_text("def score(images, *_): return 'elsewhere'")
     monkeypatch.chdir(elsewhere)
     before = list(sys.path)
+    # What was loaded before changes nothing.
+    load_recipe("quickstart")
     recipe = own(tmp_path, "{type: own_module.score}")
     assert recipe.reward.function(None) == "beside"
-    assert sys.path == [*before, str(tmp_path), str(elsewhere)]
+    assert sys.path[-2:] == [str(tmp_path), str(elsewhere)]
+    assert sys.path[:-2] == [place for place in before if place in sys.path[:-2]]
+
+
+def test_a_module_beside_the_recipe_is_not_mistaken_for_another_of_its_name(
+    tmp_path, own_parts, monkeypatch
+):
+    """Installed, of Python itself, or imported before from the folder of another recipe."""
+    for name in ("queue", "sys", "scipy"):
+        (tmp_path / f"{name}.py").write_text("def score(images, *_): ...")
+        with pytest.raises(RecipeError, match=f"{name}'? .*(not the one in|has no 'score')"):
+            own(tmp_path, f"{{type: {name}.score}}")
+    own_parts("def score(images, *_): ...", "own_module")
+    own(tmp_path, "{type: own_module.score}")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "own_module.py").write_text("def score(images, *_): ...")
+    with pytest.raises(RecipeError, match=r"'own_module' is the module .*, not the one in .*other"):
+        own(other, "{type: own_module.score}")
 
 
 def test_a_function_is_no_component_of_another_section(tmp_path, parts):

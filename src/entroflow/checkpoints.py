@@ -6,11 +6,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,6 +20,25 @@ from torch import Tensor
 from entroflow.errors import InputError
 
 STATE_FILE = "state.json"
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Within, no other process is so about the same folder, which is made where it is missing.
+
+    Raises:
+        InputError: another process is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"another process is writing into {folder}.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, content: str) -> None:
@@ -61,7 +82,10 @@ def write_checkpoint(
     temporary.mkdir(parents=True)
     for name, entries in tensors.items():
         plain = {key: value.detach().contiguous() for key, value in entries.items()}
-        save_file(plain, temporary / f"{name}.safetensors")
+        try:
+            save_file(plain, temporary / f"{name}.safetensors")
+        except SafetensorError as error:
+            raise CheckpointError(f"{temporary} can't be written ({error}).") from error
     # Not `to_json`: a component must get back the NaN or infinity that it remembered.
     (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     for file in temporary.iterdir():

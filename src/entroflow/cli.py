@@ -201,6 +201,7 @@ def pretrain_shapes(
     """
     from contextlib import closing
 
+    from entroflow.checkpoints import one_writer
     from entroflow.launch import asked_to_stop
     from entroflow.policies.shapes.pretrain import Pretraining, export_weights, pretrain
     from entroflow.show import steps_progress
@@ -209,6 +210,7 @@ def pretrain_shapes(
     if steps is not None:
         settings = settings.scaled_to(steps)
     with (
+        one_writer(folder),
         steps_progress("pretraining", settings.steps, "loss") as advance,
         closing(pretrain(settings, folder)) as training,
         asked_to_stop() as stopping,
@@ -220,6 +222,13 @@ def pretrain_shapes(
                 return
     typer.echo(f"weights  {export_weights(folder)}")
     typer.echo(f"use them: entroflow train policy.weights={folder / 'base.safetensors'}")
+
+
+DISK = (
+    errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EACCES,
+    errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,
+)  # fmt: skip
+"""Failures of files and disks; others, as of a network, are not the user's input."""
 
 
 class _StandardError(logging.Handler):
@@ -242,7 +251,7 @@ def main() -> None:
         sys.exit(2)
     except OSError as error:
         # A folder that can't be written, a full disk: nothing a traceback would explain.
-        if error.filename is None and error.errno != errno.ENOSPC:
+        if error.errno not in DISK:
             raise
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)

@@ -109,9 +109,10 @@ def new_folder(recipe: Recipe) -> Path:
     """A new folder `runs/<recipe>-<time>`, with a number where several start at once."""
     name = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
     place, number = Path("runs") / name, 1
+    place.parent.mkdir(exist_ok=True)
     while True:
         try:
-            place.mkdir(parents=True)
+            place.mkdir()
             return place
         except FileExistsError:
             number += 1
@@ -134,14 +135,18 @@ def _run(
     stop_after: int | None,
     watch: Callable[[Metrics, Evaluated | None], None] | None,
 ) -> RunFolder:
-    events = Events(folder.tensorboard, from_iteration=trainer.iteration + bool(folder.metrics()))
+    events = Events(folder.tensorboard)
     iterations = train_in(folder, trainer, stop_after)
     try:
         with asked_to_stop() as stopping:
             for metrics, evaluated in iterations:
-                events.numbers(metrics)
-                if evaluated is not None and len(evaluated.images):
-                    _keep_examples(folder, events, metrics["iteration"], evaluated)
+                try:
+                    events.numbers(metrics)
+                    if evaluated is not None and len(evaluated.images):
+                        _keep_examples(folder, events, metrics["iteration"], evaluated)
+                except BaseException as error:
+                    # A checkpoint would keep a resumed run from writing it.
+                    iterations.throw(error)
                 if watch is not None:
                     watch(metrics, evaluated)
                 if stopping():
@@ -150,7 +155,8 @@ def _run(
         iterations.close()
         events.close()
     write_report(folder)
-    if trainer.iteration >= trainer.recipe.run.iterations:
+    comparable = isinstance(trainer.recipe.evaluation, HeldOutEvaluation)
+    if comparable and trainer.iteration >= trainer.recipe.run.iterations:
         try:
             with _signals_call(_interrupt):
                 if stopping():
@@ -173,10 +179,8 @@ def _keep_examples(folder: RunFolder, events: Events, iteration: int, evaluated:
 
 
 def _compare(folder: RunFolder, trainer: Trainer) -> None:
-    recipe = trainer.recipe
-    if not isinstance(recipe.evaluation, HeldOutEvaluation):
-        return
-    cost = Ledger()
+    recipe, cost = trainer.recipe, Ledger()
+    assert isinstance(recipe.evaluation, HeldOutEvaluation)
     with cost.timed("compare"):
         summary, found = compare_with_base(
             trainer.policy,

@@ -13,8 +13,10 @@ import inspect
 import json
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import resources
@@ -287,11 +289,37 @@ def _home_folder(mapping: dict[str, Any], folder: Path | None) -> Path | None:
 def _search_beside(folder: Path | None) -> None:
     """A user's components live beside the recipe that names them, or in the current folder.
 
-    Both come last, so that a file of the user's takes the place of no installed module.
+    Both come last, so that a file of the user's takes the place of no installed module; those of
+    recipes that were loaded before make room.
     """
+    while _searched:
+        with suppress(ValueError):
+            sys.path.remove(_searched.pop())
     for place in (folder, Path.cwd()):
         if place is not None and str(place) not in sys.path:
             sys.path.append(str(place))
+            _searched.append(str(place))
+
+
+_searched: list[str] = []
+"""What `_search_beside` has added to `sys.path`."""
+
+
+def _refuse_shadowed(module_name: str, folder: Path | None, where: str) -> None:
+    """A module beside the recipe must be the one that was imported under its name."""
+    top = module_name.partition(".")[0]
+    for place in (folder, Path.cwd()):
+        if place is None:
+            continue
+        beside = [place / f"{top}.py", place / top / "__init__.py"]
+        if any(path.is_file() for path in beside):
+            found = getattr(sys.modules[top], "__file__", None)
+            if found is None or Path(found).resolve() not in [p.resolve() for p in beside]:
+                raise RecipeError(
+                    f"{where}: {top!r} is the module {found or 'of Python itself'}, not "
+                    f"the one in {place}; rename that one, or use a new process."
+                )
+            return
 
 
 def _home(part: Any) -> str:
@@ -448,6 +476,7 @@ def _users(
     """A component of the user's, by dotted path."""
     where = f"{name}: {section}"
     chosen = _imported(kind, f"{where}.type")
+    _refuse_shadowed(kind.rpartition(".")[0], folder, f"{where}.type")
     component, resolved = _made(section, kind, chosen, fields, where, folder)
     protocol = _imported(PROTOCOLS[section], where)
     needed = {**vars(protocol), **protocol.__annotations__}
@@ -483,20 +512,23 @@ def _made(
     try:
         return chosen(**fields), {"type": kind, **fields}
     except Exception as error:
-        raise RecipeError(f"{where}: {kind} {_raised(error)}.") from None
+        raise RecipeError(f"{where}: {kind} {_raised(error)}.") from error
 
 
 def _imported(path: str, where: str) -> Any:
     module_name, _, attribute = path.rpartition(".")
     try:
+        if not module_name or module_name.startswith("."):
+            raise ModuleNotFoundError("no module is named", name=module_name)
         module = importlib.import_module(module_name)
-    except (ModuleNotFoundError, ValueError) as error:
-        raise RecipeError(
-            f"{where}: can't import {module_name!r} ({error}); it must be installed, or lie beside "
-            "the recipe or in the current folder."
-        ) from None
     except Exception as error:
-        raise RecipeError(f"{where}: the import of {module_name!r} {_raised(error)}.") from None
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        if absent is not None and f"{module_name}.".startswith(f"{absent}."):
+            raise RecipeError(
+                f"{where}: can't import {module_name!r} ({error}); it must be installed, or lie "
+                "beside the recipe or in the current folder."
+            ) from None
+        raise RecipeError(f"{where}: the import of {module_name!r} {_raised(error)}.") from error
     if not hasattr(module, attribute):
         public = [entry for entry in vars(module) if not entry.startswith("_")]
         found = f"{module_name} ({getattr(module, '__file__', 'built in')})"
@@ -508,7 +540,11 @@ def _raised(error: Exception) -> str:
     """What someone else's code raised, and in which line, as the end of a sentence."""
     if isinstance(error, SyntaxError):
         return f"raised {type(error).__name__}: {error}"
-    *_, frame = traceback.extract_tb(error.__traceback__)
+    places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    installed = [*places, str(Path(__file__).parent), "<frozen"]
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [f for f in frames if not f.filename.startswith(tuple(installed))]
+    frame = (users or frames)[-1]
     at = f"{frame.filename}, line {frame.lineno}"
     return f"raised {type(error).__name__}: {error} ({at})"
 

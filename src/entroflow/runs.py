@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from PIL.Image import Image
 from torch import Tensor
 
 from entroflow import checkpoints, pictures
-from entroflow.checkpoints import CheckpointError, to_json, write_bytes, write_text
+from entroflow.checkpoints import CheckpointError, one_writer, to_json, write_bytes, write_text
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated
 
@@ -87,11 +86,12 @@ class RunFolder:
         recipe = path / RECIPE
         if not recipe.is_file():
             raise RunError(f"{path} is not a run folder: it has no {RECIPE}.")
-        if not recipe.read_bytes().endswith(END.encode()):
-            # Sections that are cut off would take their defaults in silence.
+        # Sections that are cut off would take their defaults in silence.
+        lines = [line.strip() for line in recipe.read_bytes().splitlines()]
+        if [line for line in lines if line][-1:] != [END.strip().encode()]:
             raise RunError(
-                f"{recipe} is torn: its last line is not {END.strip()!r}; copy it from the end of "
-                f"{REPORT}, if there is one, or start anew."
+                f"{recipe} is torn, or of an older version: its last line is not {END.strip()!r}; "
+                f"add it if the rest is whole ({REPORT} shows what it was)."
             )
         return cls(path)
 
@@ -101,23 +101,18 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within, no other process writes into the folder.
+        """Within, no other process trains in the folder.
 
         Raises:
-            RunError: another process does.
+            InputError: another process does.
         """
-        lock = FileLock(self.path / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise RunError(f"another process is writing into {self.path}.") from None
-        try:
+        with one_writer(self.path):
+            for outdated in self.checkpoints.glob(".*.old"):
+                checkpoints.checkpoint_exists(self.checkpoints / outdated.name[1:-4])
             # What a process that was killed had begun to write.
-            for part in self.path.glob("**/.*.part"):
-                shutil.rmtree(part) if part.is_dir() else part.unlink()
+            for part in self.checkpoints.glob(".*.part"):
+                shutil.rmtree(part, ignore_errors=True)
             yield
-        finally:
-            lock.release()
 
     # --- metrics -------------------------------------------------------------------------------
 
@@ -127,6 +122,11 @@ class RunFolder:
             file.write(to_json(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def replace_metrics(self, line: Mapping[str, Any]) -> None:
+        """Write the line of an iteration anew, in the place of the one that is there."""
+        kept = [old for old in self.metrics() if old["iteration"] != line["iteration"]]
+        write_text(self.path / METRICS, "".join(to_json(each) + "\n" for each in [*kept, line]))
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole lines; a last line torn by a crash is left out."""
@@ -207,7 +207,8 @@ class RunFolder:
         except (FileNotFoundError, json.JSONDecodeError):
             return None, -math.inf
         folder = self.checkpoints / f"{content['iteration']:08d}"
-        return (folder, content["score"]) if folder.is_dir() else (None, -math.inf)
+        marked = folder.is_dir() and content["score"] is not None
+        return (folder, content["score"]) if marked else (None, -math.inf)
 
     def all_checkpoints(self) -> list[Path]:
         """Every checkpoint, oldest first."""

@@ -316,8 +316,8 @@ def train_in(
 ) -> Generator[tuple[Metrics, Evaluated | None], None, None]:
     """Run a trainer in a run folder; yields the metrics of every iteration, from 0 on.
 
-    A checkpoint comes after the yield: what it holds, the caller has written down as well.
-    Closing the generator between two iterations leaves a checkpoint of the last one.
+    A checkpoint comes after the yield: what it holds, the caller has written down as well. Closing
+    the generator between two iterations leaves a checkpoint of the last one, throwing into it none.
 
     Args:
         stop_after: stop at this iteration as if interrupted there.
@@ -348,20 +348,23 @@ def train_in(
     try:
         if trainer.iteration == 0 and not lines:
             line = trainer.start_metrics()
-            yield line, _written(folder, trainer, line)
+            found = _evaluated(trainer, line)
+            folder.append_metrics(line)
+            yield line, found
             keep(line)
         elif lines:
-            (line,) = lines
-            if trainer.iteration == settings.iterations and "eval/strict" not in line:
+            (line,), saved = lines, trainer.iteration
+            if trainer.iteration >= settings.iterations and "eval/strict" not in line:
                 # The run was cut short to where it stands: what was no end is one now.
-                folder.cut_after(trainer.iteration - 1)
-                yield line, _written(folder, trainer, line)
-            else:
-                saved = trainer.iteration
+                found = _evaluated(trainer, line)
+                folder.replace_metrics(line)
+                yield line, found
             keep(line)
         while trainer.iteration < end:
             line = trainer.step()
-            yield line, _written(folder, trainer, line)
+            found = _evaluated(trainer, line)
+            folder.append_metrics(line)
+            yield line, found
             keep(line)
     except GeneratorExit:
         # Closed between two iterations; after an error the last checkpoint stands instead.
@@ -370,29 +373,29 @@ def train_in(
         raise
 
 
-def _written(folder: RunFolder, trainer: Trainer, line: Metrics) -> Evaluated | None:
-    """Evaluate where it is due, add that to the line, and write it down."""
-    n, settings, found = trainer.iteration, trainer.recipe.run, None
-    if n % settings.evaluate_every == 0 or n == settings.iterations:
-        found = trainer.evaluate()
-        if math.isnan(found.reward):
-            log.warning(
-                "iteration %d: no held-out image has a reward, so this checkpoint can't be marked "
-                "the best (held-out prompts have no metadata).",
-                n,
-            )
-        line |= evaluation_metrics(found)
-        spent = trainer.evaluation_ledger
-        line["ledger/held_out_network_evaluations"] = spent.network_evaluations
-        line["ledger/held_out_reward_calls"] = spent.reward_calls
-    folder.append_metrics(line)
+def _evaluated(trainer: Trainer, line: Metrics) -> Evaluated | None:
+    """Evaluate where it is due, and add that to the line."""
+    n, settings = trainer.iteration, trainer.recipe.run
+    if n % settings.evaluate_every and n < settings.iterations:
+        return None
+    found = trainer.evaluate()
+    line |= evaluation_metrics(found)
+    spent = trainer.evaluation_ledger
+    line["ledger/held_out_network_evaluations"] = spent.network_evaluations
+    line["ledger/held_out_reward_calls"] = spent.reward_calls
+    if _standing(line) == -math.inf:
+        log.warning(
+            "iteration %d: no held-out image has a reward, so this checkpoint can't be marked the "
+            "best (held-out prompts have no metadata).",
+            n,
+        )
     return found
 
 
 def _standing(metrics: Metrics) -> float:
-    """What the best checkpoint is chosen by: the held-out reward, or -inf without an evaluation."""
+    """What the best checkpoint is chosen by: the held-out reward, or -inf if that is no number."""
     reward = metrics.get("eval/reward")
-    return -math.inf if reward is None or math.isnan(reward) else float(reward)
+    return float(reward) if reward is not None and math.isfinite(reward) else -math.inf
 
 
 def _mean(values: list[float]) -> float | None:

@@ -92,8 +92,24 @@ def test_a_crash_before_the_mark_does_not_lose_the_best(tmp_path, monkeypatch):
     assert folder.best_score() == 0.9
 
 
-def test_without_held_out_rewards_nothing_is_best_and_it_is_said(tmp_path, caplog):
-    scores = {"type": f"{__name__}.Scripted", "scores": [math.nan] * 3}
+def test_a_run_that_is_stopped_at_its_best_has_it_marked(tmp_path):
+    """Between two checkpoints, by whoever watches."""
+
+    def watch(metrics, evaluated):
+        if metrics["iteration"] == 1:
+            raise KeyboardInterrupt
+
+    settings = {"iterations": 3, "evaluate_every": 1, "checkpoint_every": 2}
+    scores = {"type": f"{__name__}.Scripted", "scores": [0.1, 0.9]}
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", run=settings, evaluation=scores, watch=watch)
+    folder = RunFolder.open(tmp_path / "run")
+    assert (int(folder.best().name), folder.best_score()) == (1, 0.9)
+
+
+@pytest.mark.parametrize("failed", [math.nan, math.inf, None])
+def test_without_held_out_rewards_nothing_is_best_and_it_is_said(tmp_path, caplog, failed):
+    scores = {"type": f"{__name__}.Scripted", "scores": [failed] * 3}
     folder = train(tmp_path / "run", evaluation=scores)
     assert folder.best() is None
     said = [record.message for record in caplog.records]

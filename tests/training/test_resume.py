@@ -19,6 +19,7 @@ from tiny_run import (
     HERE,
     ROLLOUTS,
     PixelPolicy,
+    Shift,
     assert_same_run,
     brightness,
     final_tensors,
@@ -83,9 +84,15 @@ def test_an_error_of_the_watcher_leaves_the_iteration_saved(tmp_path):
     assert_same_run(train(tmp_path / "whole"), folder)
 
 
+@pytest.fixture
+def comparable(monkeypatch):
+    """The tiny run's evaluation passes for one that can be compared."""
+    monkeypatch.setattr(launch, "HeldOutEvaluation", Shift)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_who_asks_to_stop_in_the_last_iteration_waits_for_no_comparison(
-    tmp_path, monkeypatch, caplog, number
+    tmp_path, monkeypatch, caplog, comparable, number
 ):
     def watch(metrics, evaluated):
         if metrics["iteration"] == 3:
@@ -102,7 +109,7 @@ def test_who_asks_to_stop_in_the_last_iteration_waits_for_no_comparison(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_last_comparison_can_be_cut_short(tmp_path, monkeypatch, caplog, number):
+def test_the_last_comparison_can_be_cut_short(tmp_path, monkeypatch, caplog, comparable, number):
     """Everything else is there already; resuming makes it."""
 
     def compare(folder, trainer):
@@ -170,6 +177,79 @@ def test_a_resumed_run_may_become_longer(tmp_path):
     assert "iterations: 4" in (longer.path / "recipe.yaml").read_text()
 
 
+def test_who_stops_a_run_that_can_not_be_compared_hears_of_no_comparison(tmp_path, caplog):
+    train(tmp_path / "run", watch=lambda *_: signal.raise_signal(signal.SIGINT), stop_after=0)
+    train(
+        tmp_path / "whole",
+        watch=lambda line, _: line["iteration"] == 3 and signal.raise_signal(signal.SIGINT),
+    )
+    assert "finishing the iteration" in caplog.text
+    assert "comparison" not in caplog.text
+
+
+def test_an_evaluation_that_fails_where_a_run_was_cut_short_loses_nothing(tmp_path, monkeypatch):
+    folder = train(tmp_path / "run", stop_after=1)
+    before = lines(folder)
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shift, "run", fail)
+        with pytest.raises(KeyboardInterrupt):
+            entroflow.resume(folder.path, ["run.iterations=1"], policy=PixelPolicy())
+    assert lines(folder) == before
+    folder = entroflow.resume(folder.path, policy=PixelPolicy())
+    assert_same_run(train(tmp_path / "whole", run={"iterations": 1}), folder)
+
+
+def test_a_run_cut_to_less_than_it_has_done_ends_where_it_stands(tmp_path):
+    folder = train(tmp_path / "run", stop_after=1, run={"iterations": 5, "evaluate_every": 7})
+    folder = entroflow.resume(folder.path, ["run.iterations=0"], policy=PixelPolicy())
+    assert [line["iteration"] for line in lines(folder)] == [0, 1]
+    assert "eval/strict" in lines(folder)[-1]
+
+
+def test_what_could_not_be_written_down_is_in_no_checkpoint(tmp_path, monkeypatch):
+    """So a resumed run makes the picture that a full disk has cost."""
+    save = RunFolder.save_sheet
+
+    def full(self, name, evaluated):
+        if name == "00000002":
+            raise OSError("the disk is full")
+        return save(self, name, evaluated)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_sheet", full)
+        with pytest.raises(OSError, match="the disk is full"):
+            train(tmp_path / "run")
+    folder = RunFolder.open(tmp_path / "run")
+    assert folder.latest().name == "00000000"
+    folder = entroflow.resume(folder.path, policy=PixelPolicy())
+    assert_same_run(train(tmp_path / "whole"), folder)
+
+
+def test_a_checkpoint_comes_after_the_watcher_has_seen_the_iteration(tmp_path):
+    seen = []
+
+    def watch(metrics, evaluated):
+        folder = RunFolder.open(tmp_path / "run")
+        seen.append((metrics["iteration"], [int(path.name) for path in folder.all_checkpoints()]))
+
+    train(tmp_path / "run", watch=watch)
+    assert seen == [(0, []), (1, [0]), (2, [0]), (3, [0, 2])]
+
+
+def test_a_checkpoint_that_was_being_replaced_is_put_back(tmp_path):
+    """A crash between the two renames leaves the old one under another name."""
+    folder = train(tmp_path / "run", stop_after=1)
+    latest = folder.latest()
+    latest.rename(latest.with_name(f".{latest.name}.old"))
+    folder = entroflow.resume(folder.path, policy=PixelPolicy())
+    assert_same_run(train(tmp_path / "whole"), folder)
+    assert not list(folder.checkpoints.glob(".*"))
+
+
 def test_a_run_cut_short_to_where_it_stands_ends_with_an_evaluation(tmp_path):
     """Iteration 1 was no end when it was run, and had none."""
     whole = train(tmp_path / "whole", run={"iterations": 1})
@@ -210,22 +290,33 @@ def test_trying_the_inputs_moves_no_memory(tmp_path):
 
 def test_a_run_folder_has_one_writer(tmp_path):
     """Whoever comes second is refused, and changes nothing; what was half written goes."""
-    folder = train(tmp_path / "run", stop_after=1)
-    halves = [folder.path / ".evaluation.json.1.part", folder.checkpoints / ".00000002.1.part"]
-    halves[0].write_text("{")
-    halves[1].mkdir()
+    refused = []
+
+    def watch(metrics, evaluated):
+        with pytest.raises(InputError, match="another process is writing into") as error:
+            entroflow.resume(tmp_path / "run", policy=PixelPolicy())
+        refused.append(error)
+
+    folder = train(tmp_path / "run", stop_after=1, watch=watch)
+    half = folder.checkpoints / ".00000002.1.part"
+    half.mkdir()
     with folder.held():
-        assert not any(path.exists() for path in halves)
+        assert not half.exists()
         before = {path: path.read_bytes() for path in folder.path.glob("*.*")}
-        with pytest.raises(RunError, match="another process is writing into"):
+        with pytest.raises(InputError, match="another process is writing into"):
             entroflow.resume(folder.path, policy=PixelPolicy())
         assert {path: path.read_bytes() for path in folder.path.glob("*.*")} == before
-    folder = entroflow.resume(folder.path, policy=PixelPolicy())
+    folder = entroflow.resume(folder.path, policy=PixelPolicy(), watch=watch)
     assert folder.metrics()[-1]["iteration"] == 3
+    assert len(refused) == 2 + 2
 
 
 def test_runs_that_start_at_once_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(FileExistsError):
+        launch.new_folder(recipe())
+    (tmp_path / "runs").unlink()
     made = [launch.new_folder(recipe()) for _ in range(3)]
     assert len(set(made)) == 3
     assert {path.parent.name for path in made} == {"runs"}
@@ -248,10 +339,13 @@ def test_a_torn_recipe_is_refused_wherever_it_is_cut(tmp_path):
     folder = train(tmp_path / "run", stop_after=1)
     path = folder.path / "recipe.yaml"
     whole = path.read_text()
-    for end in range(0, len(whole), 7):
-        path.write_text(whole[:end])
+    for torn in (*(whole[:end] for end in range(0, len(whole), 7)), "notes: we train ...\n"):
+        path.write_text(torn)
         with pytest.raises(RunError, match=r"recipe.yaml is torn"):
             entroflow.resume(folder.path, policy=PixelPolicy())
+    for same in (whole.rstrip(), whole + "\n\n", whole.replace("\n", "\r\n")):
+        path.write_bytes(same.encode())
+        RunFolder.open(folder.path)
     path.write_text(whole)
     assert entroflow.resume(folder.path, policy=PixelPolicy()).metrics()[-1]["iteration"] == 3
 
