@@ -55,6 +55,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "every_step": "entroflow.exploration.every_step.EveryStep",
         "random_fraction": "entroflow.exploration.random_fraction.RandomFraction",
         "window": "entroflow.exploration.window.Window",
+        "merged_steps": "entroflow.exploration.merged_steps.MergedSteps",
     },
     "kernel": {
         "flow_sde": "entroflow.sampling.kernels.FlowSDE",

@@ -1,0 +1,135 @@
+"""E-GRPO: one stochastic step per rollout, made long enough to matter; all else is the ODE."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from entroflow.component import Component
+from entroflow.entropy.steps import Scale, merge_lengths
+from entroflow.errors import InputError
+from entroflow.exploration.base import Request
+from entroflow.sampling.kernels import FlowSDE, VarianceMatched
+from entroflow.sampling.plan import Plan, Role, fresh_rows, with_children
+
+Part = Literal["first_quarter", "first_half", "second_half", "all"]
+
+
+class MergedSteps(Component):
+    """Branches off one deterministic trajectory per prompt, each by one stochastic step.
+
+    E-GRPO (2601.00423). A prompt has one initial noise and one anchor that follows the ODE. At
+    every start, the rollouts of its group leave the anchor's state by one stochastic step over
+    `merge` steps of the grid, and follow the ODE from there. Their rewards are compared within
+    (prompt, start), where they share state and velocity, so that only this one step can make them
+    differ. The number of rollouts that the allocation gives a prompt is that of each of its groups.
+    """
+
+    type: Literal["merged_steps"] = "merged_steps"
+    starts: Part | tuple[int, ...] = Field(
+        "first_half", description="where rollouts branch off: a part of the steps, or their indices"
+    )
+    merge: Literal["entropy"] | int | tuple[int, ...] = Field(
+        "entropy",
+        description="steps that make one stochastic step: as many as reach tau, or a number, or "
+        "one for each start; 1 merges none",
+    )
+    tau: float = Field(2.2, description="of merge: entropy; least entropy of a stochastic step")
+    scale: Scale = Field(
+        "perplexity", description="of tau, per value: e^h, e^(2h), 2h, or h in nats"
+    )
+    overlap: bool = Field(
+        True, description="false: the next start is where the last merged step ended"
+    )
+
+    def steps(self, request: Request) -> list[tuple[int, int]]:
+        """Start and end of every stochastic step, as indices into the base grid.
+
+        Raises:
+            InputError: a start or a length is outside the grid, tau is out of reach, or the kernel
+                does not gain entropy by merging.
+        """
+        T = len(request.base_grid) - 1
+        starts = self._starts(T)
+        lengths = self._lengths(request, starts)
+        found: list[tuple[int, int]] = []
+        for start, length in zip(starts, lengths, strict=True):
+            if start + length >= T:
+                raise InputError(
+                    f"exploration.merge is {length} at step {start}, but must end before the last "
+                    f"of the {T} steps, whose noise would stay visible."
+                )
+            if self.overlap or not found or start >= found[-1][1]:
+                found.append((start, start + length))
+        return found
+
+    def plan(self, request: Request) -> Plan:
+        """One anchor per prompt, and `sizes` branches for every prompt and start.
+
+        Raises:
+            InputError: see `steps`.
+        """
+        grid, P, T = request.base_grid, len(request.prompts), len(request.base_grid) - 1
+        steps = self.steps(request)
+        one, none = torch.ones(P, dtype=torch.long), torch.zeros(P, dtype=torch.long)
+        anchors = fresh_rows(
+            request.prompts, one, none, grid, torch.zeros(T, dtype=grid.dtype),
+            share_noise=True, role=Role.ANCHOR, scored=False,
+        )  # fmt: skip
+        # Groups are numbered so that those of a prompt are neighbours: the anchor's, then by start.
+        anchors = replace(anchors, group=anchors.prompt * (T + 1))
+        counts = request.sizes.repeat_interleave(len(steps))
+        branch = torch.arange(P * len(steps)).repeat_interleave(counts)
+        prompt, which = branch // len(steps), branch % len(steps)
+        within = torch.arange(len(branch)) - (counts.cumsum(0) - counts)[branch]
+        start, end = torch.tensor(steps)[which].unbind(dim=1)
+        points = (end[:, None] + torch.arange(-1, T)).clamp(max=T)
+        points[:, 0] = start
+        points = points[:, : T + 2 - min(end for _, end in steps)]
+        std = torch.zeros(len(branch), points.shape[1] - 1, dtype=grid.dtype)
+        std[:, 0] = request.kernel.std(grid[start], grid[end], grid)
+        return with_children(
+            anchors, prompt, start, role=Role.ROLLOUT, group=prompt * (T + 1) + 1 + start,
+            member=within + request.first_member[prompt], points=points, std=std,
+        )  # fmt: skip
+
+    def _starts(self, T: int) -> tuple[int, ...]:  # noqa: N803
+        if isinstance(self.starts, str):
+            half = T // 2
+            parts = {
+                "first_quarter": range(T // 4),
+                "first_half": range(half),
+                "second_half": range(half, T - 1),
+                "all": range(T - 1),
+            }
+            return tuple(parts[self.starts])
+        wrong = [start for start in self.starts if not 0 <= start < T - 1]
+        if wrong or list(self.starts) != sorted(set(self.starts)) or not self.starts:
+            raise InputError(
+                f"exploration.starts must be rising numbers from 0 to {T - 2} (the last of the {T} "
+                f"steps stays deterministic), not {list(self.starts)}."
+            )
+        return self.starts
+
+    def _lengths(self, request: Request, starts: tuple[int, ...]) -> list[int]:
+        merge = self.merge
+        if isinstance(merge, tuple) and len(merge) != len(starts):
+            raise InputError(
+                f"exploration.merge has {len(merge)} numbers for {len(starts)} starts."
+            )
+        if merge == 1 or (isinstance(merge, tuple) and set(merge) == {1}):
+            return [1] * len(starts)
+        if not isinstance(request.kernel, FlowSDE | VarianceMatched):
+            raise InputError(
+                "exploration merged_steps merges steps to gain entropy, which only the kernels "
+                "flow_sde and variance_matched do; choose one of them, or set exploration.merge=1."
+            )
+        if merge == "entropy":
+            return merge_lengths(request.kernel, request.base_grid, starts, self.tau, self.scale)
+        lengths = [merge] * len(starts) if isinstance(merge, int) else list(merge)
+        if min(lengths) < 1:
+            raise InputError(f"exploration.merge must be at least 1, not {min(lengths)}.")
+        return lengths
