@@ -20,6 +20,17 @@ UNMEASURED = (
 )  # fmt: skip
 
 
+PLAN = {
+    "network_evaluations": 1012,
+    "weighted_evaluations": 1036,
+    "reward_calls": 96,
+    "steps": [
+        {"start": 0, "end": 1, "entropy": math.log(2.893)},
+        {"start": 2, "end": 4, "entropy": math.log(3.117)},
+    ],
+}
+
+
 def line(iteration):
     """Metrics of an iteration in which nothing could be measured."""
     counts = {"ledger/network_evaluations": 1234, "ledger/weighted_evaluations": 2_500_000}
@@ -30,7 +41,7 @@ def line(iteration):
 def test_progress_copes_with_what_was_not_measured_and_shows_every_monitor(capsys):
     scores = {"eval/strict": 0.5, "eval/strict_low": 0.4, "eval/strict_high": 0.6}
     first = line(0) | scores | {"eval/score": 0.7}
-    first |= {"policy/clip_range": 1e-4, "policy/dimensions": 3072}
+    first |= {"policy/clip_range": 1e-4, "policy/dimensions": 3072, "plan": PLAN}
     monitors = {"sharpness": 0.25, "contrast": math.nan}
     found = Evaluated({}, 0.5, monitors, torch.zeros(0), [], [])
     with show.TrainingProgress(load_recipe("quickstart")) as progress:
@@ -38,6 +49,8 @@ def test_progress_copes_with_what_was_not_measured_and_shows_every_monitor(capsy
         progress.watch(line(1), None)
     said = capsys.readouterr().out
     assert "strict 0.500 [0.40, 0.60]" in said
+    assert "an iteration: 1,012 network evaluations, 1,036 weighted, 96 rewards" in said
+    assert "per value): 0-1 2.89  2-4 3.12" in said
     assert "sharpness 0.25  contrast nan  2.5M weighted evaluations" in said
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -77,6 +77,7 @@ class TrainingProgress:
                 f"(D = {D})",
                 highlight=False,
             )
+            console.print(expectation(metrics["plan"]), highlight=False, soft_wrap=True)
         if evaluated is not None:
             self._strict = metrics["eval/strict"]
             monitors = "".join(f"{name} {v:.3g}  " for name, v in evaluated.monitors.items())
@@ -104,6 +105,20 @@ class TrainingProgress:
         path = folder.path / EVALUATION
         if path.exists():
             print_table(evaluation_table(read_object(path)))
+
+
+def expectation(plan: Mapping[str, Any]) -> str:
+    """What an iteration costs and which steps are stochastic, from `Trainer.expected`."""
+    if not plan:
+        return "no rollouts are planned"
+    steps = "  ".join(
+        f"{step['start']}-{step['end']} {math.exp(step['entropy']):.3g}" for step in plan["steps"]
+    )
+    return (
+        f"an iteration: {plan['network_evaluations']:,} network evaluations, "
+        f"{plan['weighted_evaluations']:,} weighted, {plan['reward_calls']:,} rewards\n"
+        f"stochastic steps (start-end, exp of the entropy per value): {steps}"
+    )
 
 
 def evaluation_table(summary: dict[str, Any]) -> Table:

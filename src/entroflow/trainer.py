@@ -23,6 +23,7 @@ from entroflow.credit.normalise import is_tied
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated
 from entroflow.exploration.base import Request
+from entroflow.exploration.summary import summary_of
 from entroflow.ledger import Ledger
 from entroflow.objectives.update import UpdateStatistics, update
 from entroflow.policies.base import Condition, Policy
@@ -71,14 +72,8 @@ class Trainer:
         Raises:
             InputError: a prompt file, a caption or a range of steps is wrong.
         """
-        memories = [(part, deepcopy(part.state())) for _, part in self._components_with_memory()]
-        prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
-        self._encode(prompts)
-        sizes = self.recipe.allocation.sizes(len(prompts), [])
-        if sizes is not None:
-            self._plan(prompts, sizes, torch.zeros(len(prompts), dtype=torch.long))
-        for part, memory in memories:
-            part.load_state(memory)
+        self._encode(self.recipe.prompts.batch(self.recipe.run.seed, self.iteration))
+        self.expected()
 
     def step(self) -> Metrics:
         """One iteration: the whole method, a line a stage."""
@@ -234,9 +229,38 @@ class Trainer:
             },
         }
 
+    def expected(self) -> Metrics:
+        """What an iteration is about to do, by its plan: that of the present iteration.
+
+        Costs are those of a first round of which no transition is skipped: `network_evaluations`,
+        `weighted_evaluations` and `reward_calls` as in the ledger. The rest is `summary_of` it.
+        """
+        memories = [(part, deepcopy(part.state())) for _, part in self._components_with_memory()]
+        prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
+        sizes = self.recipe.allocation.sizes(len(prompts), [])
+        if sizes is None:
+            return {}
+        plan = self._plan(prompts, sizes, torch.zeros(len(prompts), dtype=torch.long))
+        for part, memory in memories:
+            part.load_state(memory)
+        objective, ledger = self.recipe.objective, Ledger()
+        passes = self.policy.evaluations(self.recipe.sampling.guidance)
+        ledger.forward(plan.network_evaluations() * passes)
+        updates = plan.trained_states() * passes * objective.epochs
+        ledger.forward_backward(updates)
+        if objective.needs_reference:
+            ledger.forward(updates)
+        return {
+            "network_evaluations": ledger.network_evaluations,
+            "weighted_evaluations": ledger.weighted_evaluations,
+            "reward_calls": int(plan.scored.sum()),
+            **summary_of(plan),
+        }
+
     def start_metrics(self) -> Metrics:
         """The line of iteration 0."""
         return {
+            "plan": self.expected(),
             "iteration": 0,
             "seconds": 0.0,
             "policy/dimensions": self.dimensions,

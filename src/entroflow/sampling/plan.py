@@ -107,6 +107,17 @@ class Plan:
         known = (self.parent != FRESH).sum()
         return int(self.length.sum() - known)
 
+    def trained_states(self) -> int:
+        """Different states that trained steps of rollouts start from: the passes of an update."""
+        trained = self.trained & (self.role == Role.ROLLOUT)[:, None]
+        row, step = trained.nonzero(as_tuple=True)
+        while (inherited := (step == 0) & (self.parent[row] != FRESH)).any():
+            row, step = (
+                torch.where(inherited, self.parent[row], row),
+                torch.where(inherited, self.parent_step[row], step),
+            )
+        return len({*zip(row.tolist(), step.tolist(), strict=True)})
+
 
 def fresh_rows(
     prompts: Sequence[Prompt],
