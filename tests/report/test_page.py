@@ -1,6 +1,7 @@
 """The report of small run folders made by hand."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -400,6 +401,37 @@ def test_base_and_tuned_are_compared_in_what_the_reward_can_not_see(make_run):
     assert "background texture 0.00200 0.00700 × 3.50" in table
     assert "diversity within a prompt 0.250 0.300 × 1.20" in table
     assert "contrast" not in table
+
+
+PLAN = {
+    "grid": [1.0, 0.75, 0.5, 0.25, 0.0],
+    "steps": [
+        {"start": 1, "end": 3, "sigma": 0.75, "sigma_next": 0.25, "std": 0.5, "entropy": 0.5,
+         "rows": 8, "trained": 8},
+    ],
+    "rows": [
+        {"role": "anchor", "points": [0, 1, 2, 3, 4], "stochastic": [], "trained": [], "count": 1},
+        {"role": "rollout", "points": [1, 3, 4], "stochastic": [0, 1], "trained": [0], "count": 8},
+    ],
+}  # fmt: skip
+
+
+def test_the_plan_is_drawn_row_by_row_with_the_entropy_of_its_steps(make_run):
+    folder = make_run()
+    write_text(folder.path / METRICS, "")
+    for iteration in range(3):
+        folder.append_metrics(metrics_line(iteration, **({"plan": PLAN} if not iteration else {})))
+    page = read(folder)
+    assert "The plan of an iteration" in page.text
+    (rows,) = [f for f in page.figures if f["data"][0].get("name") == "ODE"]
+    drawn = {trace["name"]: (trace["x"], trace["y"]) for trace in rows["data"]}
+    assert drawn["ODE"] == ([0, 1, None, 1, 2, None, 2, 3, None, 3, 4, None], [0, 0, None] * 4)
+    assert drawn["random, trained"] == ([1, 3, None], [1, 1, None])
+    assert drawn["random"] == ([3, 4, None], [1, 1, None])
+    assert rows["layout"]["yaxis"]["ticktext"] == ["anchor", "8 ×"]
+    (bars,) = [f for f in page.figures if f["data"][0].get("x") == ["1–3"]]
+    assert bars["data"][0]["y"] == pytest.approx([math.exp(0.5)])
+    assert "The plan of an iteration" not in read(make_run(last=6)).text
 
 
 def test_the_comparison_is_among_the_costs(make_run):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, pairwise
 from typing import Any
 
 from entroflow.report.wording import Interval, number
@@ -408,6 +408,83 @@ def _constant(values: Sequence[float], per: str, rounding: float = 0.0) -> str:
     level = "0" if abs(values[0]) <= rounding else number(values[0])
     exact = len(set(values)) == 1
     return f"{level}{'' if exact else ' up to rounding'} at every {per}."
+
+
+# --- the plan of an iteration ---------------------------------------------------------------------
+
+MOST_ROWS = 32
+"""Kinds of rows that are drawn."""
+
+
+def plan_panels(metrics: Metrics) -> list[Panel]:
+    """Which steps of which rows are random, and their entropy, as planned at the start."""
+    plan = metrics[0].get("plan") if metrics else None
+    if not plan or not plan.get("steps"):
+        return []
+    entropies = _figure(
+        [
+            {
+                "type": "bar",
+                "x": [f"{step['start']}–{step['end']}" for step in plan["steps"]],
+                "y": [math.exp(step["entropy"]) for step in plan["steps"]],
+                "customdata": [
+                    [step["sigma"], step["sigma_next"], step["std"], step["entropy"]]
+                    for step in plan["steps"]
+                ],
+                "marker": {"color": BLUE},
+                "hovertemplate": "sigma %{customdata[0]:.3f} to %{customdata[1]:.3f}<br>"
+                "std %{customdata[2]:.3f}, %{customdata[3]:.2f} nats<extra></extra>",
+            }
+        ],
+        xaxis={"title": {"text": "step (start–end)"}, "type": "category"},
+        yaxis={"rangemode": "tozero"},
+    )
+    return [
+        Panel(
+            "Which rows are random where",
+            "Rows of one prompt, from noise on the left to the image on the right: as many as the "
+            "number at the left are alike. Gray follows the ODE, blue is random and trained, "
+            "orange random only. The plan of the first iteration.",
+            _rows_drawn(plan),
+        ),
+        Panel(
+            "Entropy of each stochastic step",
+            "The exponential of the entropy per latent value: how far the images of a group can "
+            "come apart at this step.",
+            entropies,
+        ),
+    ]
+
+
+def _rows_drawn(plan: Mapping[str, Any]) -> Figure:
+    kinds = plan["rows"][:MOST_ROWS]
+    names = {"ODE": (GRAY, 2), "random, trained": (BLUE, 6), "random": (ORANGE, 6)}
+    drawn: dict[str, tuple[list[Any], list[Any]]] = {name: ([], []) for name in names}
+    for y, kind in enumerate(kinds):
+        for step, (start, end) in enumerate(pairwise(kind["points"])):
+            random = step in kind["stochastic"]
+            trained = step in kind["trained"]
+            name = ("random, trained" if trained else "random") if random else "ODE"
+            # None ends a line.
+            drawn[name][0].extend([start, end, None])
+            drawn[name][1].extend([y, y, None])
+    traces = [
+        {"x": x, "y": y, "mode": "lines", "name": name, "hoverinfo": "skip",
+         "line": {"color": names[name][0], "width": names[name][1]}}
+        for name, (x, y) in drawn.items()
+        if x
+    ]  # fmt: skip
+    labels = ["anchor" if kind["role"] == "anchor" else f"{kind['count']} ×" for kind in kinds]
+    axis = {
+        "tickvals": list(range(len(kinds))), "ticktext": labels, "showgrid": False,
+        "range": [len(kinds) - 0.4, -0.6], "zeroline": False,
+    }  # fmt: skip
+    return _figure(
+        traces,
+        height=min(520, 130 + 16 * len(kinds)),
+        xaxis={"title": {"text": "step"}, "showgrid": False},
+        yaxis=axis,
+    )
 
 
 # --- drawing --------------------------------------------------------------------------------------

@@ -96,6 +96,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         ),
         "warnings": outcome.warnings(relative),
         "under_the_hood": curves.under_the_hood(metrics),
+        "plan": curves.plan_panels(metrics),
         "by_step": curves.by_step(metrics),
     }
 
