@@ -180,7 +180,7 @@ def test_commands_take_what_they_are_given(words):
 
 def test_every_command_is_shown():
     assert {words[0] for words in (param.values[0] for param in COMMANDS)} == {
-        "train", "sample", "evaluate", "report", "recipes", "pretrain",
+        "train", "sample", "evaluate", "report", "recipes", "pretrain", "compare",
     }  # fmt: skip
 
 

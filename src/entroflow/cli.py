@@ -160,6 +160,81 @@ def evaluate(
         print_table(evaluation_table(summary))
 
 
+@app.command(
+    epilog="Examples: `entroflow compare flow_grpo e_grpo` · `entroflow compare "
+    "e_grpo e_grpo,exploration.merge=1 --budget 100k --seeds 2` · `entroflow compare mix_grpo "
+    "dance_grpo reward.value=strict --learning-rates 5e-5,1e-4,2e-4`"
+)
+def compare(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE[,SECTION.KEY=VALUE]... [SECTION.KEY=VALUE]...",
+            help="Recipes, each with changes of its own behind commas; then changes to all.",
+        ),
+    ],
+    budget: Annotated[
+        str, typer.Option(help="Weighted network evaluations of a run, as 300k or 1.5M.")
+    ] = "300k",
+    updates: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps of a run, instead of a budget.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.1, help="Minutes of training, instead of a budget.")
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Runs of each recipe, with seeds 0, 1, ...")
+    ] = 3,
+    learning_rates: Annotated[
+        str | None,
+        typer.Option(
+            help="Rates to try with the first seed of each recipe; the best on validation prompts "
+            "is kept."
+        ),
+    ] = None,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once, one thread each; one for each core.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Results, and all runs; the same folder goes on.")
+    ] = Path("runs/compare"),
+) -> None:
+    """Run recipes with several seeds at equal cost, and print a table.
+
+    Ctrl-C finishes the iterations, saves, and exits; the same command goes on. A result is never
+    made twice.
+    """
+    from entroflow import compare as comparing
+    from entroflow.show import comparison_progress, comparison_table, print_table
+
+    arms = [comparing.Arm.parse(text) for text in arguments if "=" not in text.partition(",")[0]]
+    shared = [text for text in arguments if "=" in text.partition(",")[0]]
+    if not arms:
+        raise InputError("name at least one recipe; `entroflow recipes` lists them.")
+    if updates is not None and minutes is not None:
+        raise InputError("give --updates or --minutes, not both.")
+    if updates is None and minutes is None:
+        allowed = comparing.Budget(weighted_evaluations=comparing.amount(budget))
+    else:
+        allowed = comparing.Budget(updates=updates, minutes=minutes)
+    rates = [] if learning_rates is None else learning_rates.split(",")
+    try:
+        with comparison_progress() as progress:
+            results, failed = comparing.compare(
+                arms, range(seeds), allowed, out, shared=shared, learning_rates=rates,
+                at_once=at_once, progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on.")
+        return
+    if results:
+        print_table(comparison_table(comparing.rows(results)))
+    typer.echo(f"results  {out / comparing.RESULTS}")
+    if failed:
+        logs = ", ".join(str(job.folder(out).with_suffix(".log")) for job in failed)
+        raise InputError(f"{len(failed)} runs failed; their output is in {logs}.")
+
+
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write the report of a run anew: one HTML page that works offline."""

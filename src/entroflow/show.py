@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from entroflow.compare import Job, Row, smallest_difference
 from entroflow.evaluation.base import Evaluated
 from entroflow.recipe import Recipe
 from entroflow.runs import EVALUATION, RunFolder, read_object
@@ -158,6 +159,76 @@ def evaluation_table(summary: dict[str, Any]) -> Table:
             table.title = f"{table.title}\ntuned: after iteration {iteration}"
         table.caption = f"gain in strict score {gain['strict']:+.3f} {interval}"
     return table
+
+
+class _ComparisonProgress:
+    """A bar over runs, and a line for each that is done."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("comparing", total=0)
+
+    def begin(self, jobs: Sequence[Job]) -> None:
+        """See `compare.Progress`."""
+        self._progress.update(self._task, total=len(jobs), completed=0)
+
+    def done(self, job: Job, result: Mapping[str, Any] | None) -> None:
+        """See `compare.Progress`."""
+        self._progress.update(self._task, advance=1)
+        said = "failed"
+        if result is not None:
+            models = result["test"]["models"]
+            before, after = (
+                models[name]["scores"]["overall"]["strict"] for name in ("base", "tuned")
+            )
+            said = f"strict {before:.3f} -> {after:.3f} in {result['training_seconds']:.0f} s"
+        console.print(
+            f"{escape(job.arm.name)}  seed {job.seed}  {said}", highlight=False, soft_wrap=True
+        )
+
+
+@contextmanager
+def comparison_progress() -> Iterator[_ComparisonProgress]:
+    """A bar over the runs of a comparison; without a terminal, their lines alone."""
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with progress:
+        yield _ComparisonProgress(progress)
+
+
+def comparison_table(table: Sequence[Row]) -> Table:
+    """One line per arm, the best first, and the smallest difference that would have shown."""
+    shown = Table(
+        title="strict score on test prompts: mean over seeds, and standard deviation",
+        title_justify="left",
+    )
+    shown.add_column("recipe", overflow="fold")
+    headings = ("seeds", "iterations", "evaluations", "strict", "gain", "texture", "diversity")
+    for heading in (*headings, "minutes"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for row in table:
+        spread = "" if math.isnan(row.spread) else f" ± {row.spread:.3f}"
+        shown.add_row(
+            escape(row.name), str(row.seeds), str(row.iterations),
+            compact(row.weighted_evaluations), f"{row.strict:.3f}{spread}", f"{row.gain:+.3f}",
+            f"× {row.texture:.2f}", f"× {row.diversity:.2f}", f"{row.minutes:.1f}",
+        )  # fmt: skip
+    least = smallest_difference(table)
+    shown.caption = (
+        "one seed shows no differences: give more"
+        if math.isnan(least)
+        else f"differences below {least:.3f} would likely not have shown (t-test, 5%, power 80%)"
+    )
+    return shown
 
 
 def print_table(table: Table) -> None:
