@@ -346,6 +346,7 @@ def _ratio_deviation(metrics: Metrics) -> Panel | None:
 def by_step(metrics: Metrics) -> list[Panel]:
     """The same quantities for each denoising step: heat maps, step x iteration."""
     lines = [line for line in metrics if line.get("by_step")]
+    grid = (metrics[0].get("plan") or {}).get("grid", []) if metrics else []
     panels = []
     for key, title, reading, zero in BY_STEP:
         values = [line["by_step"].get(key) or {} for line in lines]
@@ -359,7 +360,8 @@ def by_step(metrics: Metrics) -> list[Panel]:
         rounding = ROUNDING if key in DIVERGING else 0.0
         finding = _constant(flat, "step and iteration", rounding)
         iterations = [line["iteration"] for line in lines]
-        figure = None if finding else _heat_map(iterations, steps, rows, key in DIVERGING)
+        labels = [f"{step} · {grid[step]:.2f}" if grid else str(step) for step in steps]
+        figure = None if finding else _heat_map(iterations, labels, rows, key in DIVERGING)
         panels.append(Panel(title, reading, figure, finding))
     return panels
 
@@ -369,12 +371,12 @@ def _shifted(value: object, zero: float) -> float | None:
 
 
 def _heat_map(
-    iterations: Sequence[int], steps: Sequence[int], rows: Sequence[Any], diverging: bool
+    iterations: Sequence[int], labels: Sequence[str], rows: Sequence[Any], diverging: bool
 ) -> Figure:
     trace: dict[str, Any] = {
         "type": "heatmap",
         "x": list(iterations),
-        "y": [str(step) for step in steps],
+        "y": list(labels),
         "z": rows,
         "colorbar": {
             "thickness": 8,
@@ -394,10 +396,10 @@ def _heat_map(
     axis = {
         "type": "category",
         "autorange": "reversed",
-        "title": {"text": "step"},
+        "title": {"text": "step · sigma" if "·" in labels[0] else "step"},
         "showgrid": False,
     }
-    height = min(420, 130 + 22 * len(steps))
+    height = min(420, 130 + 22 * len(labels))
     return _figure([trace], height=height, xaxis={"showgrid": False}, yaxis=axis)
 
 
