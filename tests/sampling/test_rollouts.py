@@ -21,10 +21,14 @@ KERNEL = FlowSDE(noise_level=0.7)
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32))
-def test_the_table_holds_every_stochastic_step_of_the_rollouts_with_its_own_advantage(seed):
-    """Also on grids that skip points, where the step of the base grid is not the column."""
+def test_the_table_holds_every_trained_step_of_the_rollouts_with_its_own_advantage(seed):
+    """Also on grids that skip points, where the step of the base grid is not the column, and where
+    not every stochastic step is trained.
+    """
     rng = np.random.default_rng(seed)
     plan, policy = random_plan(rng), GaussianPolicy(0.3, 0.5, offsets=OFFSETS)
+    if rng.random() < 0.5:
+        plan = plan.training(torch.from_numpy(rng.random(plan.std.shape) < 0.6))
     rollouts = Rollouts.empty(plan, policy.latent_shape, torch.float64, keep_means=True)
     cond = policy.encode(plan.texts)
     for _ in sample(policy, KERNEL, rollouts, cond, seed=0, iteration=0, batch_size=3):
@@ -36,9 +40,11 @@ def test_the_table_holds_every_stochastic_step_of_the_rollouts_with_its_own_adva
         (row, column)
         for row in range(plan.rows)
         for column in range(int(plan.length[row]))
-        if plan.role[row] == Role.ROLLOUT and plan.std[row, column] > 0
+        if plan.role[row] == Role.ROLLOUT and plan.trained[row, column]
     ]
     assert len(table) == len(wanted)
+    assert not (plan.trained & (plan.std == 0)).any()
+    assert plan.trained_states() == len(table.state.unique())
     valid = sum(not math.isnan(advantages[place]) for place in wanted)
     for i, (row, column) in enumerate(wanted):
         points = plan.points[row].tolist()

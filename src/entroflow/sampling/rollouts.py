@@ -28,7 +28,8 @@ class Rollouts:
         velocities: [V, *latent] pool of the velocities at states that children start from.
         velocity_index: [B, S] position in that pool, or `ABSENT`.
         log_prob: [B, S] of stochastic steps, 0 elsewhere.
-        means: [B, S, *latent] of all steps if they were asked for.
+        means: [K, *latent] pool of the means of trained steps; empty unless they were asked for.
+        mean_index: [B, S] position in that pool, or `ABSENT`.
         images: [number of scored rows, 3, H, W] in [0, 1].
     """
 
@@ -38,7 +39,8 @@ class Rollouts:
     velocities: Tensor
     velocity_index: Tensor
     log_prob: Tensor
-    means: Tensor | None
+    means: Tensor
+    mean_index: Tensor
     images: Tensor | None = None
 
     @classmethod
@@ -73,9 +75,12 @@ class Rollouts:
         for wave in plan.waves():
             born = wave[plan.parent[wave] != FRESH]
             state_index[born, 0] = state_index[plan.parent[born], plan.parent_step[born]]
-        means = torch.zeros(*plan.std.shape, *latent_shape, dtype=exact) if keep_means else None
+        mean_index = numbered(trained & keep_means)
+        means = torch.zeros(int((mean_index != ABSENT).sum()), *latent_shape, dtype=exact)
         log_prob = torch.zeros(plan.std.shape, dtype=exact)
-        return cls(plan, states, state_index, velocities, velocity_index, log_prob, means)
+        return cls(
+            plan, states, state_index, velocities, velocity_index, log_prob, means, mean_index
+        )
 
     def image_of(self, rows: Tensor) -> Tensor:
         """Position of scored rows in `images`."""
@@ -110,15 +115,8 @@ def join_rollouts(rounds: Sequence[Rollouts]) -> Rollouts:
         return torch.cat(parts)
 
     states, velocities = [r.states for r in rounds], [r.velocities for r in rounds]
+    means = [r.means for r in rounds]
     images = [r.images for r in rounds if r.images is not None]
-    means = None
-    if rounds[0].means is not None:
-        means = rounds[0].means.new_zeros(*plan.std.shape, *rounds[0].states.shape[1:])
-        first = 0
-        for r in rounds:
-            assert r.means is not None
-            means[first : first + r.plan.rows, : r.means.shape[1]] = r.means
-            first += r.plan.rows
     return Rollouts(
         plan=plan,
         states=torch.cat(states),
@@ -126,7 +124,8 @@ def join_rollouts(rounds: Sequence[Rollouts]) -> Rollouts:
         velocities=torch.cat(velocities),
         velocity_index=moved([r.velocity_index for r in rounds], velocities, S),
         log_prob=torch.cat([padded(r.log_prob, S, 0) for r in rounds]),
-        means=means,
+        means=torch.cat(means),
+        mean_index=moved([r.mean_index for r in rounds], means, S),
         images=torch.cat(images) if images else None,
     )
 
@@ -188,6 +187,7 @@ def transitions_of(rollouts: Rollouts, advantages: Tensor) -> Transitions:
     valid = ~advantage.isnan()
     weight = valid.double() / valid.sum().clamp(min=1)
     sigmas = plan.sigmas
+    mean = rollouts.mean_index[row, column]
     return Transitions(
         states=rollouts.states,
         state=rollouts.state_index[row, column],
@@ -202,5 +202,5 @@ def transitions_of(rollouts: Rollouts, advantages: Tensor) -> Transitions:
         group=plan.group[row],
         advantage=advantage.nan_to_num(0.0),
         weight=weight,
-        mean=None if rollouts.means is None else rollouts.means[row, column],
+        mean=rollouts.means[mean] if len(rollouts.means) else None,
     )

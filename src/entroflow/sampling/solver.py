@@ -197,5 +197,6 @@ def _remember(rollouts: Rollouts, wave: Tensor, move: Moves) -> None:
     wanted = before != ABSENT
     rollouts.velocities[before[wanted]] = move.velocity[wanted].to(rollouts.velocities.dtype)
     rollouts.log_prob[row, move.step] = move.log_prob.to(rollouts.log_prob.dtype)
-    if rollouts.means is not None:
-        rollouts.means[row, move.step] = move.mean.to(rollouts.means.dtype)
+    place = rollouts.mean_index[row, move.step]
+    kept = place != ABSENT
+    rollouts.means[place[kept]] = move.mean[kept].to(rollouts.means.dtype)
