@@ -113,6 +113,21 @@ def test_every_arm_is_planned_with_every_seed_and_none_twice():
         planned([arms[0], arms[0]], [0], Budget(updates=4), TINY)
 
 
+def test_an_evaluation_without_test_prompts_is_refused():
+    own = Arm("flow_grpo_fast", ("evaluation.type=tiny_run.Shift",))
+    with pytest.raises(InputError, match="its evaluation has no test prompts to compare on"):
+        planned([own], [0], Budget(updates=4), [o for o in TINY if "evaluation" not in o])
+
+
+def test_runs_of_a_recipe_file_lie_in_the_folder_of_results(tmp_path):
+    path = tmp_path / "some" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_text("run: {iterations: 3}")
+    (job,) = planned([Arm(str(path))], [5], Budget(updates=4), TINY)
+    assert job.folder(tmp_path / "out").parent == tmp_path / "out" / "runs"
+    assert job.folder(tmp_path / "out").name.startswith("mine-")
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 

@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import scipy.stats
+import torch
 
 import entroflow
 from entroflow.checkpoints import one_writer, to_json, write_text
 from entroflow.errors import InputError
+from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.recipe import load_recipe
 from entroflow.runs import EVALUATION, RunFolder, read_object
 from entroflow.trainer import Trainer
@@ -66,7 +68,7 @@ class Budget:
     Attributes:
         weighted_evaluations: a forward and backward pass counts three.
         updates: optimizer steps.
-        minutes: of training on this machine, as two iterations make one expect.
+        minutes: of training on one thread of this machine, as two iterations make one expect.
     """
 
     weighted_evaluations: float | None = None
@@ -88,8 +90,11 @@ class Budget:
             fit = self.updates / (per_pass * recipe.objective.epochs)
         else:
             assert self.minutes is not None
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
             trainer.step()
             trainer.step()
+            torch.set_num_threads(threads)
             fit = 60 * self.minutes / (trainer.seconds / 2)
         if fit < 1:
             raise InputError(f"{recipe.name}: the budget is less than one iteration.")
@@ -113,7 +118,8 @@ class Job:
 
     def folder(self, out: Path) -> Path:
         """Where it is run."""
-        return out / "runs" / f"{self.arm.recipe}-{self.recipe_hash}-{self.base}-seed{self.seed}"
+        name = f"{Path(self.arm.recipe).stem}-{self.recipe_hash}-{self.base}-seed{self.seed}"
+        return out / "runs" / name
 
 
 def amount(text: str) -> float:
@@ -142,6 +148,11 @@ def planned(
     jobs: list[Job] = []
     for arm in arms:
         recipe = load_recipe(arm.recipe, [*arm.overrides, *shared])
+        if not isinstance(recipe.evaluation, HeldOutEvaluation):
+            raise InputError(
+                f"{arm.name}: its evaluation has no test prompts to compare on; derive it from "
+                "entroflow.evaluation.base.HeldOutEvaluation."
+            )
         trainer = Trainer(recipe)
         base = trainer.policy.weights.digest("reference")
         iterations = budget.iterations(trainer)

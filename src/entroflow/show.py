@@ -182,6 +182,7 @@ class _ComparisonProgress:
                 models[name]["scores"]["overall"]["strict"] for name in ("base", "tuned")
             )
             said = f"strict {before:.3f} -> {after:.3f} in {result['training_seconds']:.0f} s"
+            said += f" ({result['version']})"
         console.print(
             f"{escape(job.arm.name)}  seed {job.seed}  {said}", highlight=False, soft_wrap=True
         )
