@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from entroflow.compare import package_version
 from entroflow.policies.shapes.policy import WEIGHTS
 from entroflow.recipe import load_recipe
 from entroflow.runs import EVALUATION, RunFolder
@@ -42,14 +43,6 @@ def train(overrides: list[str], folder: Path) -> None:
         ["--resume", str(folder)] if goes_on else ["quickstart", "--run", str(folder), *overrides]
     )
     subprocess.run([sys.executable, "-m", "entroflow.cli", "train", *start], check=True)
-
-
-def commit() -> str:
-    """Of the package, and whether it was changed since."""
-    head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
-    status = ["git", "status", "--porcelain", "--", "src"]
-    changed = subprocess.check_output(status, cwd=ROOT, text=True)
-    return head.strip() + ("-changed" if changed else "")
 
 
 def result_of(folder: Path, key: dict, measured_at: str) -> dict:
@@ -137,7 +130,7 @@ def main() -> None:
         key = {"recipe_hash": recipe.hash, "base": weights, "seed": seed, "control": control}
         found = [r for r in stored if key.items() <= r.items()]
         if not found:
-            folder, measured_at = arguments.runs / name_of(key), commit()
+            folder, measured_at = arguments.runs / name_of(key), package_version()
             if not (folder / EVALUATION).exists():
                 train(overrides, folder)
             found = [{"overrides": overrides, **result_of(folder, key, measured_at)}]
