@@ -18,7 +18,7 @@ from entroflow.compare import Arm, Budget, Row, amount, best_by_validation, plan
 from entroflow.errors import InputError
 from entroflow.recipe import load_recipe
 from entroflow.runs import RunFolder
-from entroflow.show import comparison_table
+from entroflow.show import comparison_table, print_table
 from entroflow.trainer import Trainer
 
 TINY = (
@@ -270,6 +270,18 @@ def test_the_smallest_difference_is_that_of_a_t_test():
     apart = compare.smallest_difference([arm, arm])
     tests = scipy.stats.ttest_ind(noise[0] + apart, noise[1], axis=1)
     assert (tests.pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.02)
+
+
+def test_the_table_names_its_recipes_in_80_columns(capsys):
+    long = [
+        result_of("flow_grpo_fast,optimizer.learning_rate=4e-4", seed, 0.7) for seed in range(3)
+    ]
+    print_table(comparison_table(rows([*long, *RESULTS])))
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert "flow_grpo_fast" in said
+    assert "0.600 ± 0.100" in said
+    assert "+0.200" in said
 
 
 def test_one_seed_shows_no_difference():

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -211,10 +212,13 @@ def comparison_table(table: Sequence[Row]) -> Table:
     shown = Table(
         title="strict score on test prompts: mean over seeds, and standard deviation",
         title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
     )
-    shown.add_column("recipe", overflow="fold")
-    headings = ("seeds", "iterations", "evaluations", "strict", "gain", "texture", "diversity")
-    for heading in (*headings, "minutes"):
+    # Narrow enough for 80 columns, where a terminal's width is not known.
+    shown.add_column("recipe", overflow="fold", min_width=16)
+    for heading in ("n", "iter", "spent", "strict", "gain", "texture", "divers.", "min"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in table:
         spread = "" if math.isnan(row.spread) else f" ± {row.spread:.3f}"

@@ -431,7 +431,7 @@ def test_the_plan_is_drawn_row_by_row_with_the_entropy_of_its_steps(make_run):
     assert rows["layout"]["yaxis"]["ticktext"] == ["anchor", "8 ×"]
     (bars,) = [f for f in page.figures if f["data"][0].get("x") == ["1–3"]]
     assert bars["data"][0]["y"] == pytest.approx([math.exp(0.5)])
-    heat_maps = [f for f in page.figures if f["data"][0]["type"] == "heatmap"]
+    heat_maps = [f for f in page.figures if f["data"][0].get("type") == "heatmap"]
     assert heat_maps
     assert {tuple(f["data"][0]["y"]) for f in heat_maps} == {("0 · 1.00", "1 · 0.75")}
     assert "The plan of an iteration" not in read(make_run(last=6)).text
