@@ -173,7 +173,7 @@ def run_all(
     out: Path,
     *,
     at_once: int,
-    done: Callable[[Job, Mapping[str, Any] | None], None] = lambda job, result: None,
+    done: Callable[[Job, Mapping[str, Any] | None], None],
 ) -> list[dict[str, Any]]:
     """Run what has no result yet, `at_once` processes at a time, one thread each.
 

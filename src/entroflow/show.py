@@ -111,8 +111,6 @@ class TrainingProgress:
 
 def expectation(plan: Mapping[str, Any]) -> str:
     """What an iteration costs and which steps are stochastic, from `Trainer.expected`."""
-    if not plan:
-        return "no rollouts are planned"
     steps = "  ".join(
         f"{step['start']}-{step['end']} {math.exp(step['entropy']):.3g}" for step in plan["steps"]
     )

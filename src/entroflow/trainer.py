@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from copy import deepcopy
 from time import perf_counter
 from typing import Any
@@ -237,10 +237,9 @@ class Trainer:
         """
         memories = [(part, deepcopy(part.state())) for _, part in self._components_with_memory()]
         prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
+        none = torch.zeros(len(prompts), dtype=torch.long)
         sizes = self.recipe.allocation.sizes(len(prompts), [])
-        if sizes is None:
-            return {}
-        plan = self._plan(prompts, sizes, torch.zeros(len(prompts), dtype=torch.long))
+        plan = self._plan(prompts, none if sizes is None else sizes, none)
         for part, memory in memories:
             part.load_state(memory)
         objective, ledger = self.recipe.objective, Ledger()
@@ -368,15 +367,15 @@ def train_in(
         if n % settings.checkpoint_every == 0 or n == end:
             save()
 
+    def to_come() -> Iterator[Metrics]:
+        if trainer.iteration == 0 and not lines:
+            yield trainer.start_metrics()
+        while trainer.iteration < end:
+            yield trainer.step()
+
     lines = [line for line in folder.metrics() if line["iteration"] == trainer.iteration]
     try:
-        if trainer.iteration == 0 and not lines:
-            line = trainer.start_metrics()
-            found = _evaluated(trainer, line)
-            folder.append_metrics(line)
-            yield line, found
-            keep(line)
-        elif lines:
+        if lines:
             (line,), saved = lines, trainer.iteration
             if trainer.iteration >= settings.iterations and "eval/strict" not in line:
                 # The run was cut short to where it stands: what was no end is one now.
@@ -384,8 +383,7 @@ def train_in(
                 folder.replace_metrics(line)
                 yield line, found
             keep(line)
-        while trainer.iteration < end:
-            line = trainer.step()
+        for line in to_come():
             found = _evaluated(trainer, line)
             folder.append_metrics(line)
             yield line, found
