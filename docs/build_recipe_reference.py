@@ -56,7 +56,7 @@ entroflow train mine.yaml          # train by a file
 ```
 
 Every run folder holds its recipe with all keys written out, as `recipe.yaml`; `load_recipe` reads
-it back. The recipe's hash covers all sections, but of `run` only `iterations`: runs that differ in
+it back. The recipe's hash covers all sections, but of `run` only where it ends: runs that differ in
 the seed share it. It covers the dotted path of a part of your own, not the code behind it.
 
 ## Overrides

@@ -1,6 +1,6 @@
 """Compare recipes at equal cost: several seeds each, as separate processes, one thread each.
 
-    arms -> iterations that spend the budget -> runs -> results.json -> table
+    arms -> runs that end with the budget -> results.json -> table
 
 Every run is a run folder of its own, made by the command line, so each can be looked at, and what
 was stopped goes on. A result is kept under recipe hash, seed and base weights and never made twice.
@@ -75,30 +75,36 @@ class Budget:
     updates: int | None = None
     minutes: float | None = None
 
-    def iterations(self, trainer: Trainer) -> int:
-        """Iterations of a recipe that fit into the budget; for minutes the trainer takes two.
+    def end(self, trainer: Trainer) -> list[str]:
+        """The keys of `run` that end a recipe with the budget; for minutes the trainer takes two.
 
         Raises:
-            InputError: none does.
+            InputError: it is less than one iteration.
         """
-        recipe, expected = trainer.recipe, trainer.expected()
+        iterations = self._iterations(trainer)
+        if iterations < 1:
+            raise InputError(f"{trainer.recipe.name}: the budget is less than one iteration.")
         if self.weighted_evaluations is not None:
-            fit = self.weighted_evaluations / float(expected["weighted_evaluations"])
-        elif self.updates is not None:
-            parts = recipe.objective.minibatches
+            # By the ledger and not by its plan: a transition without advantage costs nothing.
+            return ["run.iterations=null", f"run.budget={self.weighted_evaluations:.0f}"]
+        return [f"run.iterations={math.floor(iterations)}", "run.budget=null"]
+
+    def _iterations(self, trainer: Trainer) -> float:
+        """How many iterations fit, by the plan of the first or, for minutes, the time of two."""
+        objective, expected = trainer.recipe.objective, trainer.expected()
+        if self.weighted_evaluations is not None:
+            return self.weighted_evaluations / float(expected["weighted_evaluations"])
+        if self.updates is not None:
+            parts = objective.minibatches
             per_pass = len({s["start"] for s in expected["steps"]}) if parts == "by_step" else parts
-            fit = self.updates / (per_pass * recipe.objective.epochs)
-        else:
-            assert self.minutes is not None
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            trainer.step()
-            trainer.step()
-            torch.set_num_threads(threads)
-            fit = 60 * self.minutes / (trainer.seconds / 2)
-        if fit < 1:
-            raise InputError(f"{recipe.name}: the budget is less than one iteration.")
-        return math.floor(fit)
+            return self.updates / (per_pass * objective.epochs)
+        assert self.minutes is not None
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        trainer.step()
+        trainer.step()
+        torch.set_num_threads(threads)
+        return 60 * self.minutes / (trainer.seconds / 2)
 
 
 @dataclass(frozen=True)
@@ -155,11 +161,9 @@ def planned(
             )
         trainer = Trainer(recipe)
         base = trainer.policy.weights.digest("reference")
-        iterations = budget.iterations(trainer)
+        end = budget.end(trainer)
         for seed in seeds:
-            overrides = (
-                *arm.overrides, *shared, f"run.iterations={iterations}", f"run.seed={seed}"
-            )  # fmt: skip
+            overrides = (*arm.overrides, *shared, *end, f"run.seed={seed}")
             hashed = load_recipe(arm.recipe, overrides).hash
             jobs.append(Job(arm, overrides, hashed, seed, base))
     keys = [tuple(job.key.values()) for job in jobs]

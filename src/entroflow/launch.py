@@ -156,7 +156,7 @@ def _run(
         events.close()
     write_report(folder)
     comparable = isinstance(trainer.recipe.evaluation, HeldOutEvaluation)
-    if comparable and trainer.iteration >= trainer.recipe.run.iterations:
+    if comparable and trainer.share_done >= 1:
         try:
             with _signals_call(_interrupt):
                 if stopping():

@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, cast
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -135,23 +135,50 @@ class Optimizer(Component):
         0.9, ge=0, lt=1, description="decay of the moving average, per iteration; 0 follows at once"
     )
 
-    def rate_at(self, iteration: int, iterations: int) -> float:
-        """The learning rate of one iteration (from 0) of a run of `iterations`."""
+    def rate_at(self, iteration: int, share: float) -> float:
+        """The learning rate of one iteration (from 0) with a share of the run, in [0, 1), done."""
         up = (iteration + 1) / self.warm_up if self.warm_up else 1.0
-        falling = self.cool_down_share * iterations
-        down = (iterations - iteration) / falling if falling else 1.0
+        down = (1 - share) / self.cool_down_share if self.cool_down_share else 1.0
         return self.learning_rate * min(1.0, up, down)
 
 
 class Run(Component):
     """How long, how often, and with which seed."""
 
-    iterations: int = Field(100, ge=0, description="iterations of the whole run; 0 only evaluates")
+    iterations: int | None = Field(
+        100,
+        ge=0,
+        description="iterations of the whole run; 0 only evaluates, null leaves the end to budget",
+    )
+    budget: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "weighted network evaluations (a forward and backward pass counts three); the run ends "
+            "with the iteration nearest to it, if that comes before `iterations`"
+        ),
+    )
     # One more, for the test prompts, must still fit the 64 bits of a noise address.
     seed: int = Field(0, ge=0, lt=2**63 - 1, description="run seed, part of every noise address")
     evaluate_every: int = Field(10, ge=1, description="iterations between evaluations")
     checkpoint_every: int = Field(20, ge=1, description="iterations between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the latest checkpoints stay")
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> Self:
+        if self.iterations is None and self.budget is None:
+            raise ValueError("give iterations, budget, or both")
+        return self
+
+    def share_done(self, iteration: int, weighted_evaluations: int) -> float:
+        """How much of the run lies behind: in [0, 1], and 1 only at its end."""
+        done = 0.0
+        if self.iterations is not None:
+            done = iteration / self.iterations if self.iterations else 1.0
+        if self.budget is not None and iteration > 0:
+            left, one_more = self.budget - weighted_evaluations, weighted_evaluations / iteration
+            done = max(done, weighted_evaluations / self.budget if 2 * left > one_more else 1.0)
+        return min(1.0, done)
 
     @property
     def test_seed(self) -> int:
@@ -203,7 +230,10 @@ class Recipe:
         Keys that have their default are left out: a new key changes no recipe that does without.
         """
         content = {section: _set(section, self.resolved[section]) for section in SECTIONS}
-        content["run"] = {"iterations": self.resolved["run"]["iterations"]}
+        run = self.resolved["run"]
+        content["run"] = {"iterations": run["iterations"]}
+        if run.get("budget") is not None:
+            content["run"]["budget"] = run["budget"]
         text = json.dumps(content, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 

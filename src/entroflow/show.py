@@ -16,6 +16,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -24,7 +25,7 @@ from rich.table import Table
 
 from entroflow.compare import Job, Row, smallest_difference
 from entroflow.evaluation.base import Evaluated
-from entroflow.recipe import Recipe
+from entroflow.recipe import Recipe, Run
 from entroflow.runs import EVALUATION, RunFolder, read_object
 from entroflow.trainer import Metrics
 
@@ -43,7 +44,7 @@ class TrainingProgress:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TaskProgressColumn(),
             TextColumn("{task.fields[numbers]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -51,9 +52,7 @@ class TrainingProgress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task(
-            recipe.name, total=recipe.run.iterations, numbers="setting up"
-        )
+        self._task = self._progress.add_task(recipe.name, total=1.0, numbers="setting up")
         self._strict = math.nan
 
     def __enter__(self) -> TrainingProgress:
@@ -63,7 +62,7 @@ class TrainingProgress:
             f"{escape(self._recipe.title)}",
             highlight=False,
         )
-        console.print(f"{run.iterations} iterations, seed {run.seed}", highlight=False)
+        console.print(f"{length(run)}, seed {run.seed}", highlight=False)
         self._progress.start()
         return self
 
@@ -97,16 +96,25 @@ class TrainingProgress:
         mean = metrics.get("reward/mean")
         reward = "" if mean is None else f"reward {mean:.3f}  "
         spent = compact(metrics["ledger/network_evaluations"])
-        numbers = f"strict {self._strict:.3f}  {reward}{spent} evaluations"
-        if metrics["iteration"] == self._recipe.run.iterations:
+        iteration = metrics["iteration"]
+        numbers = f"iteration {iteration}  strict {self._strict:.3f}  {reward}{spent} evaluations"
+        share = self._recipe.run.share_done(iteration, metrics["ledger/weighted_evaluations"])
+        if share >= 1:
             numbers += "  comparing with the base on test prompts"
-        self._progress.update(self._task, completed=metrics["iteration"], numbers=numbers)
+        self._progress.update(self._task, completed=share, numbers=numbers)
 
     def close_with(self, folder: RunFolder) -> None:
         """The final table, if the run is complete."""
         path = folder.path / EVALUATION
         if path.exists():
             print_table(evaluation_table(read_object(path)))
+
+
+def length(run: Run) -> str:
+    """What ends a run."""
+    ends = [f"{run.iterations} iterations"] if run.iterations is not None else []
+    ends += [f"{compact(run.budget)} weighted evaluations"] if run.budget is not None else []
+    return ", at most ".join(ends)
 
 
 def expectation(plan: Mapping[str, Any]) -> str:

@@ -66,6 +66,11 @@ class Trainer:
             weight_decay=settings.weight_decay,
         )
 
+    @property
+    def share_done(self) -> float:
+        """How much of the run lies behind, between two iterations: in [0, 1], 1 at its end."""
+        return self.recipe.run.share_done(self.iteration, self.ledger.weighted_evaluations)
+
     def try_inputs(self) -> None:
         """Plan the first iteration and encode its prompts, so that wrong input shows at once.
 
@@ -77,7 +82,7 @@ class Trainer:
 
     def step(self) -> Metrics:
         """One iteration: the whole method, a line a stage."""
-        start = perf_counter()
+        start, share_done = perf_counter(), self.share_done
         prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
         cond = self._encode(prompts)
         rollouts, scores = self._roll_out(prompts, cond)
@@ -85,7 +90,7 @@ class Trainer:
         advantages = self.recipe.credit.advantages(rollouts, scores)
         transitions = transitions_of(rollouts, advantages)
         with self.ledger.timed("update"):
-            statistics = self._update(transitions, cond)
+            statistics = self._update(transitions, cond, share_done)
         self.iteration += 1
         self.seconds += perf_counter() - start
         return self._metrics(rollouts, scores, transitions, statistics)
@@ -148,10 +153,12 @@ class Trainer:
                 "(the last checkpoint is unharmed: mend the reward and go on with --resume)."
             )
 
-    def _update(self, transitions: Transitions, cond: Condition) -> UpdateStatistics:
+    def _update(
+        self, transitions: Transitions, cond: Condition, share_done: float
+    ) -> UpdateStatistics:
         recipe, settings = self.recipe, self.recipe.optimizer
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.rate_at(self.iteration, recipe.run.iterations)
+            group["lr"] = settings.rate_at(self.iteration, share_done)
         statistics = update(
             self.policy, recipe.kernel, cond, transitions, recipe.objective,
             self.optimizer, self.parameters, seed=recipe.run.seed, iteration=self.iteration,
@@ -346,8 +353,12 @@ def train_in(
         stop_after: stop at this iteration as if interrupted there.
     """
     settings = trainer.recipe.run
-    end = settings.iterations if stop_after is None else min(stop_after, settings.iterations)
     saved = -1
+
+    def at_end() -> bool:
+        return trainer.share_done >= 1 or (
+            stop_after is not None and trainer.iteration >= stop_after
+        )
 
     def save() -> None:
         nonlocal saved
@@ -364,20 +375,20 @@ def train_in(
             save()
             folder.mark_best(n, _standing(line))
             folder.prune(settings.keep_checkpoints)
-        if n % settings.checkpoint_every == 0 or n == end:
+        if n % settings.checkpoint_every == 0 or at_end():
             save()
 
     def to_come() -> Iterator[Metrics]:
         if trainer.iteration == 0 and not lines:
             yield trainer.start_metrics()
-        while trainer.iteration < end:
+        while not at_end():
             yield trainer.step()
 
     lines = [line for line in folder.metrics() if line["iteration"] == trainer.iteration]
     try:
         if lines:
             (line,), saved = lines, trainer.iteration
-            if trainer.iteration >= settings.iterations and "eval/strict" not in line:
+            if trainer.share_done >= 1 and "eval/strict" not in line:
                 # The run was cut short to where it stands: what was no end is one now.
                 found = _evaluated(trainer, line)
                 folder.replace_metrics(line)
@@ -397,8 +408,8 @@ def train_in(
 
 def _evaluated(trainer: Trainer, line: Metrics) -> Evaluated | None:
     """Evaluate where it is due, and add that to the line."""
-    n, settings = trainer.iteration, trainer.recipe.run
-    if n % settings.evaluate_every and n < settings.iterations:
+    n = trainer.iteration
+    if n % trainer.recipe.run.evaluate_every and trainer.share_done < 1:
         return None
     found = trainer.evaluate()
     line |= evaluation_metrics(found)

@@ -28,7 +28,7 @@ def test_learning_rate_cools_down_linearly():
         ({"warm_up": 6, "cool_down_share": 1.0}, [1, 2, 3, 3, 2, 1]),
     ):
         settings = {"learning_rate": 6.0, **shape}
-        rates = [Optimizer(**settings).rate_at(iteration, 6) for iteration in range(6)]
+        rates = [Optimizer(**settings).rate_at(iteration, iteration / 6) for iteration in range(6)]
         assert rates == pytest.approx(expected)
     trainer = Trainer(
         recipe(

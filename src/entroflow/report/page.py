@@ -20,6 +20,7 @@ import entroflow
 from entroflow.checkpoints import CheckpointError, read_state, write_text
 from entroflow.recipe import SECTIONS, TEXTS, Recipe, Run
 from entroflow.report import curves, examples, outcome
+from entroflow.report.wording import count
 from entroflow.runs import EVALUATION, RECIPE, REPORT, RunError, RunFolder, read_object
 
 TEMPLATE = "report.html.j2"
@@ -56,7 +57,8 @@ def _content(folder: RunFolder) -> dict[str, Any]:
     prompts = outcome.prompts_of(settings)
     metrics = folder.metrics()
     done = metrics[-1]["iteration"] if metrics else 0
-    complete = done >= run.iterations
+    spent = metrics[-1].get("ledger/weighted_evaluations", 0) if metrics else 0
+    complete = run.share_done(done, spent) >= 1
     path = folder.path / EVALUATION
     evaluation = read_object(path) if path.is_file() else {}
     names = outcome.model_names(evaluation)
@@ -69,6 +71,8 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "run": run,
         "run_path": shlex.quote(str(folder.path)),
         "done": done,
+        "extent": _extent(run, spent),
+        "longer": _longer(run),
         "complete": complete,
         "prompts": prompts,
         "headline": outcome.headline(metrics, evaluation, complete, settings),
@@ -99,6 +103,24 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "plan": curves.plan_panels(metrics),
         "by_step": curves.by_step(metrics),
     }
+
+
+def _extent(run: Run, spent: int) -> str:
+    """What follows the number of iterations: of how many, and how much of the budget."""
+    text = "" if run.iterations is None else f" of {run.iterations}"
+    if run.budget is not None:
+        text += f", with {count(spent)} of {count(run.budget)} weighted evaluations"
+    return text
+
+
+def _longer(run: Run) -> str:
+    """The change that lets a complete run go on for as long again."""
+    changes = []
+    if run.iterations is not None:
+        changes.append(f"run.iterations={2 * run.iterations or 100}")
+    if run.budget is not None:
+        changes.append(f"run.budget={2 * run.budget}")
+    return " ".join(changes)
 
 
 def _is_curve(relative: curves.Ratios) -> bool:

@@ -1,0 +1,100 @@
+"""A run that ends with a budget of weighted evaluations."""
+
+from __future__ import annotations
+
+import pytest
+
+import entroflow
+from entroflow.errors import InputError
+from entroflow.recipe import Run, build_recipe, load_recipe
+from entroflow.trainer import Trainer
+from tiny_run import PixelPolicy, assert_same_run, lines, recipe, train
+
+FULL = 8 * 4 + 8 * 2 * (3 + 1)
+"""Weighted evaluations of an iteration: 8 rollouts of 4 steps, 2 trained and held to the base."""
+
+
+def spent(folder):
+    return [line["ledger/weighted_evaluations"] for line in lines(folder)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "iteration", "weighted", "share"),
+    [
+        ({"iterations": 10}, 0, 0, 0.0),
+        ({"iterations": 10}, 4, 1e9, 0.4),
+        ({"iterations": 10}, 12, 0, 1.0),
+        ({"iterations": 0}, 0, 0, 1.0),
+        ({"iterations": None, "budget": 1000}, 0, 0, 0.0),
+        ({"iterations": None, "budget": 1000}, 3, 300, 0.3),
+        # Stops where half an iteration more would be past the budget, and never stops before one.
+        ({"iterations": None, "budget": 1000}, 9, 945, 0.945),
+        ({"iterations": None, "budget": 1000}, 9, 950, 1.0),
+        ({"iterations": None, "budget": 1000}, 1, 5000, 1.0),
+        ({"iterations": 10, "budget": 1000}, 5, 100, 0.5),
+        ({"iterations": 10, "budget": 1000}, 5, 800, 0.8),
+    ],
+)
+def test_the_share_of_a_run_that_is_done_is_that_of_what_ends_it_first(
+    settings, iteration, weighted, share
+):
+    assert Run(**settings).share_done(iteration, weighted) == share
+
+
+@pytest.mark.parametrize("times", [0.4, 1.0, 2.4, 2.6])
+def test_a_run_ends_with_the_iteration_nearest_to_its_budget(tmp_path, times):
+    """But after one at least."""
+    budget = round(times * FULL)
+    folder = train(tmp_path / "run", run={"iterations": None, "budget": budget})
+    assert spent(folder)[1] == FULL
+    assert len(spent(folder)) - 1 == max(1, round(times))
+    assert "eval/strict" in lines(folder)[-1]
+
+
+def test_what_is_skipped_leaves_room_for_more_iterations(tmp_path):
+    """Equal rewards leave no transition: an iteration costs its rollouts alone."""
+    folder = train(
+        tmp_path / "run",
+        run={"iterations": None, "budget": 4 * FULL},
+        objective={"kl": 0.0},
+        reward=lambda images, *_: [1.0] * len(images),
+    )
+    assert spent(folder)[-1] == 4 * FULL
+    assert lines(folder)[-1]["iteration"] == 4 * FULL // (8 * 4)
+
+
+def test_the_learning_rate_cools_down_by_the_budget():
+    """Of 8 iterations' budget the last half cools down, by what is spent before each of them."""
+    made = recipe(
+        run={"iterations": None, "budget": 8 * FULL},
+        optimizer={"learning_rate": 0.04, "warm_up": 0, "cool_down_share": 0.5},
+    )
+    trainer, rates = Trainer(made, PixelPolicy()), []
+    while trainer.share_done < 1:
+        trainer.step()
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.04] * 5 + [0.03, 0.02, 0.01])
+
+
+def test_a_run_with_a_budget_is_resumed_to_the_same_end(tmp_path):
+    settings = {"iterations": None, "budget": 3 * FULL}
+    whole = train(tmp_path / "whole", run=settings)
+    part = train(tmp_path / "part", run=settings, stop_after=1)
+    assert_same_run(whole, entroflow.resume(part.path, policy=PixelPolicy()))
+    longer = entroflow.resume(part.path, [f"run.budget={5 * FULL}"], policy=PixelPolicy())
+    assert lines(longer)[-1]["iteration"] == 5
+
+
+def test_the_end_is_part_of_the_hash_and_no_budget_changes_none():
+    def hashed(*overrides):
+        return load_recipe("quickstart", overrides).hash
+
+    assert hashed("run.budget=null") == hashed()
+    assert len({hashed(), hashed("run.budget=1000"), hashed("run.budget=2000")}) == 3
+
+
+def test_a_run_without_an_end_is_refused():
+    with pytest.raises(InputError, match=r"run: give iterations, budget, or both"):
+        load_recipe("quickstart", ["run.iterations=null"])
+    with pytest.raises(InputError, match=r"run\.budget"):
+        build_recipe({"run": {"budget": 0}})
