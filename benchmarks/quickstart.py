@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from entroflow.compare import package_version
 from entroflow.policies.shapes.policy import WEIGHTS
 from entroflow.recipe import load_recipe
 from entroflow.runs import EVALUATION, RunFolder
@@ -45,14 +44,14 @@ def train(overrides: list[str], folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "entroflow.cli", "train", *start], check=True)
 
 
-def result_of(folder: Path, key: dict, measured_at: str) -> dict:
+def result_of(folder: Path, key: dict) -> dict:
     """What a finished run left behind, without pictures."""
     run = RunFolder.open(folder)
     metrics = run.metrics()
     evaluation = json.loads((folder / EVALUATION).read_text())
     return {
         **key,
-        "commit": measured_at,
+        "commit": metrics[0]["version"],
         "training_seconds": metrics[-1]["seconds"],
         "ledger": {k: v for k, v in metrics[-1].items() if k.startswith("ledger/")},
         "curve": [{k: line[k] for k in CURVE} for line in metrics if "eval/strict" in line],
@@ -130,10 +129,10 @@ def main() -> None:
         key = {"recipe_hash": recipe.hash, "base": weights, "seed": seed, "control": control}
         found = [r for r in stored if key.items() <= r.items()]
         if not found:
-            folder, measured_at = arguments.runs / name_of(key), package_version()
+            folder = arguments.runs / name_of(key)
             if not (folder / EVALUATION).exists():
                 train(overrides, folder)
-            found = [{"overrides": overrides, **result_of(folder, key, measured_at)}]
+            found = [{"overrides": overrides, **result_of(folder, key)}]
             stored += found
             CLAIMS.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
         results += found

@@ -225,7 +225,7 @@ def test_a_comparison_that_is_stopped_goes_on(tmp_path):
 # --- the table ------------------------------------------------------------------------------------
 
 
-def result_of(name, seed, strict, base=0.4, texture=2.0, validation=0.5):
+def result_of(name, seed, strict, base=0.4, texture=2.0, validation=0.5, version="1.0"):
     def model(score, own):
         return {
             "scores": {"overall": {"strict": score}},
@@ -233,7 +233,7 @@ def result_of(name, seed, strict, base=0.4, texture=2.0, validation=0.5):
         }
 
     return {
-        "arm": {"recipe": name, "overrides": []}, "seed": seed, "iterations": 7,
+        "arm": {"recipe": name, "overrides": []}, "seed": seed, "iterations": 7, "version": version,
         "training_seconds": 60.0 * (seed + 1), "ledger": {"ledger/weighted_evaluations": 1000.0},
         "curve": [{"eval/strict": 0.9}, {"eval/strict": validation}],
         "test": {
@@ -268,7 +268,7 @@ def test_the_smallest_difference_is_that_of_a_t_test():
     wanted = (t.ppf(0.975) + t.ppf(0.8)) * math.sqrt(2 * pooled / 3)
     assert compare.smallest_difference(table) == pytest.approx(wanted, rel=1e-12)
     noise = np.random.default_rng(0).normal(size=(2, 20_000, 30))
-    arm = Row("", 30, 1, 1, 0.5, 1.0, 0, 1, 1, 1)
+    arm = Row("", 30, 1, 1, 0.5, 1.0, 0, 1, 1, 1, frozenset())
     apart = compare.smallest_difference([arm, arm])
     tests = scipy.stats.ttest_ind(noise[0] + apart, noise[1], axis=1)
     assert (tests.pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.02)
@@ -284,6 +284,13 @@ def test_the_table_names_its_recipes_in_80_columns(capsys):
     assert "flow_grpo_fast" in said
     assert "0.600 ± 0.100" in said
     assert "+0.200" in said
+
+
+def test_a_table_of_several_versions_says_so():
+    later = [result_of("two", seed, 0.7, version="1.1") for seed in range(3)]
+    assert "versions" not in comparison_table(rows(RESULTS)).caption
+    caption = comparison_table(rows([*RESULTS[:3], *later])).caption
+    assert caption.endswith("several versions of the package: 1.0, 1.1")
 
 
 def test_one_seed_shows_no_difference():

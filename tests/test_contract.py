@@ -224,7 +224,7 @@ def test_update_follows_the_policy_gradient_with_one_pass_per_state(run):
     step = trainer.optimizer.step
     trainer.optimizer.step = lambda: (gradients.append(policy.shift.grad.clone()), step())
     before = trainer.ledger.network_evaluations
-    statistics = trainer._update(t, trainer._encode(prompts))
+    statistics = trainer._update(t, trainer._encode(prompts), share_done=0.0)
     norm = statistics.gradient_norm[0]
     limit = trainer.recipe.optimizer.max_grad_norm
     clipped = expected * min(1.0, limit / (norm + 1e-6))

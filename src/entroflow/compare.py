@@ -27,7 +27,6 @@ from typing import Any, Protocol
 import scipy.stats
 import torch
 
-import entroflow
 from entroflow.checkpoints import one_writer, to_json, write_text
 from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
@@ -283,7 +282,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 def _run(job: Job, out: Path, children: _Children) -> dict[str, Any] | None:
     """The result of one run, or None if it failed; its output is in a file beside its folder."""
-    folder, measured_at = job.folder(out), package_version()
+    folder = job.folder(out)
     if not (folder / EVALUATION).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         goes_on = folder.exists() and bool(RunFolder(folder).all_checkpoints())
@@ -302,17 +301,17 @@ def _run(job: Job, out: Path, children: _Children) -> dict[str, Any] | None:
             )
         if not (folder / EVALUATION).exists():
             return None
-    return result_of(folder, job, measured_at)
+    return result_of(folder, job)
 
 
-def result_of(folder: Path, job: Job, measured_at: str) -> dict[str, Any]:
+def result_of(folder: Path, job: Job) -> dict[str, Any]:
     """What a finished run left behind, without pictures; ready for JSON."""
     metrics = RunFolder.open(folder).metrics()
     last = metrics[-1]
     return {
         **job.key,
         **_named(job),
-        "version": measured_at,
+        "version": metrics[0]["version"],
         "iterations": last["iteration"],
         "training_seconds": last["seconds"],
         "ledger": {key: value for key, value in last.items() if key.startswith("ledger/")},
@@ -323,23 +322,6 @@ def result_of(folder: Path, job: Job, measured_at: str) -> dict[str, Any]:
     }
 
 
-def package_version() -> str:
-    """The commit of the package where it is in a git checkout, else its version."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        asked = ["git", "-C", str(here), *arguments]
-        return subprocess.check_output(asked, text=True, stderr=subprocess.DEVNULL).strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) not in here.parents:
-            return entroflow.__version__
-        changed = git("status", "--porcelain", "--", str(here))
-        return git("rev-parse", "--short", "HEAD") + ("-changed" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return entroflow.__version__
-
-
 # --- the table ------------------------------------------------------------------------------------
 
 
@@ -348,14 +330,15 @@ class Row:
     """An arm over its seeds, on test prompts.
 
     Attributes:
+        iterations, weighted_evaluations, minutes: means of what training took.
         strict, gain: means over seeds; `spread`: standard deviation (of n - 1) of the strict score.
         texture, diversity: means of tuned over base.
-        minutes: mean training time.
+        versions: of the package, that began the runs.
     """
 
     name: str
     seeds: int
-    iterations: int
+    iterations: float
     weighted_evaluations: float
     strict: float
     spread: float
@@ -363,6 +346,7 @@ class Row:
     texture: float
     diversity: float
     minutes: float
+    versions: frozenset[str]
 
 
 def rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -390,7 +374,7 @@ def _row(name: str, found: Sequence[Mapping[str, Any]]) -> Row:
     return Row(
         name=name,
         seeds=len(found),
-        iterations=found[0]["iterations"],
+        iterations=mean(lambda r: r["iterations"]),
         weighted_evaluations=mean(lambda r: r["ledger"]["ledger/weighted_evaluations"]),
         strict=statistics.fmean(scores),
         spread=statistics.stdev(scores) if len(scores) > 1 else math.nan,
@@ -398,6 +382,7 @@ def _row(name: str, found: Sequence[Mapping[str, Any]]) -> Row:
         texture=ratio("texture"),
         diversity=ratio("diversity"),
         minutes=mean(lambda r: r["training_seconds"]) / 60,
+        versions=frozenset(result["version"] for result in found),
     )
 
 

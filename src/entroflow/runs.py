@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+import entroflow
 from entroflow import checkpoints, pictures
 from entroflow.checkpoints import CheckpointError, one_writer, to_json, write_bytes, write_text
 from entroflow.errors import InputError
@@ -40,6 +42,23 @@ BEST = "best.json"
 END = "...\n"
 """The end of a YAML document: a recipe without it is torn."""
 SHEET_COLUMNS = 6
+
+
+def package_version() -> str:
+    """The commit of the package where it is in a git checkout, else its version."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        asked = ["git", "-C", str(here), *arguments]
+        return subprocess.check_output(asked, text=True, stderr=subprocess.DEVNULL).strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) not in here.parents:
+            return entroflow.__version__
+        changed = git("status", "--porcelain", "--", str(here))
+        return git("rev-parse", "--short", "HEAD") + ("-changed" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return entroflow.__version__
 
 
 class RunError(InputError):

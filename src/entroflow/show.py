@@ -229,16 +229,19 @@ def comparison_table(table: Sequence[Row]) -> Table:
     for row in table:
         spread = "" if math.isnan(row.spread) else f" ± {row.spread:.3f}"
         shown.add_row(
-            escape(row.name), str(row.seeds), str(row.iterations),
+            escape(row.name), str(row.seeds), f"{row.iterations:.0f}",
             compact(row.weighted_evaluations), f"{row.strict:.3f}{spread}", f"{row.gain:+.3f}",
             f"× {row.texture:.2f}", f"× {row.diversity:.2f}", f"{row.minutes:.1f}",
         )  # fmt: skip
     least = smallest_difference(table)
+    versions = sorted(frozenset[str]().union(*(row.versions for row in table)))
     shown.caption = (
         "one seed shows no differences: give more"
         if math.isnan(least)
         else f"differences below {least:.3f} would likely not have shown (t-test, 5%, power 80%)"
     )
+    if len(versions) > 1:
+        shown.caption += f"\nmade by several versions of the package: {', '.join(versions)}"
     return shown
 
 

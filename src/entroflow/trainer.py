@@ -22,7 +22,7 @@ from entroflow.checkpoints import (
 from entroflow.credit.normalise import is_tied
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated
-from entroflow.exploration.base import Request
+from entroflow.exploration.base import Request, refuse_undefined
 from entroflow.exploration.summary import summary_of
 from entroflow.ledger import Ledger
 from entroflow.objectives.update import UpdateStatistics, update
@@ -30,7 +30,7 @@ from entroflow.policies.base import Condition, Policy
 from entroflow.prompts import Prompt
 from entroflow.recipe import Recipe
 from entroflow.rewards.base import Reward, Scores, join_scores, score
-from entroflow.runs import RunFolder
+from entroflow.runs import RunFolder, package_version
 from entroflow.sampling.plan import Plan, Role
 from entroflow.sampling.rollouts import Rollouts, Transitions, join_rollouts, transitions_of
 from entroflow.sampling.solver import sample
@@ -130,14 +130,7 @@ class Trainer:
             prompts, sizes, spent, self.base_grid, recipe.kernel, recipe.run.seed, self.iteration
         )
         plan = recipe.credit.complete(recipe.exploration.plan(request))
-        refused = plan.std.isnan().nonzero()
-        if len(refused):
-            row, step = refused[0].tolist()
-            before, after = plan.sigmas[row, step : step + 2].tolist()
-            raise InputError(
-                f"the kernel has no stochastic step from sigma {before:.3g} to {after:.3g}; keep "
-                "the exploration away from it, or see what the kernel's keys allow (cps: floor)."
-            )
+        refuse_undefined(plan.std, plan.sigmas[:, :-1], plan.sigmas[:, 1:])
         if plan.rows and not (plan.std > 0).any():
             raise InputError(
                 "no step of the plan is stochastic, so there is nothing to learn from; choose "
@@ -266,6 +259,7 @@ class Trainer:
     def start_metrics(self) -> Metrics:
         """The line of iteration 0."""
         return {
+            "version": package_version(),
             "plan": self.expected(),
             "iteration": 0,
             "seconds": 0.0,

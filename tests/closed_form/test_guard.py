@@ -76,6 +76,21 @@ def test_log_ratio_is_centred_and_the_plain_one_is_not():
     torch.testing.assert_close(plain, wanted, rtol=1e-10, atol=0)
 
 
+def check_gradient_away_from_the_start() -> None:
+    eps = normal(N, D, seed=3)
+    table, now, s, _ = drawn(eps)
+    now = now.requires_grad_()
+    objective = Guard(**LOOSE)
+    ratio = objective.terms(table, log_prob(table.states, now, s), now, None)["ratio"]
+    (found,) = torch.autograd.grad(ratio.log().sum(), now)
+    torch.testing.assert_close(found, eps / D, rtol=0, atol=1e-12)
+
+
+def test_the_gradient_of_the_log_ratio_is_the_noise_wherever_the_mean_has_moved():
+    """d(log rho) / d(mu) = eps / D, which takes the gradient of the centre as well."""
+    check_gradient_away_from_the_start()
+
+
 def check_loss() -> None:
     eps, clip = normal(N, D, seed=3), 0.01
     table, now, s, length = drawn(eps)
@@ -154,6 +169,11 @@ def with_the_centre_subtracted(monkeypatch):
     monkeypatch.setattr(guard, "kl_divergence", lambda *given: -right(*given))
 
 
+def with_a_constant_centre(monkeypatch):
+    right = guard.kl_divergence
+    monkeypatch.setattr(guard, "kl_divergence", lambda *given: right(*given).detach())
+
+
 def with_the_length_multiplied(monkeypatch):
     right = Guard._step_weight
     monkeypatch.setattr(Guard, "_step_weight", lambda *given: 1 / right(*given))
@@ -168,6 +188,7 @@ def with_the_optimistic_bound(monkeypatch):
     [
         (check_identity, with_one_centre_for_the_batch),
         (check_identity, with_the_centre_subtracted),
+        (check_gradient_away_from_the_start, with_a_constant_centre),
         (check_loss, with_the_length_multiplied),
         (check_loss, with_the_optimistic_bound),
     ],

@@ -26,6 +26,11 @@ NOISE_LEVELS = (0.3, 0.7, 1.0)
 GRIDS = [(steps, shift) for steps in (1, 4, 10, 16) for shift in (0.5, 1.0, 3.0)]
 
 
+in_both_precisions = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)]
+)
+
+
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -110,6 +115,18 @@ def test_first_step_has_std_equal_to_the_noise_level(a, steps, shift):
         )
 
 
+def check_clamp_beside_one() -> None:
+    grid = shifted_grid(10, 3.0)
+    grid[0] = 0.99999994
+    std = FlowSDE(noise_level=0.7).std(grid[:1], grid[1:2], grid).item()
+    assert std == pytest.approx(0.7, rel=1e-6)
+
+
+def test_a_grid_that_begins_just_below_one_has_no_giant_step():
+    """float32 schedules start at 0.99999994, where 1 - t alone would make s thousands."""
+    check_clamp_beside_one()
+
+
 @pytest.mark.parametrize("a", NOISE_LEVELS)
 def test_first_step_has_a_simple_mean(a):
     """At t = 1 the mean is (1 - a^2 / 2) x + (sigma_1 - 1) v (Flow-GRPO)."""
@@ -122,7 +139,7 @@ def test_first_step_has_a_simple_mean(a):
         torch.testing.assert_close(mean, wanted, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@in_both_precisions
 def test_mean_is_one_euler_maruyama_step(dtype, tolerance):
     """x (1 + d dt / 2t) + v (1 + d (1 - t) / 2t) dt with d = s^2 / |dt| (Flow-GRPO, eq. 12)."""
     check_means(dtype, tolerance)
@@ -140,23 +157,25 @@ def test_drift_beyond_the_ode_is_half_the_variance_times_the_score():
     torch.testing.assert_close(kernel.mean(x, v, t, t_next, s), wanted, rtol=0, atol=1e-12)
 
 
-def check_dance_sde() -> None:
+def check_dance_sde(dtype: torch.dtype = torch.float64, tolerance: float = 1e-12) -> None:
     for eta, (steps, shift) in itertools.product((0.1, 0.3, 1.0), GRIDS):
         grid = shifted_grid(steps, shift)
         t, t_next = grid[:-1], grid[1:]
         kernel = DanceSDE(noise_level=eta)
         s = kernel.std(t, t_next, grid)
         np.testing.assert_allclose(s, eta * np.sqrt((t - t_next).numpy()), rtol=1e-14)
-        x, v, dt = normal(len(t), 4), normal(len(t), 4, seed=1), (t_next - t)[:, None]
-        score = -(x + (1 - t[:, None]) * v) / t[:, None]
+        x, v = normal(len(t), 4, dtype=dtype), normal(len(t), 4, seed=1, dtype=dtype)
+        dt, score = (t_next - t)[:, None], -(x + (1 - t[:, None]) * v) / t[:, None]
         wanted = x + dt * (v - eta**2 / 2 * score)
         found = kernel.mean(x, v, t, t_next, s)
-        np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=0, atol=1e-12)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=0, atol=tolerance)
 
 
-def test_dance_sde_has_a_constant_diffusion():
+@in_both_precisions
+def test_dance_sde_has_a_constant_diffusion(dtype, tolerance):
     """s = eta sqrt(|dt|), mean = x + dt [v - eta^2 / 2 score] (DanceGRPO 2505.07818)."""
-    check_dance_sde()
+    check_dance_sde(dtype, tolerance)
 
 
 def test_dance_sde_is_flow_sde_with_a_constant_diffusion():
@@ -172,7 +191,7 @@ def test_dance_sde_is_flow_sde_with_a_constant_diffusion():
         assert torch.equal(flow.mean(x, v, t, t_next, s), dance.mean(x, v, t, t_next, s))
 
 
-def check_cps() -> None:
+def check_cps(dtype: torch.dtype = torch.float64, tolerance: float = 1e-12) -> None:
     for eta, (steps, shift) in itertools.product((0.1, 0.7, 0.8, 1.0), GRIDS):
         grid = shifted_grid(steps, shift)
         kernel = CPS(noise_level=eta, floor=0)
@@ -181,22 +200,21 @@ def check_cps() -> None:
             s = kernel.std(t, t_next, grid)
             wanted = grid[j].item() * math.sin(eta * math.pi / 2)
             np.testing.assert_allclose(s, wanted, rtol=1e-14, atol=0)
-            x, v = normal(3, 4), normal(3, 4, seed=1)
-            data, noise = x - grid[i] * v, x + (1 - grid[i]) * v
+            x, v = normal(3, 4, dtype=dtype), normal(3, 4, seed=1, dtype=dtype)
+            data, noise = (part.double() for part in (x - grid[i] * v, x + (1 - grid[i]) * v))
             kept = grid[j] * math.cos(eta * math.pi / 2)
             wanted = (1 - grid[j]) * data + kept * noise
             found = kernel.mean(x, v, t, t_next, s)
-            # Near eta = 1 the root of t'^2 - s^2 loses half of the digits.
-            np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=0, atol=1e-7)
-            if eta < 1:
-                np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=0, atol=1e-12)
+            assert found.dtype == dtype
+            np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=0, atol=tolerance)
 
 
-def test_cps_keeps_the_noise_at_sigma():
+@in_both_precisions
+def test_cps_keeps_the_noise_at_sigma(dtype, tolerance):
     """s = t' sin(eta pi / 2), mean = (1 - t') x0 + t' cos(eta pi / 2) x1, whose square and s^2 are
     t'^2 together (Flow-CPS 2509.05952); eta = 1 draws all noise anew, and t' = 0 none.
     """
-    check_cps()
+    check_cps(dtype, tolerance)
 
 
 def test_cps_refuses_steps_that_end_below_its_floor():
@@ -208,7 +226,7 @@ def test_cps_refuses_steps_that_end_below_its_floor():
     assert not CPS(floor=0).std(grid[:-1], grid[1:], grid).isnan().any()
 
 
-def check_variance_matched() -> None:
+def check_variance_matched(dtype: torch.dtype = torch.float64, tolerance: float = 1e-12) -> None:
     grid = shifted_grid(16, 3.0)
     kernel, flow = VarianceMatched(noise_level=0.7), FlowSDE(noise_level=0.7)
     for i, j in moves_of(grid):
@@ -216,16 +234,18 @@ def check_variance_matched() -> None:
         s = kernel.std(t, t_next, grid)
         wanted = min(flow.std(t, t_next, grid)[0].item(), grid[j].item())
         np.testing.assert_allclose(s, wanted, rtol=1e-14)
-        x, v = normal(3, 4), normal(3, 4, seed=1)
-        data, noise = x - grid[i] * v, x + (1 - grid[i]) * v
+        x, v = normal(3, 4, dtype=dtype), normal(3, 4, seed=1, dtype=dtype)
+        data, noise = (part.double() for part in (x - grid[i] * v, x + (1 - grid[i]) * v))
         wanted = (1 - grid[j]) * data + math.sqrt(grid[j].item() ** 2 - wanted**2) * noise
         found = kernel.mean(x, v, t, t_next, s)
-        np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=0, atol=1e-7)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=0, atol=tolerance)
 
 
-def test_variance_matched_has_the_entropy_of_flow_sde_and_the_mean_of_cps():
+@in_both_precisions
+def test_variance_matched_has_the_entropy_of_flow_sde_and_the_mean_of_cps(dtype, tolerance):
     """(1 - t') x0 + sqrt(t'^2 - s^2) x1 with Flow-SDE's s, at most t' (derived)."""
-    check_variance_matched()
+    check_variance_matched(dtype, tolerance)
 
 
 def test_without_noise_every_kernel_is_the_euler_step():
@@ -367,6 +387,11 @@ def clamped_one_point_late(kernel: FlowSDE, t: Tensor, t_next: Tensor, base_grid
     return FLOW_SDE_STD(kernel, t, t_next, padded[1:])
 
 
+def clamped_at_one_alone(kernel: FlowSDE, t: Tensor, t_next: Tensor, base_grid: Tensor) -> Tensor:
+    room = torch.where(t == 1, 1 - base_grid[1], 1 - t)
+    return kernel.noise_level * torch.sqrt(t * (t - t_next) / room)
+
+
 def opposite_score(
     kernel: FlowSDE, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, s: Tensor
 ) -> Tensor:
@@ -402,6 +427,7 @@ CPS_STD, PRESERVING, CORRECTED = CPS.std, kernels.coefficient_preserving, kernel
     ("check", "owner", "name", "mutant"),
     [
         (check_standard_deviations, FlowSDE, "std", clamped_one_point_late),
+        (check_clamp_beside_one, FlowSDE, "std", clamped_at_one_alone),
         (check_means, FlowSDE, "mean", opposite_score),
         (check_cps, CPS, "std", with_another_sine),
         (check_cps, kernels, "coefficient_preserving", less_noise_kept),

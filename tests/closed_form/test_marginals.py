@@ -187,13 +187,14 @@ def test_sampled_states_have_the_mean_and_variance_of_the_recursion():
     ("m", "t", "t_next"), [(0.0, 0.9, 0.7), (1.3, 0.6, 0.35), (-2.0, 0.2, 0.0)]
 )
 @pytest.mark.parametrize("a", [0.3, 0.7, 1.0])
-def test_one_step_towards_a_single_point_is_over_noised_quadratically(a, m, t, t_next):
+@pytest.mark.parametrize("kernel", [FlowSDE, DanceSDE])
+def test_one_step_towards_a_single_point_is_over_noised_quadratically(kernel, a, m, t, t_next):
     """Dirac data: Var' = t'^2 + dt^2 (d^2 / t + d^4 / 4t^2) from the exact marginal (derived)."""
     grid = torch.tensor([t, t_next], dtype=torch.float64)
     base_grid = torch.tensor([1.0, t, t_next], dtype=torch.float64)
     start = ((1 - t) * m, t**2)
-    means, variances = propagated(FlowSDE(noise_level=a), grid, base_grid, m, 0.0, start)
-    diffusion = a**2 * t / (1 - t)
+    means, variances = propagated(kernel(noise_level=a), grid, base_grid, m, 0.0, start)
+    diffusion = a**2 * (t / (1 - t) if kernel is FlowSDE else 1)
     wanted = t_next**2 + (t_next - t) ** 2 * (diffusion / t + diffusion**2 / (4 * t**2))
     assert variances[-1] == pytest.approx(wanted, rel=1e-12)
     assert means[-1] == pytest.approx((1 - t_next) * m, abs=1e-12)
@@ -240,12 +241,12 @@ def test_first_order_away_from_pure_noise(name):
     assert order_between(errors, 4) == pytest.approx([1.0, 1.0], abs=0.03)
 
 
-@pytest.mark.parametrize("name", list(KERNELS))
+@pytest.mark.parametrize("kernel", [*KERNELS.values(), VarianceMatched(noise_level=A)])
 @pytest.mark.parametrize("steps", [1, 4, 16, 100])
-def test_mean_is_preserved(name, steps):
+def test_mean_is_preserved(kernel, steps):
     """The mean is (1 - t) m at every step, so the samples' mean is that of the data (derived)."""
     grid = shifted_grid(steps, 3.0)
-    means, _ = propagated(KERNELS[name], grid)
+    means, _ = propagated(kernel, grid)
     np.testing.assert_allclose(means, (1 - grid.numpy()) * MEAN, rtol=0, atol=1e-9)
 
 

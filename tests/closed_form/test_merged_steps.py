@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from entroflow.credit.normalise import group_advantages
-from entroflow.entropy.steps import merge_lengths, scaled_entropy
+from entroflow.credit import terminal
+from entroflow.credit.terminal import Terminal
+from entroflow.entropy.steps import merge_length, scaled_entropy
 from entroflow.errors import InputError
 from entroflow.exploration.base import Request
 from entroflow.exploration.merged_steps import MergedSteps
 from entroflow.ledger import Ledger
 from entroflow.objectives.clipped import Clipped
 from entroflow.prompts import Prompt
+from entroflow.rewards.base import Scores, Status
 from entroflow.sampling import solver
 from entroflow.sampling.grid import shifted_grid
 from entroflow.sampling.kernels import CPS, ODE, DanceSDE, FlowSDE, VarianceMatched
@@ -45,6 +47,10 @@ LENGTHS = {
 
 def std(i, end, grid=GRID, kernel=KERNEL):
     return kernel.std(grid[i : i + 1], grid[end : end + 1], grid)
+
+
+def merge_lengths(kernel, grid, starts, *threshold):
+    return [merge_length(kernel, grid, start, *threshold) for start in starts]
 
 
 def perplexity(i, end):
@@ -166,15 +172,53 @@ def test_a_tau_out_of_reach_is_refused():
         merge_lengths(KERNEL, GRID, [0, 14], 0.8)
 
 
+def merged_and_in_parts(i, length):
+    """Variance of a merged step, and the sum of those that it replaces."""
+    parts = sum(std(k, k + 1).item() ** 2 for k in range(i, i + length))
+    return std(i, i + length).item() ** 2, parts
+
+
 @pytest.mark.parametrize(
     ("i", "length", "merged", "single"),
     [(2, 2, 0.561, 0.449), (5, 3, 0.383, 0.293), (7, 3, 0.286, 0.222)],
 )
-def test_a_merged_step_has_more_variance_than_its_parts(i, length, merged, single):
+def test_variances_of_merged_steps_are_the_known_ones(i, length, merged, single):
+    assert merged_and_in_parts(i, length) == pytest.approx((merged, single), abs=6e-4)
+
+
+def test_a_merged_step_has_more_variance_than_its_parts():
     """Its diffusion is that of its noisiest end: merging does not preserve the total."""
-    parts = sum(std(k, k + 1).item() ** 2 for k in range(i, i + length))
-    assert std(i, i + length).item() ** 2 == pytest.approx(merged, abs=6e-4)
-    assert parts == pytest.approx(single, abs=6e-4)
+    for i in range(T - 1):
+        for length in range(1, T - i):
+            merged, parts = merged_and_in_parts(i, length)
+            if length == 1:
+                assert merged == pytest.approx(parts, rel=1e-12)
+            else:
+                assert merged > parts * (1 + 1e-6)
+
+
+def test_where_tau_is_out_of_reach_the_highest_entropy_may_do():
+    """With Flow-SDE that is the longest merged step, with a bounded std it need not be."""
+    policy = two_prompts()
+    late = MergedSteps(starts="second_half", out_of_reach="highest").steps(request(policy))
+    assert late == [(8, 12), (9, 13), (10, 14), *((i, 15) for i in range(11, 15))]
+    for i, end in late:
+        assert perplexity(i, end) >= 2.2 or end == T - 1
+    bounded = VarianceMatched(noise_level=A)
+    stds = [std(0, end, kernel=bounded).item() for end in range(1, T)]
+    best = merge_length(bounded, GRID, 0, 99.0, highest=True)
+    assert stds[best - 1] == max(stds) > stds[-1]
+
+
+def test_merging_may_not_cost_a_kernel_entropy():
+    """The std of variance_matched is at most the next sigma, which falls with the length."""
+    bounded = VarianceMatched(noise_level=A)
+    stds = [std(0, end, kernel=bounded).item() for end in range(1, T)]
+    most = 1 + int(np.argmax(stds))
+    asked = request(two_prompts(), kernel=bounded)
+    assert MergedSteps(starts=(0,), merge=most).steps(asked) == [(0, most)]
+    with pytest.raises(InputError, match="where one less has as much entropy"):
+        MergedSteps(starts=(0,), merge=most + 1).steps(asked)
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -279,6 +323,9 @@ def test_merged_steps_overlap_or_follow_each_other():
     assert overlapping == [(i, i + length) for i, length in enumerate(LENGTHS[2.6])]
     apart = MergedSteps(tau=2.6, overlap=False).steps(request(policy))
     assert apart == [(0, 1), (1, 2), (2, 4), (4, 7), (7, 11)]
+    # What is swallowed need not be possible: nothing of length 5 could start at 11.
+    fives = MergedSteps(starts="all", merge=5, overlap=False).steps(request(policy))
+    assert fives == [(0, 5), (5, 10), (10, 15)]
 
 
 def test_fixed_merge_lengths():
@@ -303,6 +350,12 @@ def test_fixed_merge_lengths():
 def test_what_can_not_be_merged_is_refused(settings, said):
     with pytest.raises(InputError, match=said):
         MergedSteps(**settings).plan(request(two_prompts()))
+
+
+@pytest.mark.parametrize(("steps", "starts"), [(3, "first_quarter"), (2, "second_half")])
+def test_a_part_without_steps_is_refused(steps, starts):
+    with pytest.raises(InputError, match=f"starts is {starts}, of which {steps} steps have none"):
+        MergedSteps(starts=starts, merge=1).plan(request(two_prompts(), steps=steps))
 
 
 @pytest.mark.parametrize("kernel", [CPS(), DanceSDE(), ODE()])
@@ -343,11 +396,15 @@ def test_branches_ask_the_network_at_their_own_sigmas_and_cost_what_they_must():
 
 
 def test_a_branch_without_noise_ends_as_its_anchor():
-    """Where nothing is merged; then all rewards of a group are equal and nothing is learnt."""
+    """Where nothing is merged; then all rewards of a group are equal and so is nothing learnt."""
     policy = two_prompts()
     plan = MergedSteps(merge=1).plan(request(policy))
     still = replace(plan, std=torch.zeros_like(plan.std), scored=torch.ones_like(plan.scored))
     rollouts, _ = sampled(policy, still)
+    rewards = rollouts.images[rollouts.image_of(torch.arange(plan.rows))].double().flatten(1).sum(1)
+    values = torch.where(plan.role == Role.ROLLOUT, rewards, torch.nan)
+    scores = Scores(values, (Status.OK,) * plan.rows)
+    assert (Terminal().advantages(rollouts, scores) == 0).all()
     for row in range(plan.rows):
         anchor = row if plan.parent[row] == FRESH else int(plan.parent[row])
         images = rollouts.images[rollouts.image_of(torch.tensor([row, anchor]))]
@@ -392,7 +449,7 @@ def test_the_recursion_knows_the_index_error_of_the_published_code():
 
 @pytest.mark.parametrize("kernel", [KERNEL, VarianceMatched(noise_level=A)])
 def test_images_have_the_mean_and_variance_of_the_recursion(kernel):
-    """Branches of 400 latents of 50 values, which share nothing but their anchor's start."""
+    """Over the 20,000 independent values of one latent, within four standard errors."""
     policy = GaussianPolicy(0.5, 0.3, latent_shape=(20_000,), grid_shift=3.0)
     plan = MergedSteps(starts=(2, 7), merge=(2, 3)).plan(request(policy, (1,), kernel))
     rollouts, _ = sampled(policy, plan, kernel)
@@ -424,19 +481,32 @@ def test_a_group_shares_its_state_and_its_pass():
     assert ledger.weighted_evaluations == 3 * 2 * 3
 
 
-def test_rewards_of_one_start_say_nothing_about_another():
+def check_groups() -> None:
     seen = seen_by_branches()
-    values, group = seen.scores.values.clone(), seen.rollouts.plan.group
-    rated = ~values.isnan()
-    before = group_advantages(values[rated], group[rated])
-    first = (group[rated] == group[rated][0]).nonzero()[:, 0]
-    mixed = values[rated].clone()
-    mixed[first] = mixed[first].flip(0)
-    after = group_advantages(mixed, group[rated])
-    others = torch.ones(len(mixed), dtype=torch.bool)
-    others[first] = False
-    assert torch.equal(before[others], after[others])
+    plan, values = seen.rollouts.plan, seen.scores.values.clone()
+    branches = plan.role == Role.ROLLOUT
+    credit = Terminal(ddof=1, epsilon=1e-8)
+
+    def advantages():
+        return credit.advantages(seen.rollouts, Scores(values, seen.scores.statuses))[:, 0]
+
+    before = advantages()
+    for prompt in (0, 1):
+        for start in (0, 1, 2):
+            mine = branches & (plan.prompt == prompt) & (plan.parent_step == start)
+            R = values[mine].numpy()
+            wanted = (R - R.mean()) / (R.std(ddof=1) + 1e-8)
+            np.testing.assert_allclose(before[mine], wanted, rtol=1e-9)
+    first = branches & (plan.prompt == 0) & (plan.parent_step == 1)
+    values[first] = values[first].flip(0) * 3 + 1
+    after = advantages()
+    assert torch.equal(before[~first], after[~first])
     assert not torch.equal(before[first], after[first])
+
+
+def test_rewards_of_one_start_say_nothing_about_another():
+    """Advantages are those inside (prompt, start), by numpy, whatever other starts are paid."""
+    check_groups()
 
 
 def test_the_shared_pass_gives_the_gradient_of_separate_ones():
@@ -457,8 +527,8 @@ def test_the_shared_pass_gives_the_gradient_of_separate_ones():
 
 
 def with_one_step_too_many(monkeypatch):
-    right = MergedSteps._lengths
-    monkeypatch.setattr(MergedSteps, "_lengths", lambda *given: [n + 1 for n in right(*given)])
+    right = MergedSteps._length
+    monkeypatch.setattr(MergedSteps, "_length", lambda *given: right(*given) + 1)
 
 
 def with_the_tail_of_the_published_code(monkeypatch):
@@ -483,10 +553,19 @@ def test_checks_reject_wrong_merging(mutate, monkeypatch):
         check_sigmas_and_cost()
 
 
+def test_checks_reject_advantages_of_a_whole_prompt(monkeypatch):
+    right = terminal.group_advantages
+
+    def wrong(values, group, **settings):
+        return right(values, group // 6, **settings)
+
+    monkeypatch.setattr(terminal, "group_advantages", wrong)
+    with pytest.raises(AssertionError):
+        check_groups()
+
+
 def test_checks_reject_lengths_that_stop_too_soon(monkeypatch):
-    right = globals()["merge_lengths"]
-    monkeypatch.setitem(
-        globals(), "merge_lengths", lambda *given: [max(1, n - 1) for n in right(*given)]
-    )
+    right = globals()["merge_length"]
+    monkeypatch.setitem(globals(), "merge_length", lambda *given: max(1, right(*given) - 1))
     with pytest.raises(AssertionError):
         check_least_lengths()

@@ -16,7 +16,7 @@ from entroflow.exploration.random_fraction import RandomFraction
 from entroflow.exploration.window import Window
 from entroflow.prompts import Prompt
 from entroflow.sampling.grid import shifted_grid
-from entroflow.sampling.kernels import FlowSDE
+from entroflow.sampling.kernels import CPS, FlowSDE
 from entroflow.sampling.plan import FRESH
 from entroflow.trainer import Trainer
 from tiny_run import ROLLOUTS, PixelPolicy, brightness, recipe
@@ -24,11 +24,11 @@ from tiny_run import ROLLOUTS, PixelPolicy, brightness, recipe
 KERNEL = FlowSDE(noise_level=0.7)
 
 
-def planned(exploration, *, steps=16, sizes=(3, 2), first=None, seed=0, iteration=0):
+def planned(exploration, *, steps=16, sizes=(3, 2), first=None, seed=0, iteration=0, kernel=KERNEL):
     grid = shifted_grid(steps, 3.0)
     prompts = [Prompt(f"prompt {n}") for n in range(len(sizes))]
     first_member = torch.tensor(first or [0] * len(sizes))
-    request = Request(prompts, torch.tensor(sizes), first_member, grid, KERNEL, seed, iteration)
+    request = Request(prompts, torch.tensor(sizes), first_member, grid, kernel, seed, iteration)
     return exploration.plan(request)
 
 
@@ -42,6 +42,16 @@ def starts(exploration, **options):
     assert torch.equal(stochastic, inside)
     assert set(count.tolist()) == {exploration.size}
     return first.tolist()
+
+
+def test_no_window_of_a_run_may_reach_a_step_that_the_kernel_refuses():
+    """It shows before the first iteration, though the first window is far from it."""
+    moving = Window(size=4, move="progressive")
+    with pytest.raises(InputError, match=r"no stochastic step from sigma 0\.\d+ to 0\.0"):
+        planned(moving, steps=50, kernel=CPS(floor=0.1))
+    planned(moving, steps=50, kernel=CPS(floor=0))
+    planned(Window(size=4), steps=50, kernel=CPS(floor=0.1))
+    planned(Window(size=4, move="random", last_start=5), steps=50, kernel=CPS(floor=0.1))
 
 
 # --- every step -----------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ its s grows with l, so low-entropy steps become high-entropy ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -33,31 +32,37 @@ def scaled_entropy(std: Tensor, scale: Scale = "perplexity") -> Tensor:
     return 2 * nats if scale == "twice_nats" else nats
 
 
-def merge_lengths(
-    kernel: Kernel, grid: Tensor, starts: Sequence[int], tau: float, scale: Scale = "perplexity"
-) -> list[int]:
-    """The least number of steps to merge at each start so that the entropy reaches `tau`.
+def merge_length(
+    kernel: Kernel,
+    grid: Tensor,
+    start: int,
+    tau: float,
+    scale: Scale = "perplexity",
+    *,
+    highest: bool = False,
+) -> int:
+    """The least number of steps to merge from a start on so that the entropy reaches `tau`.
 
     Args:
         grid: [T + 1] sigmas.
-        starts: indices into the grid.
+        start: index into the grid, at most T - 2.
+        highest: where no length reaches `tau`, take that of the highest entropy.
 
     Returns:
-        A length >= 1 for each start; a merged step ends before the last point of the grid.
+        A length >= 1; the merged step ends before the last point of the grid.
 
     Raises:
-        InputError: `tau` is out of reach for a start.
+        InputError: `tau` is out of reach.
     """
-    lengths = []
-    for start in starts:
-        ends = grid[start + 1 : -1]
-        found = scaled_entropy(kernel.std(grid[start].expand(len(ends)), ends, grid), scale)
-        enough = (found >= tau).nonzero()
-        if not len(enough):
-            most = f"at most {found.max():.3g}" if len(found) else "nothing"
-            raise InputError(
-                f"exploration.tau is {tau:g}, but from sigma {grid[start]:.3g} (step {start}) a "
-                f"merged step reaches {most}; lower tau, or leave that start out."
-            )
-        lengths.append(int(enough[0]) + 1)
-    return lengths
+    ends = grid[start + 1 : -1]
+    found = scaled_entropy(kernel.std(grid[start].expand(len(ends)), ends, grid), scale)
+    enough = (found >= tau).nonzero()
+    if len(enough):
+        return int(enough[0]) + 1
+    if highest:
+        return int(found.argmax()) + 1
+    raise InputError(
+        f"exploration.tau is {tau:g}, but from sigma {grid[start]:.3g} (step {start}) a merged "
+        f"step reaches at most {found.max():.3g}; lower tau, leave that start out, or take the "
+        "most there is with exploration.out_of_reach=highest."
+    )

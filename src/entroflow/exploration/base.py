@@ -8,9 +8,25 @@ from typing import Protocol
 
 from torch import Tensor
 
+from entroflow.errors import InputError
 from entroflow.prompts import Prompt
 from entroflow.sampling.kernels import Kernel
 from entroflow.sampling.plan import Plan
+
+
+def refuse_undefined(std: Tensor, sigma: Tensor, sigma_next: Tensor) -> None:
+    """Refuse steps for which a kernel has no standard deviation; all of the same shape.
+
+    Raises:
+        InputError: one is NaN.
+    """
+    refused = std.isnan()
+    if refused.any():
+        raise InputError(
+            f"the kernel has no stochastic step from sigma {sigma[refused][0]:.3g} to "
+            f"{sigma_next[refused][0]:.3g}; keep the exploration away from it, or see what the "
+            "kernel's keys allow (cps: floor)."
+        )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from entroflow.component import Component
-from entroflow.entropy.steps import Scale, merge_lengths
+from entroflow.entropy.steps import Scale, merge_length
 from entroflow.errors import InputError
 from entroflow.exploration.base import Request
 from entroflow.sampling.kernels import FlowSDE, VarianceMatched
@@ -38,6 +38,11 @@ class MergedSteps(Component):
         "one for each start; 1 merges none",
     )
     tau: float = Field(2.2, description="of merge: entropy; least entropy of a stochastic step")
+    out_of_reach: Literal["refuse", "highest"] = Field(
+        "refuse",
+        description="of merge: entropy; what is done at a start from which tau can't be reached: "
+        "an error, or the step of highest entropy that ends before the last",
+    )
     scale: Scale = Field(
         "perplexity", description="of tau, per value: e^h, e^(2h), 2h, or h in nats"
     )
@@ -54,16 +59,14 @@ class MergedSteps(Component):
         """
         T = len(request.base_grid) - 1
         starts = self._starts(T)
-        lengths = self._lengths(request, starts)
+        if isinstance(self.merge, tuple) and len(self.merge) != len(starts):
+            raise InputError(
+                f"exploration.merge has {len(self.merge)} numbers for {len(starts)} starts."
+            )
         found: list[tuple[int, int]] = []
-        for start, length in zip(starts, lengths, strict=True):
-            if start + length >= T:
-                raise InputError(
-                    f"exploration.merge is {length} at step {start}, but must end before the last "
-                    f"of the {T} steps, whose noise would stay visible."
-                )
+        for number, start in enumerate(starts):
             if self.overlap or not found or start >= found[-1][1]:
-                found.append((start, start + length))
+                found.append((start, start + self._length(request, number, start)))
         return found
 
     def plan(self, request: Request) -> Plan:
@@ -105,6 +108,10 @@ class MergedSteps(Component):
                 "second_half": range(half, T - 1),
                 "all": range(T - 1),
             }
+            if not parts[self.starts]:
+                raise InputError(
+                    f"exploration.starts is {self.starts}, of which {T} steps have none."
+                )
             return tuple(parts[self.starts])
         wrong = [start for start in self.starts if not 0 <= start < T - 1]
         if wrong or list(self.starts) != sorted(set(self.starts)) or not self.starts:
@@ -114,22 +121,33 @@ class MergedSteps(Component):
             )
         return self.starts
 
-    def _lengths(self, request: Request, starts: tuple[int, ...]) -> list[int]:
-        merge = self.merge
-        if isinstance(merge, tuple) and len(merge) != len(starts):
-            raise InputError(
-                f"exploration.merge has {len(merge)} numbers for {len(starts)} starts."
-            )
-        if merge == 1 or (isinstance(merge, tuple) and set(merge) == {1}):
-            return [1] * len(starts)
-        if not isinstance(request.kernel, FlowSDE | VarianceMatched):
+    def _length(self, request: Request, number: int, start: int) -> int:
+        """How many steps are merged at one start, the `number`-th."""
+        kernel, grid, merge = request.kernel, request.base_grid, self.merge
+        length = merge[number] if isinstance(merge, tuple) else merge
+        if length != 1 and not isinstance(kernel, FlowSDE | VarianceMatched):
             raise InputError(
                 "exploration merged_steps merges steps to gain entropy, which only the kernels "
                 "flow_sde and variance_matched do; choose one of them, or set exploration.merge=1."
             )
-        if merge == "entropy":
-            return merge_lengths(request.kernel, request.base_grid, starts, self.tau, self.scale)
-        lengths = [merge] * len(starts) if isinstance(merge, int) else list(merge)
-        if min(lengths) < 1:
-            raise InputError(f"exploration.merge must be at least 1, not {min(lengths)}.")
-        return lengths
+        if length == "entropy":
+            return merge_length(
+                kernel, grid, start, self.tau, self.scale, highest=self.out_of_reach == "highest"
+            )
+        if length < 1:
+            raise InputError(f"exploration.merge must be at least 1, not {length}.")
+        end, last = start + length, len(grid) - 1
+        if end >= last:
+            raise InputError(
+                f"exploration.merge is {length} at step {start}, but must end before the last of "
+                f"the {last} steps, whose noise would stay visible."
+            )
+        if length > 1 and kernel.std(grid[start], grid[end], grid) <= kernel.std(
+            grid[start], grid[end - 1], grid
+        ):
+            raise InputError(
+                f"exploration.merge is {length} at step {start}, where one less has as much "
+                "entropy: variance_matched adds no more noise than the next sigma stands for. "
+                "Merge less, or choose flow_sde."
+            )
+        return length

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entroflow.component import Component
 from entroflow.errors import InputError
-from entroflow.exploration.base import Request
+from entroflow.exploration.base import Request, refuse_undefined
 from entroflow.sampling.noise import Stream, generator
 from entroflow.sampling.plan import Plan, fresh_rows
 
@@ -53,7 +53,7 @@ class Window(Component):
         """One row per rollout.
 
         Raises:
-            InputError: a window would reach the last step.
+            InputError: a window would reach the last step, or one that the kernel does not have.
         """
         std = request.std_but_last()
         T, P = len(std), len(request.prompts)
@@ -69,6 +69,10 @@ class Window(Component):
             raise InputError(
                 f"exploration.last_start is {last}, before exploration.start ({self.start})."
             )
+        # All places of a run at once: a window that moves must not end it halfway.
+        places = slice(self.start, (self.start if self.move == "fixed" else last) + self.size)
+        grid = request.base_grid
+        refuse_undefined(std[places], grid[:-1][places], grid[1:][places])
         starts = self._starts(request, last, P)[:, None]
         step = torch.arange(T)
         inside = (step >= starts) & (step < starts + self.size)
