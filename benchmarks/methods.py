@@ -10,7 +10,6 @@ docs/methods.md. Interrupted, it goes on when called again.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +21,11 @@ from entroflow.checkpoints import write_text
 from entroflow.compare import (
     RESULTS,
     Arm,
-    Budget,
     Row,
     compare,
     rows,
     smallest_difference,
+    stored_results,
 )
 from entroflow.recipe import shipped_recipes
 from entroflow.show import comparison_progress
@@ -42,7 +41,7 @@ SHARED = (
 )
 RATES = ("1e-4", "3e-4", "1e-3")
 SEEDS = range(3)
-BUDGET = Budget(weighted_evaluations=300_000)
+END = {"budget": 300_000}
 
 Results = list[dict[str, Any]]
 
@@ -134,7 +133,7 @@ def main() -> None:
         try:
             with comparison_progress() as progress:
                 results, failed = compare(
-                    arms, SEEDS, BUDGET, arguments.runs, shared=SHARED,
+                    arms, SEEDS, END, arguments.runs, shared=SHARED,
                     learning_rates=learning_rates, at_once=arguments.at_once, progress=progress,
                 )  # fmt: skip
         finally:
@@ -149,7 +148,7 @@ def main() -> None:
     write_tables(
         {
             "methods": outcomes(methods),
-            "rates": rates(json.loads(store.read_text(encoding="utf-8"))["results"]),
+            "rates": rates(stored_results(arguments.runs)),
             "starts": outcomes(made(starts(own))),
             "merging": outcomes(made(merging(own))),
         }

@@ -14,12 +14,11 @@ import pytest
 import scipy.stats
 
 from entroflow import cli, compare
-from entroflow.compare import Arm, Budget, Row, amount, best_by_validation, planned, rows
+from entroflow.compare import Arm, Row, best_by_validation, planned, rows
 from entroflow.errors import InputError
 from entroflow.recipe import load_recipe
 from entroflow.runs import RunFolder
 from entroflow.show import comparison_table, print_table
-from entroflow.trainer import Trainer
 
 TINY = (
     "prompts.per_iteration=2", "allocation.group_size=2", "sampling.steps=3",
@@ -66,66 +65,54 @@ def test_an_arm_is_a_recipe_with_changes_behind_commas(text, arm):
     assert arm.name == text
 
 
-@pytest.mark.parametrize(("text", "number"), [("300k", 3e5), ("1.5M", 1.5e6), ("40000", 4e4)])
-def test_amounts(text, number):
-    assert amount(text) == number
-
-
-@pytest.mark.parametrize("text", ["", "k", "-3k", "3 k", "300g", "0", "1e5"])
-def test_what_is_no_amount_is_refused(text):
-    with pytest.raises(InputError, match="a budget is a number like 300k"):
-        amount(text)
-
-
-def test_a_budget_of_evaluations_is_that_of_the_run():
-    (job,) = planned([Arm("flow_grpo_fast")], [0], Budget(weighted_evaluations=1000), TINY)
-    run = load_recipe("flow_grpo_fast", job.overrides).run
-    assert (run.iterations, run.budget) == (None, 1000)
-    with pytest.raises(InputError, match="flow_grpo_fast: the budget is less than one iteration"):
-        planned([Arm("flow_grpo_fast")], [0], Budget(weighted_evaluations=PER_ITERATION - 1), TINY)
+def test_the_end_of_a_comparison_is_that_of_every_run():
+    for end, kept in (
+        ({"budget": "1k"}, {"budget": 1000}),
+        ({"updates": 9}, {"updates": 9}),
+        ({"minutes": 0.5}, {"minutes": 0.5}),
+    ):
+        (job,) = planned([Arm("flow_grpo_fast")], [0], end, TINY)
+        assert load_recipe("flow_grpo_fast", job.overrides).run.ends == kept
 
 
 @pytest.mark.parametrize(
-    ("changes", "updates", "iterations"),
+    ("arm", "shared", "end", "said"),
     [
-        (("objective.minibatches=2",), 9, 4),
-        (("objective.epochs=3", "objective.minibatches=2"), 13, 2),
-        (("objective.minibatches=by_step", "sampling.steps=4", "exploration.size=2"), 9, 4),
+        ("quickstart", (), {"budget": 5}, "quickstart: one iteration costs [0-9]+ wei"),
+        ("quickstart", (), {"budget": "300g"}, "quickstart: .*budget: must be a number like"),
+        ("quickstart", (), {"updates": 0}, "quickstart: .*updates: input should be greater"),
+        ("quickstart,run.iterations=3", (), {"updates": 4}, "run.iterations=3: .* same for all"),
+        ("quickstart", ("run.seed=3",), {"updates": 4}, "run.seed=3: .* the same for all"),
+        ("e_grpo,exploration.tau=5", ("sampling.steps=3", "exploration.type=merged_steps"),
+         {"updates": 4}, "e_grpo,exploration.tau=5: exploration.tau is 5"),
+        ("quickstart,objective.kl=0.02", (), {"updates": 4}, "kl=0.02: it is the same recipe"),
     ],
-)
-def test_a_budget_of_updates(changes, updates, iterations):
-    recipe = load_recipe("quickstart", [*TINY, *changes])
-    end = Budget(updates=updates).end(Trainer(recipe))
-    assert end == [f"run.iterations={iterations}", "run.budget=null"]
-
-
-def test_a_budget_of_minutes_goes_by_two_iterations():
-    trainer = Trainer(load_recipe("flow_grpo_fast", TINY))
-    end = Budget(minutes=1.0).end(trainer)
-    assert trainer.iteration == 2
-    assert end[0] == f"run.iterations={math.floor(60 / (trainer.seconds / 2))}"
+)  # fmt: skip
+def test_what_can_not_be_compared_is_refused_with_the_name_of_the_arm(arm, shared, end, said):
+    with pytest.raises(InputError, match=said):
+        planned([Arm("quickstart"), Arm.parse(arm)], [0], end, [*shared] or TINY)
 
 
 def test_every_arm_is_planned_with_every_seed_and_none_twice():
     arms = [Arm("flow_grpo_fast"), Arm("flow_grpo_fast", ("objective.kl=0.1",))]
-    jobs = planned(arms, [0, 1, 2], Budget(updates=4), TINY)
+    jobs = planned(arms, [0, 1, 2], {"updates": 4}, TINY)
     assert [(job.arm, job.seed) for job in jobs] == [(a, s) for a in arms for s in (0, 1, 2)]
     assert len({job.recipe_hash for job in jobs}) == 2
-    with pytest.raises(InputError, match="two of the recipes are the same"):
-        planned([arms[0], arms[0]], [0], Budget(updates=4), TINY)
+    with pytest.raises(InputError, match="flow_grpo_fast: it is the same recipe as flow_grpo_fast"):
+        planned([arms[0], arms[0]], [0], {"updates": 4}, TINY)
 
 
 def test_an_evaluation_without_test_prompts_is_refused():
     own = Arm("flow_grpo_fast", ("evaluation.type=tiny_run.Shift",))
     with pytest.raises(InputError, match="its evaluation has no test prompts to compare on"):
-        planned([own], [0], Budget(updates=4), [o for o in TINY if "evaluation" not in o])
+        planned([own], [0], {"updates": 4}, [o for o in TINY if "evaluation" not in o])
 
 
 def test_runs_of_a_recipe_file_lie_in_the_folder_of_results(tmp_path):
     path = tmp_path / "some" / "mine.yaml"
     path.parent.mkdir()
     path.write_text("run: {iterations: 3}")
-    (job,) = planned([Arm(str(path))], [5], Budget(updates=4), TINY)
+    (job,) = planned([Arm(str(path))], [5], {"updates": 4}, TINY)
     assert job.folder(tmp_path / "out").parent == tmp_path / "out" / "runs"
     assert job.folder(tmp_path / "out").name.startswith("mine-")
 
@@ -135,12 +122,12 @@ def test_runs_of_a_recipe_file_lie_in_the_folder_of_results(tmp_path):
 
 def test_results_are_made_once_and_kept_by_recipe_and_seed(tmp_path, monkeypatch):
     """A second comparison runs what is new; a third tries rates, one of them the recipe's own."""
-    progress, budget = Silent(), Budget(weighted_evaluations=2 * PER_ITERATION)
+    progress, end = Silent(), {"budget": 2 * PER_ITERATION}
     arm = Arm("flow_grpo_fast")
 
     def compared(seeds, **options):
         return compare.compare(
-            [arm], seeds, budget, tmp_path, shared=TINY, at_once=2, progress=progress, **options
+            [arm], seeds, end, tmp_path, shared=TINY, at_once=2, progress=progress, **options
         )
 
     results, failed = compared([0])
@@ -216,10 +203,39 @@ def test_a_comparison_that_is_stopped_goes_on(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     (result,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     whole, _ = compare.compare(
-        [Arm("flow_grpo_fast")], [0], Budget(weighted_evaluations=60 * PER_ITERATION),
+        [Arm("flow_grpo_fast")], [0], {"budget": 60 * PER_ITERATION},
         tmp_path / "whole", shared=TINY, at_once=1, progress=Silent(),
     )  # fmt: skip
     assert result["test"]["models"] == whole[0]["test"]["models"]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path):
+    arms, end = [Arm("flow_grpo_fast")], {"budget": PER_ITERATION}
+    (job,) = planned(arms, [0], end, TINY)
+    (job.folder(tmp_path) / "checkpoints").mkdir(parents=True)
+    (job.folder(tmp_path) / "recipe.yaml").write_text("half a rec")
+    _, failed = compare.compare(arms, [0], end, tmp_path, shared=TINY, progress=Silent())
+    assert failed == []
+
+
+def test_a_result_that_can_not_be_read_is_a_run_that_failed(tmp_path):
+    """And stops no other."""
+    arms, end = [Arm("flow_grpo_fast")], {"budget": PER_ITERATION}
+    first = planned(arms, [0, 1], end, TINY)[0]
+    first.folder(tmp_path).mkdir(parents=True)
+    (first.folder(tmp_path) / "evaluation.json").write_text("{}")
+    results, failed = compare.compare(arms, [0, 1], end, tmp_path, shared=TINY, progress=Silent())
+    assert [job.seed for job in failed] == [0]
+    assert [result["seed"] for result in results] == [1]
+    assert "is not a run folder" in first.folder(tmp_path).with_suffix(".log").read_text()
+
+
+@pytest.mark.parametrize("content", ["{}", '{"results": 3}', '{"results": [{}]}', "[", "3"])
+def test_results_that_are_none_are_refused(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(InputError, match=r"results\.json (is torn|holds no)"):
+        compare.stored_results(tmp_path)
+    assert (tmp_path / "results.json").read_text() == content
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -275,14 +291,22 @@ def test_the_smallest_difference_is_that_of_a_t_test():
 
 
 def test_the_table_names_its_recipes_in_80_columns(capsys):
-    long = [
-        result_of("flow_grpo_fast,optimizer.learning_rate=4e-4", seed, 0.7) for seed in range(3)
-    ]
+    name = "flow_grpo_fast,optimizer.learning_rate=4e-4"
+    long = [result_of(name, seed, 0.701 + seed / 100, texture=12.34) for seed in range(3)]
+    spent = {"ledger": {"ledger/weighted_evaluations": 301_000.0}, "training_seconds": 754.0}
+    long = [{**result, **spent, "iterations": 123} for result in long]
     print_table(comparison_table(rows([*long, *RESULTS])))
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 80
+    assert "…" not in said
     assert "flow_grpo_fast" in said
-    assert "0.600 ± 0.100" in said
+    assert "123" in said
+    assert "301k" in said
+    assert "0.711 ±0.010" in said
+    assert "×12.34" in said
+    assert "12.6" in said
+    assert "differences below" in said
+    assert "0.600 ±0.100" in said
     assert "+0.200" in said
 
 
@@ -297,6 +321,14 @@ def test_one_seed_shows_no_difference():
     table = rows([result_of("one", 0, 0.5), result_of("two", 0, 0.6)])
     assert math.isnan(compare.smallest_difference(table))
     assert "one seed shows no differences" in comparison_table(table).caption
+
+
+def test_a_rate_is_given_once(tmp_path):
+    with pytest.raises(InputError, match="--learning-rates chooses it"):
+        compare.compare(
+            [Arm("quickstart")], [0], {"updates": 1}, tmp_path,
+            shared=["optimizer.learning_rate=1e-3"], learning_rates=["1e-4"], progress=Silent(),
+        )  # fmt: skip
 
 
 def test_the_rate_is_chosen_by_the_last_validation_score():

@@ -27,9 +27,12 @@ def one_writer(folder: Path) -> Iterator[None]:
     """Within, no other process is so about the same folder, which is made where it is missing.
 
     Raises:
-        InputError: another process is.
+        InputError: another process is, or `folder` is a file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{folder} can't be made: a file is there; choose another.") from None
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()

@@ -174,8 +174,9 @@ def compare(
         ),
     ],
     budget: Annotated[
-        str, typer.Option(help="Weighted network evaluations of a run, as 300k or 1.5M.")
-    ] = "300k",
+        str | None,
+        typer.Option(help="Weighted network evaluations of a run, as 1.5M; 300k if none is given."),
+    ] = None,
     updates: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps of a run, instead of a budget.")
     ] = None,
@@ -211,17 +212,18 @@ def compare(
     shared = [text for text in arguments if "=" in text.partition(",")[0]]
     if not arms:
         raise InputError("name at least one recipe; `entroflow recipes` lists them.")
-    if updates is not None and minutes is not None:
-        raise InputError("give --updates or --minutes, not both.")
-    if updates is None and minutes is None:
-        allowed = comparing.Budget(weighted_evaluations=comparing.amount(budget))
-    else:
-        allowed = comparing.Budget(updates=updates, minutes=minutes)
+    ends = {"budget": budget, "updates": updates, "minutes": minutes}
+    end = {key: value for key, value in ends.items() if value is not None} or {"budget": "300k"}
+    if len(end) > 1:
+        raise InputError(f"give one of {' and '.join(f'--{key}' for key in end)}.")
     rates = [] if learning_rates is None else learning_rates.split(",")
+    for rate in rates:
+        if not _is_rate(rate):
+            raise InputError(f"--learning-rates must be numbers above 0 like 1e-4,3e-4: {rate!r}.")
     try:
         with comparison_progress() as progress:
             results, failed = comparing.compare(
-                arms, range(seeds), allowed, out, shared=shared, learning_rates=rates,
+                arms, range(seeds), end, out, shared=shared, learning_rates=rates,
                 at_once=at_once, progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt:
@@ -233,6 +235,13 @@ def compare(
     if failed:
         logs = ", ".join(str(job.folder(out).with_suffix(".log")) for job in failed)
         raise InputError(f"{len(failed)} runs failed; their output is in {logs}.")
+
+
+def _is_rate(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
 
 
 @app.command()

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -22,15 +23,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import scipy.stats
-import torch
 
 from entroflow.checkpoints import one_writer, to_json, write_text
 from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
-from entroflow.recipe import load_recipe
+from entroflow.recipe import ENDS, load_recipe
 from entroflow.runs import EVALUATION, RunFolder, read_object
 from entroflow.trainer import Trainer
 
@@ -61,52 +61,6 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What one run may spend: exactly one of the three.
-
-    Attributes:
-        weighted_evaluations: a forward and backward pass counts three.
-        updates: optimizer steps.
-        minutes: of training on one thread of this machine, as two iterations make one expect.
-    """
-
-    weighted_evaluations: float | None = None
-    updates: int | None = None
-    minutes: float | None = None
-
-    def end(self, trainer: Trainer) -> list[str]:
-        """The keys of `run` that end a recipe with the budget; for minutes the trainer takes two.
-
-        Raises:
-            InputError: it is less than one iteration.
-        """
-        iterations = self._iterations(trainer)
-        if iterations < 1:
-            raise InputError(f"{trainer.recipe.name}: the budget is less than one iteration.")
-        if self.weighted_evaluations is not None:
-            # By the ledger and not by its plan: a transition without advantage costs nothing.
-            return ["run.iterations=null", f"run.budget={self.weighted_evaluations:.0f}"]
-        return [f"run.iterations={math.floor(iterations)}", "run.budget=null"]
-
-    def _iterations(self, trainer: Trainer) -> float:
-        """How many iterations fit, by the plan of the first or, for minutes, the time of two."""
-        objective, expected = trainer.recipe.objective, trainer.expected()
-        if self.weighted_evaluations is not None:
-            return self.weighted_evaluations / float(expected["weighted_evaluations"])
-        if self.updates is not None:
-            parts = objective.minibatches
-            per_pass = len({s["start"] for s in expected["steps"]}) if parts == "by_step" else parts
-            return self.updates / (per_pass * objective.epochs)
-        assert self.minutes is not None
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        trainer.step()
-        trainer.step()
-        torch.set_num_threads(threads)
-        return 60 * self.minutes / (trainer.seconds / 2)
-
-
-@dataclass(frozen=True)
 class Job:
     """One run: an arm with a seed, cut to the budget."""
 
@@ -116,10 +70,12 @@ class Job:
     seed: int
     base: str
 
+    KEY: ClassVar = ("recipe_hash", "seed", "base")
+
     @property
     def key(self) -> dict[str, Any]:
         """Under which its result is kept."""
-        return {"recipe_hash": self.recipe_hash, "seed": self.seed, "base": self.base}
+        return {name: getattr(self, name) for name in self.KEY}
 
     def folder(self, out: Path) -> Path:
         """Where it is run."""
@@ -127,48 +83,63 @@ class Job:
         return out / "runs" / name
 
 
-def amount(text: str) -> float:
-    """The number that `300k`, `1.5M` or `40000` stands for.
-
-    Raises:
-        InputError: none.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kM]?)", text.strip())
-    if not found or float(found[1]) <= 0:
-        raise InputError(f"a budget is a number like 300k or 1.5M, not {text!r}.")
-    return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6}[found[2]]
-
-
 def planned(
-    arms: Sequence[Arm], seeds: Sequence[int], budget: Budget, shared: Sequence[str] = ()
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    end: Mapping[str, float | str],
+    shared: Sequence[str] = (),
 ) -> list[Job]:
     """All runs of a comparison, arm by arm.
 
     Args:
+        end: what every run may take: `budget`, `updates` or `minutes`, as in the section `run`.
         shared: overrides of every arm.
 
     Raises:
         InputError: a recipe is wrong, given twice, or can't be run within the budget.
     """
-    jobs: list[Job] = []
+    ends = {key: end.get(key) for key in ENDS}
+    ending = [f"run.{key}={'null' if value is None else value}" for key, value in ends.items()]
+    jobs: dict[tuple[Any, ...], Job] = {}
     for arm in arms:
-        recipe = load_recipe(arm.recipe, [*arm.overrides, *shared])
-        if not isinstance(recipe.evaluation, HeldOutEvaluation):
-            raise InputError(
-                f"{arm.name}: its evaluation has no test prompts to compare on; derive it from "
-                "entroflow.evaluation.base.HeldOutEvaluation."
-            )
-        trainer = Trainer(recipe)
-        base = trainer.policy.weights.digest("reference")
-        end = budget.end(trainer)
-        for seed in seeds:
-            overrides = (*arm.overrides, *shared, *end, f"run.seed={seed}")
-            hashed = load_recipe(arm.recipe, overrides).hash
-            jobs.append(Job(arm, overrides, hashed, seed, base))
-    keys = [tuple(job.key.values()) for job in jobs]
-    if len(set(keys)) < len(keys):
-        raise InputError("two of the recipes are the same.")
-    return jobs
+        overrides = (*arm.overrides, *shared)
+        for override in overrides:
+            if override.partition("=")[0] in {f"run.{key}" for key in (*ENDS, "seed")}:
+                raise InputError(
+                    f"{override}: how long runs are, and their seeds, are the same for all; give "
+                    "--budget, --updates or --minutes, and --seeds."
+                )
+        with _said_of(arm):
+            recipe = load_recipe(arm.recipe, (*overrides, *ending))
+            if not isinstance(recipe.evaluation, HeldOutEvaluation):
+                raise InputError(
+                    "its evaluation has no test prompts to compare on; derive it from "
+                    "entroflow.evaluation.base.HeldOutEvaluation."
+                )
+            trainer = Trainer(recipe)
+            trainer.try_inputs()
+            cost = trainer.expected()["weighted_evaluations"]
+            if recipe.run.budget is not None and cost > recipe.run.budget:
+                raise InputError(
+                    f"one iteration costs {cost:,} weighted evaluations, more than all."
+                )
+            base = trainer.policy.weights.digest("reference")
+            for seed in seeds:
+                ended = (*overrides, *ending, f"run.seed={seed}")
+                job = Job(arm, ended, load_recipe(arm.recipe, ended).hash, seed, base)
+                twin = jobs.setdefault(_key(job.key), job)
+                if twin is not job:
+                    raise InputError(f"it is the same recipe as {twin.arm.name}.")
+    return list(jobs.values())
+
+
+@contextmanager
+def _said_of(arm: Arm) -> Iterator[None]:
+    """Within, errors begin with the name of the arm."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{arm.name}: {error}") from None
 
 
 def run_all(
@@ -195,10 +166,7 @@ def run_all(
     """
     children = _Children()
     with one_writer(out), _terminated_as_interrupted():
-        stored: list[dict[str, Any]] = []
-        if (out / RESULTS).exists():
-            stored = read_object(out / RESULTS)["results"]
-        kept = {_key(result): result for result in stored}
+        kept = {_key(result): result for result in stored_results(out)}
         lock = threading.Lock()
 
         def run(job: Job) -> dict[str, Any] | None:
@@ -225,6 +193,22 @@ def run_all(
         return [{**kept[_key(job.key)], **_named(job)} for job in jobs if _key(job.key) in kept]
 
 
+def stored_results(out: Path) -> list[dict[str, Any]]:
+    """What `results.json` holds; nothing where there is none yet.
+
+    Raises:
+        InputError: it is torn.
+    """
+    path = out / RESULTS
+    results = read_object(path).get("results") if path.exists() else []
+    whole = {*Job.KEY, "version", "iterations", "curve", "ledger", "test"}
+    if not isinstance(results, list) or not all(
+        isinstance(result, dict) and whole <= result.keys() for result in results
+    ):
+        raise InputError(f"{path} is torn: it holds no results of runs; remove it, or restore it.")
+    return results
+
+
 def _named(job: Job) -> dict[str, Any]:
     """What a run was asked for as."""
     return {
@@ -234,7 +218,7 @@ def _named(job: Job) -> dict[str, Any]:
 
 
 def _key(content: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (content["recipe_hash"], content["seed"], content["base"])
+    return tuple(content[name] for name in Job.KEY)
 
 
 class _Children:
@@ -285,12 +269,11 @@ def _run(job: Job, out: Path, children: _Children) -> dict[str, Any] | None:
     folder = job.folder(out)
     if not (folder / EVALUATION).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        goes_on = folder.exists() and bool(RunFolder(folder).all_checkpoints())
-        asked = (
-            ["--resume", str(folder)]
-            if goes_on
-            else [job.arm.recipe, *job.overrides, "--run", str(folder)]
-        )
+        asked = ["--resume", str(folder)]
+        if not RunFolder(folder).all_checkpoints():
+            # What was killed before its first checkpoint begins anew.
+            shutil.rmtree(folder, ignore_errors=True)
+            asked = [job.arm.recipe, *job.overrides, "--run", str(folder)]
         with folder.with_suffix(".log").open("ab") as log:
             children.run(
                 [sys.executable, "-m", "entroflow.cli", "train", *asked],
@@ -301,7 +284,12 @@ def _run(job: Job, out: Path, children: _Children) -> dict[str, Any] | None:
             )
         if not (folder / EVALUATION).exists():
             return None
-    return result_of(folder, job)
+    try:
+        return result_of(folder, job)
+    except InputError as error:
+        with folder.with_suffix(".log").open("a", encoding="utf-8") as log:
+            log.write(f"{error}\n")
+        return None
 
 
 def result_of(folder: Path, job: Job) -> dict[str, Any]:
@@ -311,7 +299,7 @@ def result_of(folder: Path, job: Job) -> dict[str, Any]:
     return {
         **job.key,
         **_named(job),
-        "version": metrics[0]["version"],
+        "version": metrics[0].get("version", "unknown"),
         "iterations": last["iteration"],
         "training_seconds": last["seconds"],
         "ledger": {key: value for key, value in last.items() if key.startswith("ledger/")},
@@ -424,7 +412,7 @@ class Progress(Protocol):
 def compare(
     arms: Sequence[Arm],
     seeds: Sequence[int],
-    budget: Budget,
+    end: Mapping[str, float | str],
     out: Path,
     *,
     shared: Sequence[str] = (),
@@ -432,9 +420,10 @@ def compare(
     at_once: int | None = None,
     progress: Progress,
 ) -> tuple[list[dict[str, Any]], list[Job]]:
-    """Run every arm with every seed within the budget.
+    """Run every arm with every seed at equal cost.
 
     Args:
+        end: see `planned`.
         out: see `run_all`.
         shared: overrides of every arm.
         learning_rates: if given, every arm is run with each of them and the first seed, and goes on
@@ -451,13 +440,16 @@ def compare(
     cores = at_once or os.cpu_count() or 1
 
     def made(chosen: Sequence[Arm], which: Sequence[int]) -> tuple[list[dict[str, Any]], list[Job]]:
-        jobs = planned(chosen, which, budget, shared)
+        jobs = planned(chosen, which, end, shared)
         progress.begin(jobs)
         results = run_all(jobs, out, at_once=cores, done=progress.done)
         there = {_key(result) for result in results}
         return results, [job for job in jobs if _key(job.key) not in there]
 
     if learning_rates:
+        for override in [*shared, *(change for arm in arms for change in arm.overrides)]:
+            if override.startswith("optimizer.learning_rate="):
+                raise InputError(f"{override}: --learning-rates chooses it; give one of the two.")
         tried = {
             arm: [
                 Arm(arm.recipe, (*arm.overrides, f"optimizer.learning_rate={rate}"))

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import sys
 import sysconfig
 import traceback
@@ -21,9 +22,10 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, cast, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -94,6 +96,19 @@ ComponentT = TypeVar("ComponentT", bound=Component)
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+def amount(value: object) -> object:
+    """The whole number that `300k`, `1.5M` or `3e5` stands for; what is no text, as it is."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKM]?)", value.strip())
+        if not found:
+            raise ValueError("must be a number like 300000, 300k or 1.5M")
+        value = float(found[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6}[found[2]]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Amount = Annotated[int, BeforeValidator(amount)]
+
+
 class Sampling(Component):
     """How rollouts are sampled."""
 
@@ -142,21 +157,37 @@ class Optimizer(Component):
         return self.learning_rate * min(1.0, up, down)
 
 
+ENDS = {
+    "iterations": "iterations",
+    "budget": "weighted evaluations",
+    "updates": "updates",
+    "minutes": "minutes",
+}
+"""Keys of `run` that end it, and their units."""
+
+
 class Run(Component):
-    """How long, how often, and with which seed."""
+    """How long, how often, and with which seed.
+
+    The run ends after `iterations`, or with the iteration that comes nearest to `budget`, `updates`
+    or `minutes`, whichever is first.
+    """
 
     iterations: int | None = Field(
         100,
         ge=0,
-        description="iterations of the whole run; 0 only evaluates, null leaves the end to budget",
+        description="iterations of the whole run; 0 only evaluates, null leaves the end to the "
+        "three keys below",
     )
-    budget: int | None = Field(
+    budget: Amount | None = Field(
         None,
         ge=1,
-        description=(
-            "weighted network evaluations (a forward and backward pass counts three); the run ends "
-            "with the iteration nearest to it, if that comes before `iterations`"
-        ),
+        description="weighted network evaluations (a forward and backward pass counts three), as "
+        "300000 or 300k",
+    )
+    updates: int | None = Field(None, ge=1, description="optimizer steps")
+    minutes: float | None = Field(
+        None, gt=0, description="training time, without evaluations and checkpoints"
     )
     # One more, for the test prompts, must still fit the 64 bits of a noise address.
     seed: int = Field(0, ge=0, lt=2**63 - 1, description="run seed, part of every noise address")
@@ -166,19 +197,27 @@ class Run(Component):
 
     @model_validator(mode="after")
     def _has_an_end(self) -> Self:
-        if self.iterations is None and self.budget is None:
-            raise ValueError("give iterations, budget, or both")
+        if not self.ends:
+            raise ValueError("give iterations, budget, updates or minutes, or several of them")
         return self
 
-    def share_done(self, iteration: int, weighted_evaluations: int) -> float:
-        """How much of the run lies behind: in [0, 1], and 1 only at its end."""
+    @property
+    def ends(self) -> dict[str, float]:
+        """What ends the run, by the keys that are set; whichever comes first does."""
+        return {key: value for key in ENDS if (value := getattr(self, key)) is not None}
+
+    def share_done(self, spent: Mapping[str, float]) -> float:
+        """How much of the run lies behind: in [0, 1], and 1 only at its end.
+
+        Args:
+            spent: `iterations` so far, and the `budget`, `updates` and `minutes` they took.
+        """
         done = 0.0
-        if self.iterations is not None:
-            done = iteration / self.iterations if self.iterations else 1.0
-        if self.budget is not None and iteration > 0:
-            left, one_more = self.budget - weighted_evaluations, weighted_evaluations / iteration
-            done = max(done, weighted_evaluations / self.budget if 2 * left > one_more else 1.0)
-        return min(1.0, done)
+        for key, end in self.ends.items():
+            left, of_one = end - spent[key], spent[key] / max(spent["iterations"], 1)
+            # Half an iteration more would be past the end: no other comes nearer to it.
+            done = max(done, 1.0 if 2 * left <= of_one else spent[key] / end)
+        return done
 
     @property
     def test_seed(self) -> int:
@@ -231,9 +270,8 @@ class Recipe:
         """
         content = {section: _set(section, self.resolved[section]) for section in SECTIONS}
         run = self.resolved["run"]
-        content["run"] = {"iterations": run["iterations"]}
-        if run.get("budget") is not None:
-            content["run"]["budget"] = run["budget"]
+        ends = {key: run[key] for key in ENDS if run.get(key) is not None}
+        content["run"] = {"iterations": run["iterations"], **ends}
         text = json.dumps(content, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -608,9 +646,14 @@ def _located(path: Path, folder: Path | None) -> Path:
 
 
 def _explained(error: ValidationError, chosen: type[BaseModel], where: str) -> str:
-    first, *others = error.errors()
+    errors = error.errors()
+    first = errors[0]
+    several = [e for e in errors if e["loc"][:1] == first["loc"][:1] and _of_one_form(e, chosen)]
+    if several:
+        first = _of_all_forms(several)
+        errors = [first, *(e for e in errors if e["loc"][:1] != first["loc"][:1])]
     key = ".".join(str(part) for part in first["loc"])
-    more = f" ({len(others)} more like this)" if others else ""
+    more = f" ({len(errors) - 1} more like this)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
         names = [field for field in chosen.model_fields if field != "type"]
         return f"{where}: unknown key {key!r}{_hint(key, names)}{more}"
@@ -621,6 +664,28 @@ def _explained(error: ValidationError, chosen: type[BaseModel], where: str) -> s
         return f"{where}: {message}{more}."
     message = message[0].lower() + message[1:]
     return f"{where}.{key}: {message}, not {first['input']!r}{more}."
+
+
+def _of_one_form(error: ErrorDetails, chosen: type[BaseModel]) -> bool:
+    """Whether an error is about one of several forms that a key may have, as pydantic reports."""
+    path = error["loc"]
+    field = chosen.model_fields.get(str(path[0])) if len(path) > 1 else None
+    forms = get_args(field.annotation) if field and not isinstance(path[1], int) else ()
+    return len([form for form in forms if form is not type(None)]) > 1
+
+
+def _of_all_forms(errors: Sequence[ErrorDetails]) -> ErrorDetails:
+    """One error for a key that has none of its forms: inside of a list where that is what it is."""
+    deepest = max(errors, key=lambda error: len(error["loc"]))
+    # The second part of the path is pydantic's name of a form.
+    path = (*deepest["loc"][:1], *deepest["loc"][2:])
+    if len(path) > 1:
+        return {**deepest, "loc": path}
+    forms = [
+        error["msg"].partition(", unable")[0].removeprefix("Input should be ") for error in errors
+    ]
+    said = "Input should be " + ", or ".join(dict.fromkeys(forms))
+    return {**deepest, "loc": path, "msg": said.replace("array", "list").replace("tuple", "list")}
 
 
 def _hint(word: str, known: Sequence[str]) -> str:

@@ -61,6 +61,16 @@ def package_version() -> str:
         return entroflow.__version__
 
 
+def spent(line: Mapping[str, Any]) -> dict[str, float]:
+    """What a run had taken at one line of its metrics, for `Run.share_done`."""
+    return {
+        "iterations": line["iteration"],
+        "budget": line.get("ledger/weighted_evaluations", 0),
+        "updates": line.get("ledger/optimizer_steps", 0),
+        "minutes": line.get("seconds", 0) / 60,
+    }
+
+
 class RunError(InputError):
     """A run folder can't be used as asked; the message says why and what to do."""
 

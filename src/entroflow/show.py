@@ -25,8 +25,8 @@ from rich.table import Table
 
 from entroflow.compare import Job, Row, smallest_difference
 from entroflow.evaluation.base import Evaluated
-from entroflow.recipe import Recipe, Run
-from entroflow.runs import EVALUATION, RunFolder, read_object
+from entroflow.recipe import ENDS, Recipe, Run
+from entroflow.runs import EVALUATION, RunFolder, read_object, spent
 from entroflow.trainer import Metrics
 
 console = Console()
@@ -74,8 +74,7 @@ class TrainingProgress:
         if metrics["iteration"] == 0:
             clip, D = metrics["policy/clip_range"], metrics["policy/dimensions"]
             console.print(
-                f"clip range {clip:.2g} per dimension, {clip * D:.3g} on the true log-ratio "
-                f"(D = {D})",
+                f"clip range {clip:.2g} per dimension, {clip * D:.3g} in all (D = {D})",
                 highlight=False,
             )
             console.print(expectation(metrics["plan"]), highlight=False, soft_wrap=True)
@@ -95,10 +94,12 @@ class TrainingProgress:
             )
         mean = metrics.get("reward/mean")
         reward = "" if mean is None else f"reward {mean:.3f}  "
-        spent = compact(metrics["ledger/network_evaluations"])
-        iteration = metrics["iteration"]
-        numbers = f"iteration {iteration}  strict {self._strict:.3f}  {reward}{spent} evaluations"
-        share = self._recipe.run.share_done(iteration, metrics["ledger/weighted_evaluations"])
+        evaluations = compact(metrics["ledger/network_evaluations"])
+        numbers = (
+            f"iteration {metrics['iteration']}  strict {self._strict:.3f}  {reward}"
+            f"{evaluations} evaluations"
+        )
+        share = self._recipe.run.share_done(spent(metrics))
         if share >= 1:
             numbers += "  comparing with the base on test prompts"
         self._progress.update(self._task, completed=share, numbers=numbers)
@@ -111,10 +112,12 @@ class TrainingProgress:
 
 
 def length(run: Run) -> str:
-    """What ends a run."""
-    ends = [f"{run.iterations} iterations"] if run.iterations is not None else []
-    ends += [f"{compact(run.budget)} weighted evaluations"] if run.budget is not None else []
-    return ", at most ".join(ends)
+    """What ends a run: 100 iterations; about 300k weighted evaluations or 2 minutes."""
+    ends = [
+        f"{'' if key == 'iterations' else 'about '}{compact(end)} {ENDS[key]}"
+        for key, end in run.ends.items()
+    ]
+    return " or ".join(ends)
 
 
 def expectation(plan: Mapping[str, Any]) -> str:
@@ -221,24 +224,26 @@ def comparison_table(table: Sequence[Row]) -> Table:
         box=SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1),
+        collapse_padding=True,
     )
     # Narrow enough for 80 columns, where a terminal's width is not known.
-    shown.add_column("recipe", overflow="fold", min_width=16)
+    shown.add_column("recipe", overflow="fold", min_width=14)
     for heading in ("n", "iter", "spent", "strict", "gain", "texture", "divers.", "min"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in table:
-        spread = "" if math.isnan(row.spread) else f" ± {row.spread:.3f}"
+        spread = "" if math.isnan(row.spread) else f" ±{row.spread:.3f}"
         shown.add_row(
             escape(row.name), str(row.seeds), f"{row.iterations:.0f}",
             compact(row.weighted_evaluations), f"{row.strict:.3f}{spread}", f"{row.gain:+.3f}",
-            f"× {row.texture:.2f}", f"× {row.diversity:.2f}", f"{row.minutes:.1f}",
+            *("–" if math.isnan(x) else f"×{x:.2f}" for x in (row.texture, row.diversity)),
+            f"{row.minutes:.1f}",
         )  # fmt: skip
     least = smallest_difference(table)
     versions = sorted(frozenset[str]().union(*(row.versions for row in table)))
     shown.caption = (
         "one seed shows no differences: give more"
         if math.isnan(least)
-        else f"differences below {least:.3f} would likely not have shown (t-test, 5%, power 80%)"
+        else f"differences below {least:.3f} would likely not have shown (5%, power 80%)"
     )
     if len(versions) > 1:
         shown.caption += f"\nmade by several versions of the package: {', '.join(versions)}"

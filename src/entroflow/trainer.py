@@ -30,7 +30,7 @@ from entroflow.policies.base import Condition, Policy
 from entroflow.prompts import Prompt
 from entroflow.recipe import Recipe
 from entroflow.rewards.base import Reward, Scores, join_scores, score
-from entroflow.runs import RunFolder, package_version
+from entroflow.runs import RunFolder, package_version, spent
 from entroflow.sampling.plan import Plan, Role
 from entroflow.sampling.rollouts import Rollouts, Transitions, join_rollouts, transitions_of
 from entroflow.sampling.solver import sample
@@ -69,7 +69,7 @@ class Trainer:
     @property
     def share_done(self) -> float:
         """How much of the run lies behind, between two iterations: in [0, 1], 1 at its end."""
-        return self.recipe.run.share_done(self.iteration, self.ledger.weighted_evaluations)
+        return self.recipe.run.share_done(spent(self._taken()))
 
     def try_inputs(self) -> None:
         """Plan the first iteration and encode its prompts, so that wrong input shows at once.
@@ -209,8 +209,7 @@ class Trainer:
         spread = torch.stack([g.std(correction=0) for g in groups if len(g)])
         terms = statistics.terms
         return {
-            "iteration": self.iteration,
-            "seconds": round(self.seconds, 3),
+            **self._taken(),
             "reward/mean": values[valid].mean().item(),
             "reward/std": spread.mean().item(),
             "reward/failed": int((~valid).sum()),
@@ -222,7 +221,6 @@ class Trainer:
             "policy/gradient_norm": _mean(statistics.gradient_norm),
             "policy/skipped": statistics.skipped,
             "policy/transitions": len(transitions),
-            **{f"ledger/{name}": count for name, count in self.ledger.counts().items()},
             "by_step": {
                 name: {str(step): value for step, value in by_step.items()}
                 for name, by_step in statistics.by_step.items()
@@ -257,14 +255,20 @@ class Trainer:
         }
 
     def start_metrics(self) -> Metrics:
-        """The line of iteration 0."""
+        """The line of iteration 0, with the package's `version` and the first `plan`."""
         return {
             "version": package_version(),
             "plan": self.expected(),
-            "iteration": 0,
-            "seconds": 0.0,
+            **self._taken(),
             "policy/dimensions": self.dimensions,
             "policy/clip_range": self.recipe.objective.clip(self.dimensions),
+        }
+
+    def _taken(self) -> Metrics:
+        """What the run has taken so far, as in every line of its metrics."""
+        return {
+            "iteration": self.iteration,
+            "seconds": round(self.seconds, 3),
             **{f"ledger/{name}": count for name, count in self.ledger.counts().items()},
         }
 

@@ -295,7 +295,7 @@ def test_a_reader_is_warned_of_what_the_reward_cannot_see(make_run):
 def test_a_run_at_its_start(make_run):
     page = read(make_run(last=0, compared=False))
     assert "Strict score on validation prompts iteration 0 0.50 [0.45, 0.55]" in page.text
-    assert "0 of 12 , not complete" in page.text
+    assert "0 of 12 iterations , not complete" in page.text
     assert not page.figures
     assert "Under the hood" not in page.text
     assert "Score by skill" not in page.text

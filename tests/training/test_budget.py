@@ -19,26 +19,38 @@ def spent(folder):
 
 
 @pytest.mark.parametrize(
-    ("settings", "iteration", "weighted", "share"),
+    ("settings", "taken", "share"),
     [
-        ({"iterations": 10}, 0, 0, 0.0),
-        ({"iterations": 10}, 4, 1e9, 0.4),
-        ({"iterations": 10}, 12, 0, 1.0),
-        ({"iterations": 0}, 0, 0, 1.0),
-        ({"iterations": None, "budget": 1000}, 0, 0, 0.0),
-        ({"iterations": None, "budget": 1000}, 3, 300, 0.3),
-        # Stops where half an iteration more would be past the budget, and never stops before one.
-        ({"iterations": None, "budget": 1000}, 9, 945, 0.945),
-        ({"iterations": None, "budget": 1000}, 9, 950, 1.0),
-        ({"iterations": None, "budget": 1000}, 1, 5000, 1.0),
-        ({"iterations": 10, "budget": 1000}, 5, 100, 0.5),
-        ({"iterations": 10, "budget": 1000}, 5, 800, 0.8),
+        ({"iterations": 10}, {"iterations": 0}, 0.0),
+        ({"iterations": 10}, {"iterations": 4, "budget": 1e9, "minutes": 1e9}, 0.4),
+        ({"iterations": 10}, {"iterations": 12}, 1.0),
+        ({"iterations": 0}, {"iterations": 0}, 1.0),
+        ({"iterations": None, "budget": 1000}, {"iterations": 0}, 0.0),
+        ({"iterations": None, "budget": 1000}, {"iterations": 3, "budget": 300}, 0.3),
+        # Stops where half an iteration more would be past the budget, and never before the first.
+        ({"iterations": None, "budget": 1000}, {"iterations": 9, "budget": 945}, 0.945),
+        ({"iterations": None, "budget": 1000}, {"iterations": 9, "budget": 950}, 1.0),
+        ({"iterations": None, "budget": 1000}, {"iterations": 1, "budget": 5000}, 1.0),
+        ({"iterations": None, "updates": 100}, {"iterations": 6, "updates": 24}, 0.24),
+        ({"iterations": None, "minutes": 4}, {"iterations": 6, "minutes": 3}, 0.75),
+        ({"iterations": 10, "budget": 1000}, {"iterations": 5, "budget": 100}, 0.5),
+        ({"iterations": 10, "budget": 1000}, {"iterations": 5, "budget": 800}, 0.8),
     ],
-)
-def test_the_share_of_a_run_that_is_done_is_that_of_what_ends_it_first(
-    settings, iteration, weighted, share
-):
-    assert Run(**settings).share_done(iteration, weighted) == share
+)  # fmt: skip
+def test_the_share_of_a_run_that_is_done_is_that_of_what_ends_it_first(settings, taken, share):
+    nothing = {"iterations": 0, "budget": 0, "updates": 0, "minutes": 0}
+    assert Run(**settings).share_done(nothing | taken) == share
+
+
+def test_a_run_ends_with_its_updates(tmp_path):
+    """Two an iteration: of 5 it makes 4 or 6."""
+    folder = train(tmp_path / "run", run={"iterations": None, "updates": 5})
+    assert lines(folder)[-1]["ledger/optimizer_steps"] in (4, 6)
+
+
+def test_a_run_ends_with_its_minutes(tmp_path):
+    folder = train(tmp_path / "run", run={"iterations": None, "minutes": 1e-9})
+    assert lines(folder)[-1]["iteration"] == 1
 
 
 @pytest.mark.parametrize("times", [0.4, 1.0, 2.4, 2.6])
@@ -90,11 +102,12 @@ def test_the_end_is_part_of_the_hash_and_no_budget_changes_none():
         return load_recipe("quickstart", overrides).hash
 
     assert hashed("run.budget=null") == hashed()
+    assert hashed("run.budget=1k") == hashed("run.budget=1000") == hashed("run.budget=1e3")
     assert len({hashed(), hashed("run.budget=1000"), hashed("run.budget=2000")}) == 3
 
 
 def test_a_run_without_an_end_is_refused():
-    with pytest.raises(InputError, match=r"run: give iterations, budget, or both"):
+    with pytest.raises(InputError, match=r"run: give iterations, budget, updates or minutes"):
         load_recipe("quickstart", ["run.iterations=null"])
     with pytest.raises(InputError, match=r"run\.budget"):
         build_recipe({"run": {"budget": 0}})

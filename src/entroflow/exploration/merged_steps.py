@@ -61,7 +61,8 @@ class MergedSteps(Component):
         starts = self._starts(T)
         if isinstance(self.merge, tuple) and len(self.merge) != len(starts):
             raise InputError(
-                f"exploration.merge has {len(self.merge)} numbers for {len(starts)} starts."
+                f"exploration.merge has {len(self.merge)} numbers for {len(starts)} starts: "
+                f"{', '.join(map(str, starts))}."
             )
         found: list[tuple[int, int]] = []
         for number, start in enumerate(starts):
@@ -110,7 +111,8 @@ class MergedSteps(Component):
             }
             if not parts[self.starts]:
                 raise InputError(
-                    f"exploration.starts is {self.starts}, of which {T} steps have none."
+                    f"exploration.starts is {self.starts}, of which {T} steps have none; take more "
+                    "sampling.steps, or list the starts."
                 )
             return tuple(parts[self.starts])
         wrong = [start for start in self.starts if not 0 <= start < T - 1]

@@ -20,8 +20,8 @@ class Surrogate(Component):
     clip_total: float | None = Field(
         None,
         gt=0,
-        description="clip range of the true log-ratio; 6.6 if neither is given, which is 1e-4 per "
-        "dimension for latents of 65,536 values",
+        description="clip range times D: of the true log-ratio, or what the objective makes of it; "
+        "6.6 if neither is given, which is 1e-4 per dimension for latents of 65,536 values",
     )
     kl: float = Field(0.0, ge=0, description="weight of the KL to the reference, per dimension")
     kl_weight: Literal["uniform", "step_length"] = Field(

@@ -28,7 +28,8 @@ class UpdateStatistics:
     Attributes:
         kl: KL to the reference per dimension before the first optimizer step: mean over its
             transitions if the objective needs the reference, else over a sample of all.
-        ratio_deviation: largest |ratio - 1| before the first optimizer step; 0 in exact arithmetic.
+        ratio_deviation: largest |ratio - 1| before the first optimizer step, of the term `ratio`
+            that the objective clips if it has one; 0 in exact arithmetic.
         terms: means over all transitions that were used, by name.
         by_step: the same, by base-grid step; and `advantage_size`, the mean |advantage| of all
             transitions whose reward did not fail.
@@ -106,7 +107,8 @@ def update(
                 if first and reference_mean is not None:
                     first_kl.append(kl_divergence(mean.detach(), reference_mean, these.std))
                 if first:
-                    ratio = torch.exp(density.detach() - these.log_prob.to(density))
+                    plain = torch.exp(density.detach() - these.log_prob.to(density))
+                    ratio = terms.get("ratio", plain).detach()
                     deviation = (ratio - 1).abs().max().item()
                     statistics.ratio_deviation = max(statistics.ratio_deviation or 0.0, deviation)
             if first and first_kl:
@@ -188,7 +190,7 @@ def _minibatches(
     if len(units) < count:
         raise InputError(
             f"objective.minibatches is {count}, but the transitions fall into only {len(units)} "
-            "parts that share no state."
+            "parts that share no state; take fewer, or more rollouts."
         )
     order = generator(seed, Stream.MINIBATCH, iteration, step=epoch).permutation(len(units))
     place = torch.empty(len(units), dtype=torch.long)

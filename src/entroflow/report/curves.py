@@ -396,11 +396,13 @@ def _heat_map(
     axis = {
         "type": "category",
         "autorange": "reversed",
-        "title": {"text": "step · sigma" if "·" in labels[0] else "step"},
+        "title": {"text": "step · sigma" if "·" in labels[0] else "step", "standoff": 16},
         "showgrid": False,
     }
     height = min(420, 130 + 22 * len(labels))
-    return _figure([trace], height=height, xaxis={"showgrid": False}, yaxis=axis)
+    # Few iterations would get ticks between them.
+    every = {"dtick": 1} if len(iterations) < 10 else {}
+    return _figure([trace], height=height, xaxis={"showgrid": False, **every}, yaxis=axis)
 
 
 def _constant(values: Sequence[float], per: str, rounding: float = 0.0) -> str:

@@ -8,6 +8,7 @@ Every part shows what the run folder has and leaves out what it has not.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from ruamel.yaml.error import YAMLError
 
 import entroflow
 from entroflow.checkpoints import CheckpointError, read_state, write_text
-from entroflow.recipe import SECTIONS, TEXTS, Recipe, Run
+from entroflow.recipe import ENDS, SECTIONS, TEXTS, Recipe, Run
 from entroflow.report import curves, examples, outcome
 from entroflow.report.wording import count
-from entroflow.runs import EVALUATION, RECIPE, REPORT, RunError, RunFolder, read_object
+from entroflow.runs import EVALUATION, RECIPE, REPORT, RunError, RunFolder, read_object, spent
 
 TEMPLATE = "report.html.j2"
 
@@ -57,8 +58,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
     prompts = outcome.prompts_of(settings)
     metrics = folder.metrics()
     done = metrics[-1]["iteration"] if metrics else 0
-    spent = metrics[-1].get("ledger/weighted_evaluations", 0) if metrics else 0
-    complete = run.share_done(done, spent) >= 1
+    complete = bool(metrics) and run.share_done(spent(metrics[-1])) >= 1
     path = folder.path / EVALUATION
     evaluation = read_object(path) if path.is_file() else {}
     names = outcome.model_names(evaluation)
@@ -71,7 +71,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "run": run,
         "run_path": shlex.quote(str(folder.path)),
         "done": done,
-        "extent": _extent(run, spent),
+        "extent": _extent(run, metrics),
         "longer": _longer(run),
         "complete": complete,
         "prompts": prompts,
@@ -105,22 +105,17 @@ def _content(folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _extent(run: Run, spent: int) -> str:
-    """What follows the number of iterations: of how many, and how much of the budget."""
-    text = "" if run.iterations is None else f" of {run.iterations}"
-    if run.budget is not None:
-        text += f", with {count(spent)} of {count(run.budget)} weighted evaluations"
-    return text
+def _extent(run: Run, metrics: Sequence[Mapping[str, Any]]) -> str:
+    """How far it is: 12 of 100 iterations; 42 iterations, 290k of 300k weighted evaluations."""
+    taken = spent(metrics[-1]) if metrics else dict.fromkeys(ENDS, 0.0)
+    parts = [f"{count(taken[key])} of {count(end)} {ENDS[key]}" for key, end in run.ends.items()]
+    alone = [] if "iterations" in run.ends else [f"{count(taken['iterations'])} iterations"]
+    return ", ".join([*alone, *parts])
 
 
 def _longer(run: Run) -> str:
     """The change that lets a complete run go on for as long again."""
-    changes = []
-    if run.iterations is not None:
-        changes.append(f"run.iterations={2 * run.iterations or 100}")
-    if run.budget is not None:
-        changes.append(f"run.budget={2 * run.budget}")
-    return " ".join(changes)
+    return " ".join(f"run.{key}={2 * end or 100:g}" for key, end in run.ends.items())
 
 
 def _is_curve(relative: curves.Ratios) -> bool:
