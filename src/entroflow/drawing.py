@@ -59,12 +59,12 @@ def open_policy(run: Path | None, weights: str = "ema") -> Opened:
     policy: Policy
     if run is None:
         policy = load_component("quickstart", "policy").build()
-        policy.weights.keep("reference")
+        policy.weights.keep_reference()
         return Opened(policy, ("base",), "quickstart")
     folder = RunFolder.open(run)
     checkpoint = folder.best() or folder.latest()
     policy = load_component(folder.path / RECIPE, "policy").build()
-    policy.weights.keep("reference")
+    policy.weights.keep_reference()
     state = read_state(checkpoint)
     check_reference(state, policy.weights.digest("reference"), checkpoint)
     policy.weights.keep("ema", read_tensors(checkpoint / f"{weights}.safetensors"))

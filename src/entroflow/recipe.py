@@ -45,7 +45,11 @@ if TYPE_CHECKING:
     from entroflow.sampling.kernels import Kernel
 
 COMPONENTS: dict[str, dict[str, str]] = {
-    "policy": {"shapes": "entroflow.policies.shapes.policy.ShapesPolicyConfig"},
+    "policy": {
+        "shapes": "entroflow.policies.shapes.policy.ShapesPolicyConfig",
+        "sd3": "entroflow.policies.diffusers.sd3.SD3Config",
+        "flux": "entroflow.policies.diffusers.flux.FluxConfig",
+    },
     "prompts": {
         "shapes": "entroflow.prompts.ShapesPrompts",
         "text": "entroflow.prompts.TextPrompts",

@@ -55,7 +55,7 @@ class Trainer:
         self.seconds = 0.0
         self.ledger, self.evaluation_ledger = Ledger(), Ledger()
         weights = self.policy.weights
-        weights.keep("reference")
+        weights.keep_reference()
         weights.keep("ema")
         self.parameters = list(weights.live.values())
         settings = recipe.optimizer

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from entroflow.errors import InputError
 
+SAMPLED = 64
+"""About so many values of a frozen tensor go into a digest."""
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -71,8 +74,12 @@ class WeightSets:
     costs nothing.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], frozen: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """`parameters` are trained; `frozen` ones are not, but part of what a digest stands for."""
         self.live = dict(parameters)
+        self._frozen = frozen or {}
         self._sets: dict[str, dict[str, Tensor]] = {}
         self._active = "live"
 
@@ -81,6 +88,11 @@ class WeightSets:
         source = self.live if tensors is None else tensors
         self._check(source, name)
         self._sets[name] = {key: source[key].detach().clone() for key in self.live}
+
+    def keep_reference(self) -> None:
+        """Store the live weights as `reference`, unless the policy came with another."""
+        if "reference" not in self._sets:
+            self.keep("reference")
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one set."""
@@ -125,8 +137,12 @@ class WeightSets:
             self._active = "live"
 
     def digest(self, name: str) -> str:
-        """A short hash of one set's values."""
+        """A short hash of one set's values, and of a sample of what is frozen."""
         summary = hashlib.blake2b(digest_size=8)
+        for key, tensor in sorted(self._frozen.items()):
+            sample = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // SAMPLED)]
+            summary.update(f"{key} {tuple(tensor.shape)}".encode())
+            summary.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         for key, tensor in sorted(self.tensors(name).items()):
             summary.update(key.encode())
             summary.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,274 @@
+"""What all policies over diffusers pipelines share: loading, encoding, decoding, LoRA, precision.
+
+    pipeline -> transformer with LoRA (trained) + encoders, VAE, scheduler (as they are)
+
+States stay on the CPU in float32 and the network is where `device` says: `velocity` moves its
+arguments in and its result back, so no algorithm knows of a device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from pydantic import Field
+from safetensors.torch import save
+from torch import Tensor
+
+from entroflow.checkpoints import read_tensors, write_bytes
+from entroflow.component import Component
+from entroflow.errors import InputError
+from entroflow.policies.base import Condition, WeightSets
+from entroflow.policies.diffusers.lora import Initial, load_lora, new_lora
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ENCODED_AT_ONCE = 16
+"""Prompts in one call of the text encoders."""
+
+
+class DiffusersConfig(Component):
+    """Settings of every policy over a diffusers pipeline."""
+
+    model: str = Field(description="folder of the pipeline, or its name on a model hub")
+    resolution: int = Field(512, ge=16, description="width and height of images, in pixels")
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16", description="of the transformer's and encoders' arithmetic; states are float32"
+    )
+    lora_rank: int | None = Field(
+        32, ge=1, description="of the LoRA that is trained; null trains the whole transformer"
+    )
+    lora_alpha: int = Field(64, ge=1, description="scale of the LoRA, over its rank")
+    lora_targets: tuple[str, ...] | None = Field(
+        None,
+        description="ends of the names of the modules that it changes; attention by default",
+    )
+    lora_init: Initial = Field(
+        "gaussian", description="of its first factor, normal or Kaiming uniform; the other is 0"
+    )
+    lora_start: Path | None = Field(
+        None,
+        description="LoRA to start from, as diffusers saves it; it has its own rank and targets",
+    )
+    reference: Literal["base", "start"] = Field(
+        "start",
+        description="what the KL and comparisons refer to: the model as it starts, or (with "
+        "lora_start) without any LoRA",
+    )
+    tokens: int = Field(256, ge=1, description="most tokens of a prompt for the T5 encoder")
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass, to save memory"
+    )
+    compile: bool = Field(False, description="torch.compile the transformer")
+    device: str | None = Field(
+        None, description="of transformer and VAE, as cuda:1; an accelerator if there is one"
+    )
+    offload_encoders: bool = Field(
+        False, description="keep the text encoders on the CPU but while they encode"
+    )
+    cache: Path | None = Field(None, description="folder that keeps text embeddings")
+    tiled_vae: bool = Field(False, description="decode in tiles, to save memory")
+
+
+class DiffusersPolicy:
+    """The three verbs over a pipeline; what differs between models is in `_embed`, `_predict`,
+    `_schedule` and `_channels`.
+
+    Attributes:
+        pipeline: the pipeline, whose transformer is what is trained.
+        settings: what it was built from.
+    """
+
+    lora_targets: ClassVar[tuple[str, ...]]
+    """Ends of the names of the modules that LoRA changes if nothing else is said."""
+
+    def __init__(self, pipeline: Any, settings: DiffusersConfig) -> None:
+        self.pipeline, self.settings = pipeline, settings
+        self._device = torch.device(settings.device or _default_device())
+        self._dtype = DTYPES[settings.precision]
+        self._embeddings: dict[str, dict[str, Tensor]] = {}
+        pipeline.set_progress_bar_config(disable=True)
+        for module in _modules(pipeline):
+            module.eval().requires_grad_(False)
+        transformer = pipeline.transformer
+        if settings.lora_rank is None:
+            transformer.requires_grad_(True)
+        elif settings.lora_start is not None:
+            load_lora(pipeline, settings.lora_start)
+        else:
+            new_lora(
+                transformer, settings.lora_rank, settings.lora_alpha,
+                settings.lora_targets or self.lora_targets, settings.lora_init,
+            )  # fmt: skip
+        if settings.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        if settings.tiled_vae:
+            pipeline.vae.enable_tiling()
+        transformer.to(self._device)
+        pipeline.vae.to(self._device)
+        self._rest_encoders()
+        self._network = torch.compile(transformer) if settings.compile else transformer
+        parameters = dict(transformer.named_parameters())
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+        self.weights = WeightSets(trained, frozen)
+        if settings.reference == "base" and settings.lora_rank is not None:
+            without = {n: torch.zeros_like(p) if ".lora_B." in n else p for n, p in trained.items()}
+            self.weights.keep("reference", without)
+        self.latent_shape = self._latent_shape()
+
+    # --- the verbs -----------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Text embeddings, on the CPU; each prompt is encoded once and remembered."""
+        missing = [text for text in dict.fromkeys(prompts) if text not in self._embeddings]
+        unknown = [text for text in missing if not self._recall(text)]
+        if unknown:
+            self._wake_encoders()
+            for first in range(0, len(unknown), ENCODED_AT_ONCE):
+                texts = unknown[first : first + ENCODED_AT_ONCE]
+                with torch.no_grad():
+                    found = {name: value.cpu() for name, value in self._embed(texts).items()}
+                for number, text in enumerate(texts):
+                    self._remember(text, {name: v[number].clone() for name, v in found.items()})
+            self._rest_encoders()
+        names = self._embeddings[prompts[0]] if prompts else {}
+        return Condition({n: torch.stack([self._embeddings[t][n] for t in prompts]) for n in names})
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Condition, guidance: float) -> Tensor:
+        """Velocity [B, *latent_shape] in float32, where x is.
+
+        Args:
+            x: [B, *latent_shape].
+            sigma: [B].
+            cond: of B prompts.
+            guidance: as the pipeline takes it.
+        """
+        there = self._device
+        tensors = {name: value.to(there) for name, value in cond.tensors.items()}
+        mixed = self._dtype != torch.float32
+        with torch.autocast(there.type, self._dtype, enabled=mixed, cache_enabled=False):
+            velocity = self._predict(
+                x.to(there, self._dtype), sigma.to(there, torch.float32), tensors, guidance
+            )
+        return velocity.float().to(x.device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1], on the CPU; one at a time, in float32."""
+        vae = self.pipeline.vae
+        latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
+        images = [vae.decode(each[None].to(self._device)).sample.cpu() for each in latents]
+        return ((torch.cat(images) + 1) / 2).clamp(0, 1)
+
+    def sigmas(self, steps: int) -> Tensor:
+        """[steps + 1], as the pipeline's scheduler has them at this resolution."""
+        self._schedule(steps)
+        sigmas: Tensor = self.pipeline.scheduler.sigmas.double().cpu()
+        return sigmas
+
+    def evaluations(self, guidance: float) -> int:
+        """Network passes that one velocity costs per image."""
+        raise NotImplementedError
+
+    # --- what differs --------------------------------------------------------------------------
+
+    def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Text embeddings by name, first axis P, by the pipeline's encoders."""
+        raise NotImplementedError
+
+    def _predict(
+        self, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor], guidance: float
+    ) -> Tensor:
+        """The transformer's velocity, as the pipeline calls it."""
+        raise NotImplementedError
+
+    def _schedule(self, steps: int) -> None:
+        """Set the scheduler's sigmas, as the pipeline does."""
+        raise NotImplementedError
+
+    def _channels(self) -> int:
+        """Channels of the latents."""
+        raise NotImplementedError
+
+    # --- the rest ------------------------------------------------------------------------------
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        side, factor = self.settings.resolution, 2 * self.pipeline.vae_scale_factor
+        if side % factor:
+            raise InputError(
+                f"policy.resolution is {side}, but must be a multiple of {factor} for this model."
+            )
+        return self._channels(), 2 * side // factor, 2 * side // factor
+
+    def _encoders(self) -> list[torch.nn.Module]:
+        return [
+            part for name, part in self.pipeline.components.items()
+            if name.startswith("text_encoder") and part is not None
+        ]  # fmt: skip
+
+    def _wake_encoders(self) -> None:
+        for encoder in self._encoders():
+            encoder.to(self._device)
+
+    def _rest_encoders(self) -> None:
+        place = torch.device("cpu") if self.settings.offload_encoders else self._device
+        for encoder in self._encoders():
+            encoder.to(place)
+
+    def _remember(self, text: str, tensors: dict[str, Tensor]) -> None:
+        self._embeddings[text] = tensors
+        if self.settings.cache is not None:
+            write_bytes(self._kept_at(text), save(tensors))
+
+    def _recall(self, text: str) -> bool:
+        """Whether the embeddings of a prompt were kept on disk; then they are here now."""
+        if self.settings.cache is None or not self._kept_at(text).exists():
+            return False
+        self._embeddings[text] = read_tensors(self._kept_at(text))
+        return True
+
+    def _kept_at(self, text: str) -> Path:
+        assert self.settings.cache is not None
+        of = self.settings
+        address = repr((of.model, type(self).__name__, of.precision, of.tokens, text))
+        name = hashlib.blake2b(address.encode(), digest_size=16).hexdigest()
+        return self.settings.cache / f"{name}.safetensors"
+
+
+def load_pipeline(settings: DiffusersConfig, kind: str) -> Any:
+    """The pipeline of a folder or hub name.
+
+    Args:
+        kind: name of the class that it must be of.
+
+    Raises:
+        InputError: there is none, or it is of another class.
+    """
+    try:
+        # Half-precision VAEs overflow, and the small steps of training are lost in such weights.
+        exact = ["vae"] if settings.lora_rank is not None else ["vae", "transformer"]
+        dtypes = dict.fromkeys(exact, torch.float32) | {"default": DTYPES[settings.precision]}
+        pipeline = DiffusionPipeline.from_pretrained(settings.model, dtype=dtypes)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"policy.model: no pipeline at {settings.model} ({str(error).splitlines()[0]}); give a "
+            "folder, or a name on the hub that `hf download` can get."
+        ) from None
+    if type(pipeline).__name__ != kind:
+        raise InputError(
+            f"policy.model: {settings.model} is a {type(pipeline).__name__}, not a {kind}."
+        )
+    return pipeline
+
+
+def _modules(pipeline: Any) -> list[torch.nn.Module]:
+    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+
+
+def _default_device() -> str:
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator.type if accelerator is not None else "cpu"

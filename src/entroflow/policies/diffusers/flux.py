@@ -1,0 +1,88 @@
+"""FLUX.1 as a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from pydantic import Field
+from torch import Tensor
+
+from entroflow.policies.diffusers.base import DiffusersConfig, DiffusersPolicy, load_pipeline
+
+
+class FluxConfig(DiffusersConfig):
+    """FLUX.1-dev or a model of its kind, from a folder or a model hub."""
+
+    type: Literal["flux"] = "flux"
+    tokens: int = Field(512, ge=1, description="most tokens of a prompt for the T5 encoder")
+
+    def build(self) -> FluxPolicy:
+        """Load the pipeline.
+
+        Raises:
+            InputError: there is none of this class.
+        """
+        return FluxPolicy(load_pipeline(self, "FluxPipeline"), self)
+
+
+class FluxPolicy(DiffusersPolicy):
+    """Guidance is an input of the network (distilled), so every velocity is one pass."""
+
+    settings: FluxConfig
+    lora_targets: ClassVar = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
+
+    def evaluations(self, guidance: float) -> int:
+        """One pass, whatever the guidance."""
+        return 1
+
+    def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        embedded, pooled, _ = self.pipeline.encode_prompt(
+            prompts, device=self._device, max_sequence_length=self.settings.tokens
+        )
+        return {"embedded": embedded, "pooled": pooled}
+
+    def _predict(
+        self, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor], guidance: float
+    ) -> Tensor:
+        B, channels, height, width = x.shape
+        steps = self.pipeline.scheduler.config.num_train_timesteps
+        guided = self.pipeline.transformer.config.guidance_embeds
+        velocity = self._network(
+            hidden_states=FluxPipeline._pack_latents(x, B, channels, height, width),
+            # In the precision of the latents, as in the pipeline.
+            timestep=(sigma * steps).to(x.dtype) / steps,
+            guidance=torch.full_like(sigma, guidance) if guided else None,
+            pooled_projections=cond["pooled"],
+            encoder_hidden_states=cond["embedded"],
+            txt_ids=torch.zeros(cond["embedded"].shape[1], 3).to(x),
+            img_ids=FluxPipeline._prepare_latent_image_ids(
+                B, height // 2, width // 2, x.device, x.dtype
+            ),
+            return_dict=False,
+        )[0]
+        side = self.settings.resolution
+        unpacked: Tensor = FluxPipeline._unpack_latents(
+            velocity, side, side, self.pipeline.vae_scale_factor
+        )
+        return unpacked
+
+    def _schedule(self, steps: int) -> None:
+        scheduler = self.pipeline.scheduler
+        _, height, width = self.latent_shape
+        mu = calculate_shift(
+            (height // 2) * (width // 2),
+            scheduler.config.base_image_seq_len, scheduler.config.max_image_seq_len,
+            scheduler.config.base_shift, scheduler.config.max_shift,
+        )  # fmt: skip
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+
+    def _channels(self) -> int:
+        return int(self.pipeline.transformer.config.in_channels) // 4

@@ -1,0 +1,212 @@
+"""Policies over diffusers pipelines, on tiny pipelines of the real classes.
+
+What they must equal is the stock pipeline's own call, from the same latents.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from entroflow.errors import InputError
+from entroflow.ledger import Ledger
+from entroflow.recipe import load_recipe, shipped_recipes
+from entroflow.sampling.kernels import ODE
+from entroflow.sampling.solver import integrate
+from entroflow.trainer import Trainer
+
+pytest.importorskip("diffusers")
+
+from entroflow.policies.diffusers.flux import FluxConfig
+from entroflow.policies.diffusers.sd3 import SD3Config
+from entroflow.policies.diffusers.stand_ins import STAND_INS
+
+CONFIGS = {"sd3": SD3Config, "flux": FluxConfig}
+GUIDANCE = {"sd3": 4.5, "flux": 3.5}
+PROMPTS = ["a red circle left of a blue square", "two zebras"]
+SIZE, TOKENS = 32, 24
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Where the tiny pipelines are saved."""
+    made = {}
+    for kind, stand_in in STAND_INS.items():
+        made[kind] = tmp_path_factory.mktemp(kind)
+        stand_in().save_pretrained(made[kind])
+    return made
+
+
+@pytest.fixture
+def built(folders):
+    """Builds a policy of a kind with changed settings."""
+
+    def build(kind, **settings):
+        settings = {"resolution": SIZE, "tokens": TOKENS, "precision": "fp32"} | settings
+        return CONFIGS[kind](model=str(folders[kind]), **settings).build()
+
+    return build
+
+
+def latents(policy, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(len(PROMPTS), *policy.latent_shape, generator=generator)
+
+
+def sampled(policy, x, steps, guidance, ledger=None):
+    rows = len(x)
+    with torch.no_grad():
+        *_, last = integrate(
+            policy, ODE(), x, policy.encode(PROMPTS), torch.arange(rows),
+            policy.sigmas(steps).expand(rows, -1), torch.zeros(rows, steps, dtype=torch.float64),
+            noise=None, guidance=guidance, ledger=ledger,
+        )  # fmt: skip
+    return last.state
+
+
+def by_the_pipeline(policy, x, steps, guidance, **options):
+    pipe = policy.pipeline
+    if pipe.__class__.__name__ == "FluxPipeline":
+        x = pipe._pack_latents(x, *x.shape)
+    return pipe(
+        PROMPTS, height=SIZE, width=SIZE, num_inference_steps=steps, guidance_scale=guidance,
+        latents=x, output_type="pt", max_sequence_length=TOKENS, **options,
+    ).images  # fmt: skip
+
+
+# --- parity ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize("guided", [True, False])
+def test_without_noise_a_rollout_is_the_pipelines_own_image(built, kind, steps, guided):
+    policy = built(kind)
+    guidance = GUIDANCE[kind] if guided else 1.0
+    x = latents(policy)
+    found = policy.decode(sampled(policy, x, steps, guidance))
+    wanted = by_the_pipeline(policy, x, steps, guidance)
+    assert wanted.std() > 0.05
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    other = policy.decode(sampled(policy, x, steps, guidance + 3))
+    assert (other - found).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("kind", "passes"), [("sd3", 2), ("flux", 1)])
+def test_the_ledger_counts_the_passes_of_the_transformer(built, kind, passes):
+    """Classifier-free guidance sends every image through twice, distilled guidance once."""
+    policy, ledger, images = built(kind), Ledger(), []
+    policy.pipeline.transformer.register_forward_pre_hook(
+        lambda _, __, kwargs: images.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    sampled(policy, latents(policy), 4, GUIDANCE[kind], ledger)
+    assert ledger.network_evaluations == sum(images) == passes * 4 * len(PROMPTS)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_grid_is_that_of_the_pipelines_scheduler(built, kind):
+    policy = built(kind)
+    grid = policy.sigmas(5)
+    by_the_pipeline(policy, latents(policy), 5, 1.0)
+    assert torch.equal(grid, policy.pipeline.scheduler.sigmas.double())
+    assert (grid[0], grid[-1]) == (1, 0)
+
+
+def test_dynamic_shift_follows_the_resolution(built):
+    """FLUX: larger images get more steps near noise."""
+    small, large = (built("flux", resolution=r).sigmas(8) for r in (32, 256))
+    assert (large[1:-1] > small[1:-1]).all()
+
+
+# --- encoding -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_prompt_is_encoded_once_and_kept_on_disk(built, kind, tmp_path):
+    first = built(kind, cache=tmp_path)
+    wanted = first.encode(PROMPTS)
+    again, asked = built(kind, cache=tmp_path), []
+    again._embed = asked.append
+    found = again.encode([PROMPTS[1], PROMPTS[0], PROMPTS[1]])
+    assert asked == []
+    for name, value in wanted.tensors.items():
+        assert torch.equal(found.tensors[name], value[[1, 0, 1]])
+    assert not torch.equal(value[0], value[1])
+    longer = built(kind, cache=tmp_path, tokens=TOKENS + 1).encode(PROMPTS).tensors["embedded"]
+    assert longer.shape[1] == wanted.tensors["embedded"].shape[1] + 1
+
+
+# --- what is trained ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_lora_starts_from_the_model_itself(built, kind):
+    """B = 0: the same velocity as without, to the bit."""
+    with_lora, whole = built(kind), built(kind, lora_rank=None)
+    x, sigma = latents(whole), torch.tensor([0.9, 0.3])
+    cond = whole.encode(PROMPTS)
+    with torch.no_grad():
+        a, b = (p.velocity(x, sigma, p.encode(PROMPTS), 1.0) for p in (with_lora, whole))
+    assert torch.equal(a, b)
+    assert all(".lora_" in name for name in with_lora.weights.live)
+    assert all(p.dtype == torch.float32 for p in with_lora.weights.live.values())
+    count = sum(p.numel() for p in whole.pipeline.transformer.parameters())
+    assert sum(p.numel() for p in whole.weights.live.values()) == count
+    assert cond.tensors.keys() == {"embedded", "pooled"}
+
+
+# --- the recipes of the embedded model ------------------------------------------------------------
+
+SMALL = (
+    "prompts.per_iteration=2", "allocation.group_size=4", "reward.value=graded",
+    "sampling.batch_size=4", "optimizer.micro_batch=4", "run.iterations=2",
+    "objective.minibatches=2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_recipes_run_unchanged_but_for_the_policy(folders, kind, name, caplog):
+    """On-policy ratio 1 and KL 0 in the first iteration, and a step of the weights in each."""
+    other = [
+        f"policy.type={kind}", f"policy.model={folders[kind]}", f"policy.resolution={SIZE}",
+        f"policy.tokens={TOKENS}", "policy.precision=fp32", f"sampling.guidance={GUIDANCE[kind]}",
+    ]  # fmt: skip
+    trainer = Trainer(load_recipe(name, [*other, *SMALL]))
+    expected = trainer.expected()
+    first = trainer.step()
+    assert first["policy/kl"] == 0
+    assert first["policy/ratio_max_deviation"] < 0.1 * trainer.recipe.objective.clip(
+        trainer.dimensions
+    )
+    passes = first["ledger/network_evaluations"], first["ledger/weighted_evaluations"]
+    if first["policy/skipped"] == 0:
+        assert passes == (expected["network_evaluations"], expected["weighted_evaluations"])
+    assert first["policy/gradient_norm"] > 0
+    assert trainer.step()["policy/kl"] > 0
+    assert "policy ratio is off" not in caplog.text
+
+
+# --- wrong settings -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"resolution": 33}, "resolution is 33, but must be a multiple of 4"),
+        ({"lora_targets": ("attention.q",)}, "no module is named like attention.q; there are attn"),
+        ({"lora_start": "nowhere"}, "lora_start: nowhere holds no LoRA for this model"),
+    ],
+)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_wrong_settings_are_refused_in_one_line(built, kind, settings, said):
+    with pytest.raises(InputError, match=said) as refused:
+        built(kind, **settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_another_kind_of_pipeline_is_refused(folders, tmp_path):
+    with pytest.raises(InputError, match=r"is a FluxPipeline, not a StableDiffusion3Pipeline"):
+        SD3Config(model=str(folders["flux"])).build()
+    with pytest.raises(InputError, match=r"policy.model: no pipeline at .* `hf download`"):
+        FluxConfig(model=str(tmp_path)).build()
