@@ -244,6 +244,30 @@ def _is_rate(text: str) -> bool:
         return False
 
 
+@app.command(
+    epilog="Examples: `entroflow export runs/mine --out lora` · `entroflow export runs/mine "
+    "--out pipeline --merged`"
+)
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Option(help="The new folder.")] = Path("exported"),
+    weights: Annotated[Weights, typer.Option(help="Which weights of the run.")] = Weights.EMA,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="A whole pipeline, with the LoRA in its weights.")
+    ] = False,
+) -> None:
+    """Write the weights of a run for other programs: a LoRA or a pipeline that diffusers loads.
+
+    The weights are those of its best checkpoint.
+    """
+    from entroflow.exports import export as write
+    from entroflow.show import working
+
+    with working("exporting"):
+        folder = write(run, out, weights=weights.value, merged=merged)
+    typer.echo(folder)
+
+
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write the report of a run anew: one HTML page that works offline."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import entroflow
+from entroflow.drawing import open_policy
 from entroflow.errors import InputError
 from entroflow.ledger import Ledger
 from entroflow.recipe import load_recipe, shipped_recipes
@@ -16,6 +18,8 @@ from entroflow.sampling.solver import integrate
 from entroflow.trainer import Trainer
 
 pytest.importorskip("diffusers")
+
+from diffusers import DiffusionPipeline
 
 from entroflow.policies.diffusers.flux import FluxConfig
 from entroflow.policies.diffusers.sd3 import SD3Config
@@ -210,3 +214,68 @@ def test_another_kind_of_pipeline_is_refused(folders, tmp_path):
         SD3Config(model=str(folders["flux"])).build()
     with pytest.raises(InputError, match=r"policy.model: no pipeline at .* `hf download`"):
         FluxConfig(model=str(tmp_path)).build()
+
+
+# --- export ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(folders, tmp_path):
+    """Runs two iterations on a tiny pipeline; gives the run folder."""
+
+    def run(kind, *changes):
+        path = entroflow.train(
+            "flow_grpo_fast",
+            [
+                f"policy.type={kind}", f"policy.model={folders[kind]}",
+                f"policy.resolution={SIZE}", f"policy.tokens={TOKENS}", "policy.precision=fp32",
+                "optimizer.learning_rate=0.03", "optimizer.ema=0.5", "evaluation.images_per_skill=1",
+                "evaluation.steps=1", "evaluation.test_images_per_skill=1", *SMALL, *changes,
+            ],
+            run=tmp_path / "run",
+        ).path  # fmt: skip
+        # Noise-like images may be rated best before training; what was trained is what matters.
+        (path / "checkpoints" / "best.json").unlink()
+        return path
+
+    return run
+
+
+def image_of(pipeline, kind):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(1)
+    return pipeline(
+        PROMPTS, height=SIZE, width=SIZE, num_inference_steps=3, guidance_scale=GUIDANCE[kind],
+        generator=generator, output_type="pt", max_sequence_length=TOKENS,
+    ).images  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("weights", ["ema", "live"])
+def test_an_exported_lora_and_a_merged_pipeline_draw_what_the_run_draws(
+    folders, trained, tmp_path, kind, weights
+):
+    """Loaded as anyone would, with the strength that was trained: alpha is not the rank here."""
+    run = trained(kind, "policy.lora_rank=4", "policy.lora_alpha=32")
+    lora = entroflow.export(run, tmp_path / "lora", weights=weights)
+    merged = entroflow.export(run, tmp_path / "merged", weights=weights, merged=True)
+    opened = open_policy(run, weights).policy
+    base = image_of(opened.pipeline, kind)
+    with opened.weights("ema"):
+        wanted = image_of(opened.pipeline, kind)
+    assert (wanted - base).abs().max() > 0.02
+    pipeline = DiffusionPipeline.from_pretrained(folders[kind])
+    pipeline.load_lora_weights(lora)
+    torch.testing.assert_close(image_of(pipeline, kind), wanted, rtol=0, atol=1e-5)
+    whole = DiffusionPipeline.from_pretrained(merged)
+    torch.testing.assert_close(image_of(whole, kind), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_wholly_trained_transformer_is_exported_with_its_pipeline(trained, tmp_path):
+    run = trained("sd3", "policy.lora_rank=null", "optimizer.learning_rate=0.001")
+    folder = entroflow.export(run, tmp_path / "out")
+    opened = open_policy(run).policy
+    with opened.weights("ema"):
+        wanted = image_of(opened.pipeline, "sd3")
+    found = image_of(DiffusionPipeline.from_pretrained(folder), "sd3")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import get_peft_model_state_dict
 from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor
@@ -23,7 +25,7 @@ from entroflow.checkpoints import read_tensors, write_bytes
 from entroflow.component import Component
 from entroflow.errors import InputError
 from entroflow.policies.base import Condition, WeightSets
-from entroflow.policies.diffusers.lora import Initial, load_lora, new_lora
+from entroflow.policies.diffusers.lora import ADAPTER, Initial, load_lora, new_lora
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ENCODED_AT_ONCE = 16
@@ -173,6 +175,27 @@ class DiffusersPolicy:
     def evaluations(self, guidance: float) -> int:
         """Network passes that one velocity costs per image."""
         raise NotImplementedError
+
+    def export(self, folder: Path, *, merged: bool) -> None:
+        """Write the active weights: the LoRA, or a whole pipeline where `merged` or all is trained.
+
+        The policy is of no use afterwards where a LoRA was merged.
+        """
+        transformer = self.pipeline.transformer
+        if self.settings.lora_rank is not None:
+            if not merged:
+                # Without the metadata alpha is lost, and the LoRA loads with another strength.
+                type(self.pipeline).save_lora_weights(
+                    folder,
+                    transformer_lora_layers=get_peft_model_state_dict(transformer),
+                    **_collate_lora_metadata({"transformer": transformer}),
+                )
+                return
+            transformer.float()
+            transformer.fuse_lora(adapter_names=[ADAPTER])
+            transformer.unload_lora()
+        transformer.to(self._dtype)
+        self.pipeline.save_pretrained(folder)
 
     # --- what differs --------------------------------------------------------------------------
 

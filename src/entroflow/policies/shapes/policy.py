@@ -8,9 +8,10 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from safetensors.torch import save
 from torch import Tensor
 
-from entroflow.checkpoints import read_tensors
+from entroflow.checkpoints import read_tensors, write_bytes
 from entroflow.component import Component
 from entroflow.policies.base import Condition, WeightSets
 from entroflow.policies.shapes.network import CHANNELS, RESOLUTION, ShapesNetwork
@@ -86,6 +87,11 @@ class ShapesPolicy:
     def evaluations(self, guidance: float) -> int:
         """One pass, or two with guidance."""
         return 1 if guidance == 1 else 2
+
+    def export(self, folder: Path, *, merged: bool) -> None:
+        """Write the active weights as a file for `policy.weights`; there is nothing to merge."""
+        tensors = {key: value.detach().contiguous() for key, value in self.weights.live.items()}
+        write_bytes(folder / "weights.safetensors", save(tensors))
 
     def _forward(self, x: Tensor, sigma: Tensor, words: Tensor) -> Tensor:
         # No cache of cast weights: an optimizer or a swap may change them in between.

@@ -1,0 +1,58 @@
+"""Write the weights of a run in the form that others load."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from entroflow.checkpoints import to_json, write_text
+from entroflow.drawing import open_policy
+from entroflow.errors import InputError
+from entroflow.runs import package_version
+
+ABOUT = "entroflow.json"
+
+
+def export(run: Path | str, out: Path | str, *, weights: str = "ema", merged: bool = False) -> Path:
+    """Write what a run has learnt into a new folder.
+
+    For a policy over a diffusers pipeline that is the LoRA, as `pipe.load_lora_weights` reads it,
+    or a whole pipeline, as `from_pretrained` reads it; for the embedded model a safetensors file
+    for `policy.weights`. `entroflow.json` says where it comes from.
+
+    Args:
+        run: the run folder; its best checkpoint is taken.
+        out: the folder, which must not exist or be empty.
+        weights: `ema` or `live`.
+        merged: a whole pipeline also where only a LoRA was trained.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: no such run, a folder that is in use, or a policy that can't be exported.
+    """
+    run, out = Path(run), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already; choose another folder.")
+    opened = open_policy(run, weights)
+    write = getattr(opened.policy, "export", None)
+    if write is None:
+        raise InputError(f"a {type(opened.policy).__name__} can't be exported: it has no export().")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place, so that it appears whole or not at all.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as place:
+        made = Path(place) / out.name
+        made.mkdir()
+        with opened.policy.weights("ema"):
+            write(made, merged=merged)
+        about = {
+            "run": run.name, "iteration": opened.iteration, "weights": weights,
+            "base": opened.policy.weights.digest("reference"), "version": package_version(),
+        }  # fmt: skip
+        write_text(made / ABOUT, to_json(about, indent=1) + "\n")
+        if out.exists():
+            out.rmdir()
+        shutil.move(made, out)
+    return out
