@@ -159,6 +159,82 @@ def test_lora_starts_from_the_model_itself(built, kind):
     assert cond.tensors.keys() == {"embedded", "pooled"}
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_gradient_checkpointing_changes_no_bit(built, kind):
+    """Of the velocity, nor of its gradient."""
+    plain, saving = built(kind), built(kind, gradient_checkpointing=True)
+    assert saving.pipeline.transformer.is_gradient_checkpointing
+    found = []
+    for policy in (plain, saving):
+        torch.manual_seed(0)
+        for parameter in policy.weights.live.values():
+            torch.nn.init.normal_(parameter, std=0.1)
+        x, cond = latents(policy), policy.encode(PROMPTS)
+        with torch.no_grad():
+            still = policy.velocity(x, torch.tensor([0.9, 0.3]), cond, GUIDANCE[kind])
+        velocity = policy.velocity(x, torch.tensor([0.9, 0.3]), cond, GUIDANCE[kind])
+        assert torch.equal(still, velocity.detach())
+        velocity.square().mean().backward()
+        found.append([velocity.detach(), *(p.grad for p in policy.weights.live.values())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    moved = [name for name, p in policy.weights.live.items() if p.grad.abs().max() > 0]
+    assert len(moved) > 0.8 * len(policy.weights.live)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_half_precision_stays_near_and_gives_float32(built, kind):
+    exact, half = built(kind), built(kind, precision="bf16")
+    x, sigma = latents(exact), torch.tensor([0.9, 0.3])
+    with torch.no_grad():
+        wanted, found = (
+            policy.velocity(x, sigma, policy.encode(PROMPTS), GUIDANCE[kind])
+            for policy in (exact, half)
+        )
+    assert found.dtype == torch.float32
+    assert 0 < (found - wanted).abs().max() < 0.1 * wanted.abs().max()
+    assert half.pipeline.transformer.proj_out.weight.dtype == torch.bfloat16
+    assert half.pipeline.vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_users_lora_is_where_training_starts_and_may_be_left_out_of_the_reference(
+    built, trained, tmp_path, kind
+):
+    run = trained(kind, "policy.lora_rank=4", "policy.lora_alpha=32")
+    lora = entroflow.export(run, tmp_path / "lora", weights="live")
+    base = built(kind)
+    x, sigma = latents(base), torch.tensor([0.9, 0.3])
+
+    def velocity(policy, weights):
+        policy.weights.keep_reference()
+        with torch.no_grad(), policy.weights(weights):
+            return policy.velocity(x, sigma, policy.encode(PROMPTS), 1.0)
+
+    plain = velocity(base, "live")
+    started = {r: built(kind, lora_start=lora, reference=r) for r in ("start", "base")}
+    tuned = velocity(started["start"], "live")
+    assert (tuned - plain).abs().max() > 1e-3
+    assert torch.equal(velocity(started["start"], "reference"), tuned)
+    assert torch.equal(velocity(started["base"], "live"), tuned)
+    assert torch.equal(velocity(started["base"], "reference"), plain)
+    name = next(iter(started["base"].weights.live))
+    assert 4 in started["base"].weights.live[name].shape
+
+
+def test_a_run_is_not_resumed_on_another_model(folders, trained, tmp_path):
+    """The digest of the reference knows frozen weights too: a new LoRA is the same anywhere."""
+    run = trained("sd3", "run.iterations=1")
+    other = STAND_INS["sd3"]()
+    with torch.no_grad():
+        other.transformer.proj_out.weight.add_(1.0)
+    moved = tmp_path / "other"
+    other.save_pretrained(moved)
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(folders["sd3"]), str(moved)))
+    with pytest.raises(InputError, match="base weights"):
+        entroflow.resume(run, ["run.iterations=2"])
+
+
 # --- the recipes of the embedded model ------------------------------------------------------------
 
 SMALL = (
@@ -229,8 +305,9 @@ def trained(folders, tmp_path):
             [
                 f"policy.type={kind}", f"policy.model={folders[kind]}",
                 f"policy.resolution={SIZE}", f"policy.tokens={TOKENS}", "policy.precision=fp32",
-                "optimizer.learning_rate=0.03", "optimizer.ema=0.5", "evaluation.images_per_skill=1",
-                "evaluation.steps=1", "evaluation.test_images_per_skill=1", *SMALL, *changes,
+                "optimizer.learning_rate=0.03", "optimizer.ema=0.5",
+                "evaluation.images_per_skill=1", "evaluation.steps=1",
+                "evaluation.test_images_per_skill=1", *SMALL, *changes,
             ],
             run=tmp_path / "run",
         ).path  # fmt: skip
