@@ -103,6 +103,18 @@ def test_the_comparison_says_what_it_cost(finished_run):
     assert cost["seconds"]["compare"] > 0
 
 
+def test_the_plan_is_shown_once_at_the_start_and_again_when_a_run_goes_on(entroflow, tmp_path):
+    run = tmp_path / "run"
+    parts = [
+        entroflow("train", "quickstart", *TINY, "--run", run, "--stop-after", stop_after)[1]
+        if stop_after == 0
+        else entroflow("train", "--resume", run, "--stop-after", stop_after)[1]
+        for stop_after in (0, 1, 2)
+    ]
+    for said in parts:
+        assert said.count("stochastic steps (start-end, exp of the entropy per value)") == 1
+
+
 def test_train_never_overwrites(entroflow, finished_run):
     code, _, err = entroflow("train", "quickstart", *TINY, "--run", finished_run)
     assert code == 2

@@ -83,6 +83,9 @@ def train(
         recipe = load_recipe(name, overrides)
     with TrainingProgress(recipe) as progress:
         if resume is not None:
+            lines = RunFolder.open(resume).metrics()
+            if lines:
+                progress.begin(lines[0])
             folder = launch.resume(resume, overrides, stop_after=stop_after, watch=progress.watch)
         else:
             folder = launch.train(

@@ -69,15 +69,19 @@ class TrainingProgress:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def begin(self, start: Metrics) -> None:
+        """Show what the run is about to do, from the line of iteration 0."""
+        clip, D = start["policy/clip_range"], start["policy/dimensions"]
+        console.print(
+            f"clip range {clip:.2g} per dimension, {clip * D:.3g} in all (D = {D})",
+            highlight=False,
+        )
+        console.print(expectation(start["plan"]), highlight=False, soft_wrap=True)
+
     def watch(self, metrics: Metrics, evaluated: Evaluated | None) -> None:
         """Show one iteration."""
         if metrics["iteration"] == 0:
-            clip, D = metrics["policy/clip_range"], metrics["policy/dimensions"]
-            console.print(
-                f"clip range {clip:.2g} per dimension, {clip * D:.3g} in all (D = {D})",
-                highlight=False,
-            )
-            console.print(expectation(metrics["plan"]), highlight=False, soft_wrap=True)
+            self.begin(metrics)
         if evaluated is not None:
             self._strict = metrics["eval/strict"]
             monitors = "".join(f"{name} {v:.3g}  " for name, v in evaluated.monitors.items())
