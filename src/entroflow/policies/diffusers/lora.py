@@ -54,6 +54,8 @@ def load_lora(pipeline: Any, path: Path) -> None:
     Raises:
         InputError: there is none, or not for this model.
     """
+    if not path.exists():
+        raise InputError(f"policy.lora_start: there is no {path}.")
     try:
         pipeline.load_lora_weights(str(path), adapter_name=ADAPTER)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
