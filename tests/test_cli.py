@@ -13,9 +13,11 @@ import time
 from urllib.error import HTTPError
 
 import pytest
+import torch
 from PIL import Image
 
 from entroflow import cli
+from entroflow.checkpoints import read_tensors
 from entroflow.recipe import load_recipe
 from entroflow.runs import RunFolder
 
@@ -113,6 +115,21 @@ def test_the_plan_is_shown_once_at_the_start_and_again_when_a_run_goes_on(entrof
     ]
     for said in parts:
         assert said.count("stochastic steps (start-end, exp of the entropy per value)") == 1
+
+
+def test_an_export_is_what_a_run_starts_from(entroflow, finished_run, tmp_path):
+    """The file holds the averaged weights of the best checkpoint, and is never written over."""
+    out = tmp_path / "tuned"
+    assert entroflow("export", finished_run, "--out", out)[0] == 0
+    run = RunFolder.open(finished_run)
+    wanted = read_tensors((run.best() or run.latest()) / "ema.safetensors")
+    policy = load_recipe("quickstart", [f"policy.weights={out / 'weights.safetensors'}"]).policy
+    found = policy.build().weights.live
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert json.loads((out / "entroflow.json").read_text())["weights"] == "ema"
+    code, _, err = entroflow("export", finished_run, "--out", out)
+    assert code == 2
+    assert one_line(err)
 
 
 def test_train_never_overwrites(entroflow, finished_run):

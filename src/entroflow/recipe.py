@@ -601,6 +601,10 @@ def _imported(path: str, where: str) -> Any:
                 f"{where}: can't import {module_name!r} ({error}); it must be installed, or lie "
                 "beside the recipe or in the current folder."
             ) from None
+        if absent is not None and module_name.startswith("entroflow.policies.diffusers."):
+            raise RecipeError(
+                f"{where}: it needs the extra: pip install 'entroflow[diffusers]' ({error})."
+            ) from None
         raise RecipeError(f"{where}: the import of {module_name!r} {_raised(error)}.") from error
     if not hasattr(module, attribute):
         public = [entry for entry in vars(module) if not entry.startswith("_")]

@@ -5,6 +5,7 @@ What they must equal is the stock pipeline's own call, from the same latents.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -286,6 +287,13 @@ def test_wrong_settings_are_refused_in_one_line(built, kind, settings, said):
     with pytest.raises(InputError, match=said) as refused:
         built(kind, **settings)
     assert "\n" not in str(refused.value)
+
+
+def test_who_lacks_the_extra_is_told_its_name(monkeypatch):
+    monkeypatch.delitem(sys.modules, "entroflow.policies.diffusers.flux")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(InputError, match=r"policy.type: .* pip install 'entroflow\[diffusers\]'"):
+        load_recipe("quickstart", ["policy.type=flux", "policy.model=any"])
 
 
 def test_another_kind_of_pipeline_is_refused(folders, tmp_path):

@@ -43,9 +43,9 @@ def test_the_share_of_a_run_that_is_done_is_that_of_what_ends_it_first(settings,
 
 
 def test_a_run_ends_with_its_updates(tmp_path):
-    """Two an iteration: of 5 it makes 4 or 6."""
+    """Two an iteration: 4 and 6 are as near to 5, and the first of them ends it."""
     folder = train(tmp_path / "run", run={"iterations": None, "updates": 5})
-    assert lines(folder)[-1]["ledger/optimizer_steps"] in (4, 6)
+    assert lines(folder)[-1]["ledger/optimizer_steps"] == 4
 
 
 def test_a_run_ends_with_its_minutes(tmp_path):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -25,7 +25,13 @@ from entroflow.checkpoints import read_tensors, write_bytes
 from entroflow.component import Component
 from entroflow.errors import InputError
 from entroflow.policies.base import Condition, WeightSets
-from entroflow.policies.diffusers.lora import ADAPTER, Initial, load_lora, new_lora
+from entroflow.policies.diffusers.lora import (
+    ADAPTER,
+    ATTENTION,
+    Initial,
+    load_lora,
+    new_lora,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ENCODED_AT_ONCE = 16
@@ -84,9 +90,6 @@ class DiffusersPolicy:
         settings: what it was built from.
     """
 
-    lora_targets: ClassVar[tuple[str, ...]]
-    """Ends of the names of the modules that LoRA changes if nothing else is said."""
-
     def __init__(self, pipeline: Any, settings: DiffusersConfig) -> None:
         self.pipeline, self.settings = pipeline, settings
         self._device = torch.device(settings.device or _default_device())
@@ -103,7 +106,7 @@ class DiffusersPolicy:
         else:
             new_lora(
                 transformer, settings.lora_rank, settings.lora_alpha,
-                settings.lora_targets or self.lora_targets, settings.lora_init,
+                settings.lora_targets or ATTENTION, settings.lora_init,
             )  # fmt: skip
         if settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()

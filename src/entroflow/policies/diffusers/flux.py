@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,10 +34,6 @@ class FluxPolicy(DiffusersPolicy):
     """Guidance is an input of the network (distilled), so every velocity is one pass."""
 
     settings: FluxConfig
-    lora_targets: ClassVar = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
 
     def evaluations(self, guidance: float) -> int:
         """One pass, whatever the guidance."""

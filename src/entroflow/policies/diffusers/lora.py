@@ -13,6 +13,11 @@ from entroflow.errors import InputError
 
 ADAPTER = "default"
 """Name of the trained adapter; diffusers and peft look for this one where none is named."""
+ATTENTION = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
+"""Ends of the names of the attention's projections, in both kinds of transformers."""
 Initial = Literal["gaussian", "uniform"]
 """Of A: normal, or Kaiming uniform; B starts from 0."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
@@ -33,10 +33,6 @@ class SD3Policy(DiffusersPolicy):
     """Guidance above 1 is classifier-free, in two passes; else there is none."""
 
     settings: SD3Config
-    lora_targets: ClassVar = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Text embeddings, and those of the negative prompt for `velocity`."""
