@@ -82,14 +82,14 @@ def outcomes(results: Results) -> str:
 
 
 def _line(row: Row, results: Results) -> str:
-    gains = [float(result["test"]["gain"]["strict"]) for result in results]
+    gains = [float(result["test"]["gain"]["value"]) for result in results]
     reach = scipy.stats.t.ppf(0.975, len(gains) - 1) * scipy.stats.sem(gains)
     done = sorted({result["iterations"] for result in results})
     return (
         f"| `{row.name}` | {done[0] if len(done) == 1 else f'{done[0]}–{done[-1]}'} | "
-        f"{row.strict:.3f} ± {row.spread:.3f} | "
+        f"{row.score:.3f} ± {row.spread:.3f} | "
         f"{row.gain:+.3f} [{row.gain - reach:+.3f}, {row.gain + reach:+.3f}] | "
-        f"× {row.texture:.2f} | × {row.diversity:.2f} |"
+        f"× {row.ratio('texture'):.2f} | × {row.ratio('diversity'):.2f} |"
     )
 
 
@@ -99,7 +99,7 @@ def rates(results: Results) -> str:
     lines = ["| recipe | " + " | ".join(RATES) + " |", "|---|" + "---|" * len(RATES)]
     for recipe in shipped_recipes():
         scores = [
-            result["curve"][-1]["eval/strict"]
+            result["curve"][-1]["eval/score"]
             for rate in RATES
             for result in first
             if name_of(result) == f"{recipe},optimizer.learning_rate={rate}"

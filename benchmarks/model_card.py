@@ -14,10 +14,12 @@ import math
 from pathlib import Path
 
 from entroflow import pictures
-from entroflow.evaluation.base_and_tuned import GUIDANCE_SCALES, summary_of
+from entroflow.evaluation.base import HeldOutEvaluation
+from entroflow.evaluation.base_and_tuned import summary_of
 from entroflow.evaluation.shapes import ShapesEvaluation
 from entroflow.policies.shapes.policy import WEIGHTS, ShapesPolicyConfig
 from entroflow.policies.shapes.pretrain import Pretraining
+from entroflow.rewards.shapes import ShapesReward
 from entroflow.shapes.grammar import SKILLS
 
 ROOT = Path(__file__).parents[1]
@@ -28,13 +30,11 @@ def measure(images: int) -> dict:
     """Scores by split, guidance scale and number of steps; saves the sample grid."""
     policy = ShapesPolicyConfig().build()
     results = []
-    settings = [("validation", 10, scale) for scale in GUIDANCE_SCALES]
+    settings = [("validation", 10, scale) for scale in HeldOutEvaluation().guidance_tried]
     settings += [("test", steps, 1.0) for steps in STEPS]
     for split, steps, guidance in settings:
-        evaluation = ShapesEvaluation(
-            split=split, steps=steps, guidance=guidance, images_per_skill=images
-        )
-        found = evaluation.run(policy, seed=1, batch_size=64)
+        evaluation = ShapesEvaluation(split=split, steps=steps, guidance=guidance, images=images)
+        found = evaluation.run(policy, seed=1, batch_size=64, reward=ShapesReward())
         results.append({"split": split, "steps": steps, "guidance": guidance, **summary_of(found)})
         print(split, steps, guidance, found.scores["overall"], flush=True)
         if split == "test" and steps == STEPS[0]:
@@ -96,12 +96,12 @@ def card(measured: dict) -> str:
     for result in measured["results"]:
         scores = result["scores"]
         overall = scores["overall"]
-        cells = [f"{scores[skill]['strict']:.2f}" for skill in SKILLS]
+        cells = [f"{scores[skill]['value']:.2f}" for skill in SKILLS]
         lines.append(
             f"| {result['split']} | {result['steps']} | {result['guidance']:g} "
-            f"| **{overall['strict']:.3f}** [{overall['low']:.2f}, {overall['high']:.2f}] | "
+            f"| **{overall['value']:.3f}** [{overall['low']:.2f}, {overall['high']:.2f}] | "
             + " | ".join(cells)
-            + f" | {overall['graded']:.3f} |"
+            + f" | {result['reward']:.3f} |"
         )
     monitors = next(r for r in measured["results"] if r["split"] == "test")["monitors"]
     lines += [

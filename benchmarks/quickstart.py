@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from entroflow.compare import curve_of
 from entroflow.policies.shapes.policy import WEIGHTS
 from entroflow.recipe import load_recipe
 from entroflow.runs import EVALUATION, RunFolder
@@ -28,8 +29,6 @@ from entroflow.runs import EVALUATION, RunFolder
 ROOT = Path(__file__).parents[1]
 CLAIMS = ROOT / "docs" / "claims" / "quickstart.json"
 PICTURE = ROOT / "docs" / "images" / "quickstart.png"
-CURVE = ("iteration", "seconds", "eval/strict", "eval/strict_low", "eval/strict_high",
-         "eval/score", "eval/texture", "eval/contrast", "eval/diversity")  # fmt: skip
 CONTROL = "credit.type=shuffled"
 SHOWN = 8
 """Test prompts in the picture."""
@@ -54,7 +53,7 @@ def result_of(folder: Path, key: dict) -> dict:
         "commit": metrics[0]["version"],
         "training_seconds": metrics[-1]["seconds"],
         "ledger": {k: v for k, v in metrics[-1].items() if k.startswith("ledger/")},
-        "curve": [{k: line[k] for k in CURVE} for line in metrics if "eval/strict" in line],
+        "curve": curve_of(metrics),
         "test": evaluation,
     }
 
@@ -71,7 +70,7 @@ def draw(results: list[dict], runs: Path) -> None:
     axes = curves.subplots()
     for result in results:
         minutes = [point["seconds"] / 60 for point in result["curve"]]
-        strict = [point["eval/strict"] for point in result["curve"]]
+        strict = [point["eval/score"] for point in result["curve"]]
         color = "0.6" if result["control"] else "tab:blue"
         label = "rewards shuffled" if result["control"] else "quickstart, one line a seed"
         seen = axes.get_legend_handles_labels()[1]
@@ -143,8 +142,8 @@ def main() -> None:
         )
         print(
             f"seed {seed}{' control' if control else ''}: test strict "
-            f"{base['scores']['overall']['strict']:.3f} -> {tuned['scores']['overall']['strict']:.3f}, "
-            f"gain {gain['strict']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] in "
+            f"{base['scores']['overall']['value']:.3f} -> {tuned['scores']['overall']['value']:.3f}, "
+            f"gain {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] in "
             f"{found[0]['training_seconds']:.0f} s of training; texture {texture[1] / texture[0]:.2f} x, "
             f"diversity {diversity[0]:.3f} -> {diversity[1]:.3f} (measured at {found[0]['commit']})",
             flush=True,

@@ -24,7 +24,7 @@ from entroflow.runs import RunFolder
 TINY = (
     "run.iterations=2", "run.evaluate_every=2", "run.checkpoint_every=1",
     "prompts.per_iteration=2", "allocation.group_size=4", "sampling.steps=3", "exploration.size=1",
-    "evaluation.images_per_skill=2", "evaluation.test_images_per_skill=2", "evaluation.steps=2",
+    "evaluation.images=2", "evaluation.test_images=2", "evaluation.steps=2",
     # The strict rewards of four images are often equal, and then there is nothing to learn.
     "reward.value=graded",
 )  # fmt: skip
@@ -67,9 +67,9 @@ def test_train_leaves_a_whole_run_folder(finished_run):
     }  # fmt: skip
     lines = RunFolder.open(finished_run).metrics()
     assert [line["iteration"] for line in lines] == [0, 1, 2]
-    assert {"eval/score", "eval/strict", "eval/diversity"} <= lines[0].keys()
+    assert {"eval/score", "eval/score_low", "eval/diversity"} <= lines[0].keys()
     assert {
-        "iteration", "seconds", "reward/mean", "reward/std", "eval/score", "eval/strict",
+        "iteration", "seconds", "reward/mean", "reward/std", "eval/score", "eval/score_low",
         "eval/diversity", "policy/ratio_max_deviation", "policy/clip_fraction", "policy/kl",
         "ledger/network_evaluations", "ledger/weighted_evaluations", "ledger/reward_calls",
     } <= lines[2].keys()  # fmt: skip

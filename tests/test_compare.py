@@ -23,8 +23,8 @@ from entroflow.show import comparison_table, print_table
 TINY = (
     "prompts.per_iteration=2", "allocation.group_size=2", "sampling.steps=3",
     "exploration.type=window", "exploration.size=1", "exploration.move=fixed",
-    "exploration.last_start=null", "evaluation.images_per_skill=1",
-    "evaluation.test_images_per_skill=1", "evaluation.steps=1",
+    "exploration.last_start=null", "evaluation.images=1",
+    "evaluation.test_images=1", "evaluation.steps=1",
 )  # fmt: skip
 PER_ITERATION = 4 * 3 + 4 * 3
 """Weighted evaluations of the tiny recipe: 4 rollouts of 3 steps, 4 transitions back and forth."""
@@ -172,7 +172,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, c
     said = capsys.readouterr()
     assert stopped.value.code == 2
     assert "1 runs failed; their output is in" in said.err
-    assert "flow_grpo_fast  seed 0  strict" in said.out
+    assert "flow_grpo_fast  seed 0  score" in said.out
     assert "reward.type=broken.reward  seed 0  failed" in said.out
     (log,) = (word.rstrip(".") for word in said.err.split() if ".log" in word)
     assert "every reward of iteration 1 failed" in (tmp_path / log).read_text()
@@ -244,17 +244,18 @@ def test_results_that_are_none_are_refused(tmp_path, content):
 def result_of(name, seed, strict, base=0.4, texture=2.0, validation=0.5, version="1.0"):
     def model(score, own):
         return {
-            "scores": {"overall": {"strict": score}},
+            "scores": {"overall": {"value": score}},
             "monitors": {"texture": own, "diversity": 0.2},
         }
 
     return {
         "arm": {"recipe": name, "overrides": []}, "seed": seed, "iterations": 7, "version": version,
         "training_seconds": 60.0 * (seed + 1), "ledger": {"ledger/weighted_evaluations": 1000.0},
-        "curve": [{"eval/strict": 0.9}, {"eval/strict": validation}],
+        "curve": [{"eval/score": 0.9}, {"eval/score": validation}],
         "test": {
+            "measure": {"name": "strict score"},
             "models": {"base": model(base, 0.001), "tuned": model(strict, texture * 0.001)},
-            "gain": {"strict": strict - base},
+            "gain": {"value": strict - base},
         },
     }  # fmt: skip
 
@@ -268,11 +269,12 @@ RESULTS = [
 def test_a_row_holds_means_and_the_spread_over_seeds():
     best, other = rows(RESULTS)
     assert (best.name, other.name) == ("two", "one")
-    assert other.strict == pytest.approx(0.6)
+    assert other.score == pytest.approx(0.6)
     assert other.spread == pytest.approx(0.1)
     assert best.spread == pytest.approx(np.std([0.8, 0.82, 0.9], ddof=1))
     assert other.gain == pytest.approx(0.2)
-    assert (best.texture, best.diversity) == pytest.approx((3.0, 1.0))
+    assert best.monitors == pytest.approx({"texture": 3.0, "diversity": 1.0})
+    assert math.isnan(best.ratio("sharpness"))
     assert (other.minutes, other.seeds, other.iterations) == (2.0, 3, 7)
 
 
@@ -284,7 +286,7 @@ def test_the_smallest_difference_is_that_of_a_t_test():
     wanted = (t.ppf(0.975) + t.ppf(0.8)) * math.sqrt(2 * pooled / 3)
     assert compare.smallest_difference(table) == pytest.approx(wanted, rel=1e-12)
     noise = np.random.default_rng(0).normal(size=(2, 20_000, 30))
-    arm = Row("", 30, 1, 1, 0.5, 1.0, 0, 1, 1, 1, frozenset())
+    arm = Row("", 30, 1, 1, "score", 0.5, 1.0, 0, {}, 1, frozenset())
     apart = compare.smallest_difference([arm, arm])
     tests = scipy.stats.ttest_ind(noise[0] + apart, noise[1], axis=1)
     assert (tests.pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.02)

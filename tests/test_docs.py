@@ -31,8 +31,8 @@ PAGES = [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md"]
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TINY = (
     "run.iterations=2", "prompts.per_iteration=2", "allocation.group_size=4", "sampling.steps=3",
-    "exploration.size=1", "evaluation.images_per_skill=2", "evaluation.steps=1",
-    "evaluation.test_images_per_skill=1",
+    "exploration.size=1", "evaluation.images=2", "evaluation.steps=1",
+    "evaluation.test_images=1",
 )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ REQUIRED = {
     ("prompts", "text"): {"path": "prompts.txt"},
     ("prompts", "jsonl"): {"path": "prompts.jsonl"},
     ("prompts", "dataset"): {"name": "json"},
+    ("evaluation", "reward"): {"path": "held_out.txt"},
 }
 
 CHANGES = {
@@ -57,8 +58,8 @@ CHANGES = {
         "max_grad_norm": 2.0, "micro_batch": 65, "ema": 0.5,
     },
     "evaluation": {
-        "split": "test", "steps": 11, "guidance": 2.0, "images_per_skill": 49,
-        "prompts_per_skill": 17, "test_images_per_skill": 97,
+        "split": "test", "steps": 11, "guidance": 2.0, "images": 49,
+        "prompts_per_skill": 17, "test_images": 97, "guidance_tried": [1.0, 3.0],
     },
     "run": {"iterations": 101},
 }  # fmt: skip

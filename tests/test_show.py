@@ -39,8 +39,8 @@ def line(iteration):
 
 
 def test_progress_copes_with_what_was_not_measured_and_shows_every_monitor(capsys):
-    scores = {"eval/strict": 0.5, "eval/strict_low": 0.4, "eval/strict_high": 0.6}
-    first = line(0) | scores | {"eval/score": 0.7}
+    scores = {"eval/score": 0.5, "eval/score_low": 0.4, "eval/score_high": 0.6}
+    first = line(0) | scores | {"eval/reward": 0.7}
     first |= {"policy/clip_range": 1e-4, "policy/dimensions": 3072, "plan": PLAN}
     monitors = {"sharpness": 0.25, "contrast": math.nan}
     found = Evaluated({}, 0.5, monitors, torch.zeros(0), [], [])
@@ -48,7 +48,7 @@ def test_progress_copes_with_what_was_not_measured_and_shows_every_monitor(capsy
         progress.watch(first, found)
         progress.watch(line(1), None)
     said = capsys.readouterr().out
-    assert "strict 0.500 [0.40, 0.60]" in said
+    assert "score 0.500 [0.40, 0.60]" in said
     assert "an iteration: 1,012 network evaluations, 1,036 weighted, 96 rewards" in said
     assert "per value): 0-1 2.89  2-4 3.12" in said
     assert "sharpness 0.25  contrast nan  2.5M weighted evaluations" in said
@@ -72,16 +72,21 @@ def test_the_bar_of_a_resumed_run_begins_there_and_ends_with_the_comparison(monk
 
 
 def test_the_table_has_a_dash_where_a_monitor_is_unknown(capsys):
-    score = {"strict": 0.5, "low": 0.4, "high": 0.6, "graded": 0.7, "images": 6}
-    model = {"scores": {"colors": score, "overall": score}, "monitors": {"contrast": None}}
+    score = {"value": 0.5, "low": 0.4, "high": 0.6, "images": 6}
+    model = {
+        "scores": {"colors": score, "overall": score},
+        "monitors": {"contrast": None},
+        "reward": None,
+    }
     summary = {
+        "measure": {"name": "strict score"},
         "split": "test", "steps": 10, "guidance": 1.0, "best_guidance": 3.0,
         "models": {"base": model, "base_guided": model},
     }  # fmt: skip
     show.print_table(show.evaluation_table(summary))
     rows = capsys.readouterr().out
     assert "base, guidance 3" in rows
-    assert rows.count("–") == 2
+    assert rows.count("–") == 4
 
 
 def test_events_hold_what_was_measured(tmp_path):

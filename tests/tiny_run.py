@@ -7,7 +7,7 @@ import torch
 import entroflow
 from entroflow.checkpoints import read_tensors
 from entroflow.credit.terminal import Terminal
-from entroflow.evaluation.base import Evaluated, SkillScore
+from entroflow.evaluation.base import Evaluated, Score
 from entroflow.recipe import build_recipe
 from entroflow.rewards.base import Scores, Status
 from entroflow.runs import RunFolder
@@ -38,7 +38,7 @@ class Shift:
 
     def run(self, policy, *, seed, batch_size, reward=None, ledger=None):
         score = policy.shift.detach().mean().item()
-        overall = SkillScore(score, score, score, score, images=2)
+        overall = Score(score, score, score, images=2)
         images = torch.linspace(0, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
         return Evaluated(
             {"overall": overall}, score, {"diversity": 0.5}, images, ["a circle", "a ring"],

@@ -140,11 +140,13 @@ def evaluate(
     guidance: Annotated[
         float | None, typer.Option(min=0.0, help="Guidance scale of base and tuned; 1 is none.")
     ] = None,
-    images: Annotated[int | None, typer.Option(min=1, help="Images per skill.")] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images, per skill if there are any.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=MOST, help="Seed of all noise.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Score by skill, with 95% intervals: base, base with its best guidance, and tuned.
+    """Score with 95% intervals: base, base with its best guidance, and tuned.
 
     The weights are those of the best checkpoint. What is not given is as in the comparison at the
     end of the run.
@@ -155,7 +157,7 @@ def evaluate(
 
     with working("evaluating", quiet=as_json):
         summary = evaluate_run(
-            run, split=split, steps=steps, guidance=guidance, images_per_skill=images, seed=seed
+            run, split=split, steps=steps, guidance=guidance, images=images, seed=seed
         )
     if as_json:
         typer.echo(to_json(summary, indent=1))

@@ -35,10 +35,8 @@ from entroflow.runs import EVALUATION, RunFolder, read_object
 from entroflow.trainer import Trainer
 
 RESULTS = "results.json"
-CURVE = (
-    "iteration", "seconds", "eval/strict", "eval/strict_low", "eval/strict_high", "eval/score",
-    "eval/texture", "eval/contrast", "eval/diversity", "ledger/weighted_evaluations",
-)  # fmt: skip
+CURVE = ("iteration", "seconds", "ledger/weighted_evaluations")
+"""What the curve of a result has besides the evaluations."""
 
 
 @dataclass(frozen=True)
@@ -293,9 +291,16 @@ def _run(job: Job, out: Path, children: _Children) -> dict[str, Any] | None:
 
 
 def result_of(folder: Path, job: Job) -> dict[str, Any]:
-    """What a finished run left behind, without pictures; ready for JSON."""
+    """What a finished run left behind, without pictures; ready for JSON.
+
+    Raises:
+        InputError: no image of the comparison could be judged.
+    """
     metrics = RunFolder.open(folder).metrics()
     last = metrics[-1]
+    test = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+    if test["gain"]["value"] is None:
+        raise InputError(f"{folder}: no image of the comparison with the base has a score.")
     return {
         **job.key,
         **_named(job),
@@ -303,11 +308,18 @@ def result_of(folder: Path, job: Job) -> dict[str, Any]:
         "iterations": last["iteration"],
         "training_seconds": last["seconds"],
         "ledger": {key: value for key, value in last.items() if key.startswith("ledger/")},
-        "curve": [
-            {key: line.get(key) for key in CURVE} for line in metrics if "eval/strict" in line
-        ],
-        "test": json.loads((folder / EVALUATION).read_text(encoding="utf-8")),
+        "curve": curve_of(metrics),
+        "test": test,
     }
+
+
+def curve_of(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations of a run, and what it had taken until each."""
+    return [
+        {key: value for key, value in line.items() if key in CURVE or key.startswith("eval/")}
+        for line in metrics
+        if "eval/score" in line
+    ]
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -319,8 +331,9 @@ class Row:
 
     Attributes:
         iterations, weighted_evaluations, minutes: means of what training took.
-        strict, gain: means over seeds; `spread`: standard deviation (of n - 1) of the strict score.
-        texture, diversity: means of tuned over base.
+        measure: what the score is.
+        score, gain: means over seeds; `spread`: standard deviation (of n - 1) of the score.
+        monitors: by name, means of tuned over base.
         versions: of the package, that began the runs.
     """
 
@@ -328,13 +341,17 @@ class Row:
     seeds: int
     iterations: float
     weighted_evaluations: float
-    strict: float
+    measure: str
+    score: float
     spread: float
     gain: float
-    texture: float
-    diversity: float
+    monitors: Mapping[str, float]
     minutes: float
     versions: frozenset[str]
+
+    def ratio(self, monitor: str) -> float:
+        """A monitor of tuned over base; NaN where it is not known."""
+        return self.monitors.get(monitor, math.nan)
 
 
 def rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -343,7 +360,7 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
     for result in results:
         arm = result["arm"]
         arms.setdefault(",".join([arm["recipe"], *arm["overrides"]]), []).append(result)
-    return sorted((_row(name, found) for name, found in arms.items()), key=lambda row: -row.strict)
+    return sorted((_row(name, found) for name, found in arms.items()), key=lambda row: -row.score)
 
 
 def _row(name: str, found: Sequence[Mapping[str, Any]]) -> Row:
@@ -358,17 +375,19 @@ def _row(name: str, found: Sequence[Mapping[str, Any]]) -> Row:
 
         return mean(of)
 
-    scores = [r["test"]["models"]["tuned"]["scores"]["overall"]["strict"] for r in found]
+    tests = [result["test"] for result in found]
+    scores = [test["models"]["tuned"]["scores"]["overall"]["value"] for test in tests]
+    monitors = dict.fromkeys(name for test in tests for name in test["models"]["base"]["monitors"])
     return Row(
         name=name,
         seeds=len(found),
         iterations=mean(lambda r: r["iterations"]),
         weighted_evaluations=mean(lambda r: r["ledger"]["ledger/weighted_evaluations"]),
-        strict=statistics.fmean(scores),
+        measure=tests[0]["measure"]["name"],
+        score=statistics.fmean(scores),
         spread=statistics.stdev(scores) if len(scores) > 1 else math.nan,
-        gain=mean(lambda r: r["test"]["gain"]["strict"]),
-        texture=ratio("texture"),
-        diversity=ratio("diversity"),
+        gain=mean(lambda r: r["test"]["gain"]["value"]),
+        monitors={name: ratio(name) for name in monitors},
         minutes=mean(lambda r: r["training_seconds"]) / 60,
         versions=frozenset(result["version"] for result in found),
     )
@@ -391,7 +410,7 @@ def smallest_difference(table: Sequence[Row], power: float = 0.8, level: float =
 
 def best_by_validation(results: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The result whose last evaluation on validation prompts is the best."""
-    return max(results, key=lambda result: float(result["curve"][-1]["eval/strict"]))
+    return max(results, key=lambda result: float(result["curve"][-1]["eval/score"]))
 
 
 # --- the whole ------------------------------------------------------------------------------------

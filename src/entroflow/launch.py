@@ -187,6 +187,7 @@ def _compare(folder: RunFolder, trainer: Trainer) -> None:
             recipe.evaluation.on_test_prompts(),
             seed=recipe.run.test_seed,
             batch_size=recipe.sampling.batch_size,
+            reward=trainer.reward,
             ledger=cost,
         )
     known = {"iteration": trainer.iteration, "recipe_hash": recipe.hash, "cost": cost.state()}

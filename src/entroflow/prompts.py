@@ -104,7 +104,7 @@ class TextPrompts(_ListedPrompts):
 
     def load(self) -> list[Prompt]:
         """All prompts."""
-        return [Prompt(line.strip()) for line in _lines(self.path) if line.strip()]
+        return read_text(self.path)
 
 
 class JSONLPrompts(_ListedPrompts):
@@ -116,16 +116,7 @@ class JSONLPrompts(_ListedPrompts):
 
     def load(self) -> list[Prompt]:
         """All prompts."""
-        records = []
-        for number, line in enumerate(_lines(self.path), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{self.path}:{number} is not JSON: {error}") from None
-            records.append((f"{self.path}:{number}", record))
-        return [_prompt_from_record(record, self.key, where) for where, record in records]
+        return read_jsonl(self.path, self.key)
 
 
 class DatasetPrompts(_ListedPrompts):
@@ -157,6 +148,30 @@ class DatasetPrompts(_ListedPrompts):
             _prompt_from_record(dict(record), self.key, f"{self.name}[{index}]")
             for index, record in enumerate(table)
         ]
+
+
+def read_prompts(path: Path, key: str) -> list[Prompt]:
+    """The prompts of a file: JSON objects if its name ends in .jsonl, else one in a line."""
+    return read_jsonl(path, key) if path.suffix == ".jsonl" else read_text(path)
+
+
+def read_text(path: Path) -> list[Prompt]:
+    """One prompt per line; blank lines are skipped."""
+    return [Prompt(line.strip()) for line in _lines(path) if line.strip()]
+
+
+def read_jsonl(path: Path, key: str) -> list[Prompt]:
+    """One JSON object per line; `key` holds the prompt, everything else becomes its metadata."""
+    prompts = []
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number} is not JSON: {error}") from None
+        prompts.append(_prompt_from_record(record, key, f"{path}:{number}"))
+    return prompts
 
 
 def _lines(path: Path) -> list[str]:

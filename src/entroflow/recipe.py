@@ -70,7 +70,10 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "variance_matched": "entroflow.sampling.kernels.VarianceMatched",
         "ode": "entroflow.sampling.kernels.ODE",
     },
-    "reward": {"shapes": "entroflow.rewards.shapes.ShapesReward"},
+    "reward": {
+        "shapes": "entroflow.rewards.shapes.ShapesReward",
+        "jpeg_size": "entroflow.rewards.jpeg_size.JPEGSize",
+    },
     "credit": {
         "terminal": "entroflow.credit.terminal.Terminal",
         "shuffled": "entroflow.credit.shuffled.Shuffled",
@@ -79,7 +82,10 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "clipped": "entroflow.objectives.clipped.Clipped",
         "guard": "entroflow.objectives.guard.Guard",
     },
-    "evaluation": {"shapes": "entroflow.evaluation.shapes.ShapesEvaluation"},
+    "evaluation": {
+        "shapes": "entroflow.evaluation.shapes.ShapesEvaluation",
+        "reward": "entroflow.evaluation.reward.RewardEvaluation",
+    },
 }
 """Section -> type -> where the component lives; imported only when a recipe names it."""
 

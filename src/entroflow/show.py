@@ -26,6 +26,7 @@ from rich.table import Table
 from entroflow.compare import Job, Row, smallest_difference
 from entroflow.evaluation.base import Evaluated
 from entroflow.recipe import ENDS, Recipe, Run
+from entroflow.report.wording import Interval
 from entroflow.runs import EVALUATION, RunFolder, read_object, spent
 from entroflow.trainer import Metrics
 
@@ -53,7 +54,7 @@ class TrainingProgress:
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(recipe.name, total=1.0, numbers="setting up")
-        self._strict = math.nan
+        self._score = math.nan
 
     def __enter__(self) -> TrainingProgress:
         run = self._recipe.run
@@ -83,13 +84,13 @@ class TrainingProgress:
         if metrics["iteration"] == 0:
             self.begin(metrics)
         if evaluated is not None:
-            self._strict = metrics["eval/strict"]
+            self._score = metrics["eval/score"]
+            score = Interval(self._score, metrics["eval/score_low"], metrics["eval/score_high"])
             monitors = "".join(f"{name} {v:.3g}  " for name, v in evaluated.monitors.items())
             console.print(
                 f"iteration {metrics['iteration']:>4}  "
-                f"strict [bold]{metrics['eval/strict']:.3f}[/] "
-                f"[{metrics['eval/strict_low']:.2f}, {metrics['eval/strict_high']:.2f}]  "
-                f"score {metrics['eval/score']:.3f}  "
+                f"score [bold]{self._score:.3f}[/] {escape(score.reach)}  "
+                f"reward {metrics['eval/reward']:.3f}  "
                 f"{monitors}"
                 f"{compact(metrics['ledger/weighted_evaluations'])} weighted evaluations  "
                 f"{metrics['seconds']:.0f} s",
@@ -100,7 +101,7 @@ class TrainingProgress:
         reward = "" if mean is None else f"reward {mean:.3f}  "
         evaluations = compact(metrics["ledger/network_evaluations"])
         numbers = (
-            f"iteration {metrics['iteration']}  strict {self._strict:.3f}  {reward}"
+            f"iteration {metrics['iteration']}  score {self._score:.3f}  {reward}"
             f"{evaluations} evaluations"
         )
         share = self._recipe.run.share_done(spent(metrics))
@@ -137,7 +138,7 @@ def expectation(plan: Mapping[str, Any]) -> str:
 
 
 def evaluation_table(summary: dict[str, Any]) -> Table:
-    """Strict score by skill with 95% intervals, a column per model, and the monitors."""
+    """Score by skill with 95% intervals, a column per model, then reward and monitors."""
     titles = {
         "base": "base",
         "base_guided": f"base, guidance {summary['best_guidance']:g}",
@@ -146,33 +147,35 @@ def evaluation_table(summary: dict[str, Any]) -> Table:
     models = summary["models"]
     images = models["base"]["scores"]["overall"]["images"]
     table = Table(
-        title=f"strict score on {summary['split']} prompts, {images} images, "
+        title=f"{summary['measure']['name']} on {summary['split']} prompts, {images} images, "
         f"{summary['steps']} ODE steps, guidance {summary['guidance']:g}, [95% interval]",
         title_justify="left",
     )
-    table.add_column("skill")
+    table.add_column("")
     for name in models:
         table.add_column(titles[name], justify="right")
     skills = list(models["base"]["scores"])
     for skill in skills:
         cells = []
         for model in models.values():
-            s = model["scores"][skill]
-            cells.append(f"{s['strict']:.3f} \\[{s['low']:.2f}, {s['high']:.2f}]")
-        table.add_row(skill, *cells, end_section=skill in (skills[-2], skills[-1]))
-    table.add_row(
-        "graded", *(f"{model['scores']['overall']['graded']:.3f}" for model in models.values())
-    )
+            score = Interval.of(model["scores"][skill])
+            cells.append(f"{_decimals(score.value, 3)} {escape(score.reach)}")
+        table.add_row(skill, *cells, end_section=skill in skills[-2:])
+    table.add_row("reward", *(_decimals(model["reward"], 3) for model in models.values()))
     for monitor in models["base"]["monitors"]:
         values = [model["monitors"][monitor] for model in models.values()]
-        table.add_row(monitor, *("–" if value is None else f"{value:.4f}" for value in values))
+        table.add_row(monitor, *(_decimals(value, 4) for value in values))
     if "gain" in summary:
-        gain = summary["gain"]
-        interval = f"\\[{gain['low']:+.3f}, {gain['high']:+.3f}]"
         if (iteration := summary.get("iteration")) is not None:
             table.title = f"{table.title}\ntuned: after iteration {iteration}"
-        table.caption = f"gain in strict score {gain['strict']:+.3f} {interval}"
+        gain = (summary["gain"][key] for key in ("value", "low", "high"))
+        value, low, high = (_decimals(number, 3, "+") for number in gain)
+        table.caption = f"gain {value} \\[{low}, {high}]"
     return table
+
+
+def _decimals(value: float | None, places: int, sign: str = "") -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:{sign}.{places}f}"
 
 
 class _ComparisonProgress:
@@ -193,9 +196,9 @@ class _ComparisonProgress:
         if result is not None:
             models = result["test"]["models"]
             before, after = (
-                models[name]["scores"]["overall"]["strict"] for name in ("base", "tuned")
+                models[name]["scores"]["overall"]["value"] for name in ("base", "tuned")
             )
-            said = f"strict {before:.3f} -> {after:.3f} in {result['training_seconds']:.0f} s"
+            said = f"score {before:.3f} -> {after:.3f} in {result['training_seconds']:.0f} s"
             said += f" ({result['version']})"
         console.print(
             f"{escape(job.arm.name)}  seed {job.seed}  {said}", highlight=False, soft_wrap=True
@@ -222,8 +225,14 @@ def comparison_progress() -> Iterator[_ComparisonProgress]:
 
 def comparison_table(table: Sequence[Row]) -> Table:
     """One line per arm, the best first, and the smallest difference that would have shown."""
+    measures = sorted({row.measure for row in table})
+    monitors = [
+        name
+        for name in ("texture", "diversity", "detail")
+        if any(name in r.monitors for r in table)
+    ]
     shown = Table(
-        title="strict score on test prompts: mean over seeds, and standard deviation",
+        title=f"{' or '.join(measures)} on test prompts: mean over seeds, and standard deviation",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -232,14 +241,15 @@ def comparison_table(table: Sequence[Row]) -> Table:
     )
     # Narrow enough for 80 columns, where a terminal's width is not known.
     shown.add_column("recipe", overflow="fold", min_width=14)
-    for heading in ("n", "iter", "spent", "strict", "gain", "texture", "divers.", "min"):
+    headings = [name if len(name) < 8 else f"{name[:6]}." for name in monitors]
+    for heading in ("n", "iter", "spent", "score", "gain", *headings, "min"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in table:
         spread = "" if math.isnan(row.spread) else f" ±{row.spread:.3f}"
         shown.add_row(
             escape(row.name), str(row.seeds), f"{row.iterations:.0f}",
-            compact(row.weighted_evaluations), f"{row.strict:.3f}{spread}", f"{row.gain:+.3f}",
-            *("–" if math.isnan(x) else f"×{x:.2f}" for x in (row.texture, row.diversity)),
+            compact(row.weighted_evaluations), f"{row.score:.3f}{spread}", f"{row.gain:+.3f}",
+            *("–" if math.isnan(x) else f"×{x:.2f}" for x in map(row.ratio, monitors)),
             f"{row.minutes:.1f}",
         )  # fmt: skip
     least = smallest_difference(table)

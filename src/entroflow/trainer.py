@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Generator, Iterator
 from copy import deepcopy
+from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
@@ -21,7 +22,7 @@ from entroflow.checkpoints import (
 )
 from entroflow.credit.normalise import is_tied
 from entroflow.errors import InputError
-from entroflow.evaluation.base import Evaluated
+from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, measure_of
 from entroflow.exploration.base import Request, refuse_undefined
 from entroflow.exploration.summary import summary_of
 from entroflow.ledger import Ledger
@@ -79,6 +80,8 @@ class Trainer:
         """
         self._encode(self.recipe.prompts.batch(self.recipe.run.seed, self.iteration))
         self.expected()
+        if isinstance(self.recipe.evaluation, HeldOutEvaluation):
+            self.recipe.evaluation.check()
 
     def step(self) -> Metrics:
         """One iteration: the whole method, a line a stage."""
@@ -255,9 +258,10 @@ class Trainer:
         }
 
     def start_metrics(self) -> Metrics:
-        """The line of iteration 0, with the package's `version` and the first `plan`."""
+        """The line of iteration 0, with what says how to read the run's metrics."""
         return {
             "version": package_version(),
+            "measure": asdict(measure_of(self.recipe.evaluation)),
             "plan": self.expected(),
             **self._taken(),
             "policy/dimensions": self.dimensions,
@@ -327,12 +331,11 @@ def rated_rollouts(plan: Plan) -> Tensor:
 def evaluation_metrics(found: Evaluated) -> Metrics:
     """An evaluation as keys of `metrics.jsonl`."""
     overall = found.scores["overall"]
-    by_skill = {f"eval/strict/{k}": s.strict for k, s in found.scores.items() if k != "overall"}
+    by_skill = {f"eval/score/{k}": s.value for k, s in found.scores.items() if k != "overall"}
     return {
-        "eval/score": overall.graded,
-        "eval/strict": overall.strict,
-        "eval/strict_low": overall.low,
-        "eval/strict_high": overall.high,
+        "eval/score": overall.value,
+        "eval/score_low": overall.low,
+        "eval/score_high": overall.high,
         **by_skill,
         "eval/reward": found.reward,
         **{f"eval/{name}": value for name, value in found.monitors.items()},
@@ -386,7 +389,7 @@ def train_in(
     try:
         if lines:
             (line,), saved = lines, trainer.iteration
-            if trainer.share_done >= 1 and "eval/strict" not in line:
+            if trainer.share_done >= 1 and "eval/score" not in line:
                 # The run was cut short to where it stands: what was no end is one now.
                 found = _evaluated(trainer, line)
                 folder.replace_metrics(line)
@@ -417,7 +420,7 @@ def _evaluated(trainer: Trainer, line: Metrics) -> Evaluated | None:
     if _standing(line) == -math.inf:
         log.warning(
             "iteration %d: no held-out image has a reward, so this checkpoint can't be marked the "
-            "best (held-out prompts have no metadata).",
+            "best.",
             n,
         )
     return found

@@ -317,8 +317,8 @@ def trained(folders, tmp_path):
                 f"policy.type={kind}", f"policy.model={folders[kind]}",
                 f"policy.resolution={SIZE}", f"policy.tokens={TOKENS}", "policy.precision=fp32",
                 "optimizer.learning_rate=0.03", "optimizer.ema=0.5",
-                "evaluation.images_per_skill=1", "evaluation.steps=1",
-                "evaluation.test_images_per_skill=1", *SMALL, *changes,
+                "evaluation.images=1", "evaluation.steps=1",
+                "evaluation.test_images=1", *SMALL, *changes,
             ],
             run=tmp_path / "run",
         ).path  # fmt: skip

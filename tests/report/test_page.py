@@ -21,6 +21,12 @@ from entroflow.report.page import write_report
 from entroflow.runs import EVALUATION, METRICS, RunError, RunFolder
 
 TITLE = "<script>alert('title')</script> & co"
+MEASURE = {
+    "name": "strict score",
+    "reading": "A strictly right image.",
+    "share": True,
+    "over": "images",
+}
 CAPTIONS = ["a red circle", "two <b>blue</b> squares", "a ring above a cross"]
 LAST, EVERY = 12, 2
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -92,16 +98,17 @@ def metrics_line(iteration, **changed):
     if iteration % EVERY == 0:
         strict = 0.5 + 0.03 * iteration
         line |= {
-            "eval/score": strict + 0.1,
-            "eval/strict": strict,
-            "eval/strict_low": strict - 0.05,
-            "eval/strict_high": strict + 0.05,
-            "eval/strict/colors": strict,
+            "eval/score": strict,
+            "eval/score_low": strict - 0.05,
+            "eval/score_high": strict + 0.05,
+            "eval/score/colors": strict,
             "eval/reward": float("nan"),
             "eval/diversity": 0.2 - 0.01 * iteration,
             "eval/texture": 0.005 * (1 + iteration / 10),
             "eval/contrast": 0.5,
         }
+    if iteration == 0:
+        line["measure"] = MEASURE
     return line | changed
 
 
@@ -115,10 +122,11 @@ def evaluated(right):
 
 
 def score(strict, low, high):
-    return {"strict": strict, "low": low, "high": high, "graded": strict, "images": 96}
+    return {"value": strict, "low": low, "high": high, "images": 96}
 
 
 SUMMARY = {
+    "measure": MEASURE,
     "split": "test",
     "steps": 10,
     "seed": 1,
@@ -142,7 +150,7 @@ SUMMARY = {
             "monitors": {"texture": 0.007, "diversity": 0.3, "contrast": 0.6},
         },
     },
-    "gain": {"strict": 0.33, "low": 0.28, "high": 0.38},
+    "gain": {"value": 0.33, "low": 0.28, "high": 0.38},
     "cost": {"network_evaluations": 23_456, "seconds": {"compare": 50.0}},
 }
 
@@ -260,7 +268,7 @@ def test_the_figures_are_valid_and_hold_the_numbers(make_run):
     figures = [go.Figure(figure) for figure in page.figures]
     assert len(figures) == len(page.with_class("plot"))
     by_name = {trace.name: trace for figure in figures for trace in figure.data if trace.name}
-    strict = by_name["strict, with 95% interval"]
+    strict = by_name["strict score, with 95% interval"]
     assert strict.x == tuple(range(0, LAST + 1, EVERY))
     assert strict.y[0] == pytest.approx(0.5)
     assert strict.y[-1] == pytest.approx(0.86)
@@ -330,7 +338,7 @@ def test_a_run_without_evaluation_or_checkpoint_is_still_shown(tmp_path):
 def test_no_gain_is_called_no_gain(make_run):
     folder = make_run()
     summary = SUMMARY | {
-        "gain": {"strict": -0.01, "low": -0.03, "high": 0.01},
+        "gain": {"value": -0.01, "low": -0.03, "high": 0.01},
         "best_guidance": 1.0,
     }
     write_text(folder.path / EVALUATION, json.dumps(summary))

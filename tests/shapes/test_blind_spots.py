@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from entroflow.shapes.blind_spots import background_texture, contrast, diversity
+from entroflow.evaluation.image_statistics import diversity
+from entroflow.shapes.blind_spots import background_texture, contrast
 from entroflow.shapes.grammar import SKILLS, SPLITS, draw, parse
 from entroflow.shapes.scenes import PALETTE, RESOLUTION, Scenes, lay_out, render
 from entroflow.shapes.scoring import score

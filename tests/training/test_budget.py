@@ -60,7 +60,7 @@ def test_a_run_ends_with_the_iteration_nearest_to_its_budget(tmp_path, times):
     folder = train(tmp_path / "run", run={"iterations": None, "budget": budget})
     assert spent(folder)[1] == FULL
     assert len(spent(folder)) - 1 == max(1, round(times))
-    assert "eval/strict" in lines(folder)[-1]
+    assert "eval/score" in lines(folder)[-1]
 
 
 def test_what_is_skipped_leaves_room_for_more_iterations(tmp_path):

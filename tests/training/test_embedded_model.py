@@ -20,7 +20,7 @@ def test_flow_grpo_runs_as_shipped(tmp_path):
     """The recipe but for its budget, from the shipped weights: KL and two minibatches included."""
     tiny = [
         f"prompts.per_iteration={PROMPTS}", f"allocation.group_size={GROUP}", "sampling.steps=4",
-        "evaluation.images_per_skill=2", "evaluation.test_images_per_skill=1", "evaluation.steps=2",
+        "evaluation.images=2", "evaluation.test_images=1", "evaluation.steps=2",
         "run.iterations=2", "run.evaluate_every=2", "reward.value=graded",
     ]  # fmt: skip
     folder = entroflow.train("flow_grpo", tiny, run=tmp_path / "run")
@@ -43,8 +43,8 @@ def test_flow_grpo_runs_as_shipped(tmp_path):
         assert line["policy/gradient_norm"] > 0
     assert found[1]["policy/kl"] == 0
     assert found[2]["policy/kl"] > 0
-    assert "eval/strict" in found[0]
-    assert "eval/strict" in found[2]
+    assert "eval/score" in found[0]
+    assert "eval/score" in found[2]
     assert (folder.path / EVALUATION).exists()
     base, tensors = read_tensors(WEIGHTS), final_tensors(folder)
     for part in ("live", "ema"):
@@ -59,7 +59,7 @@ def test_the_embedded_model_resumes_bit_equal(tmp_path):
     tiny = [
         f"policy.weights={tmp_path / 'base.safetensors'}",
         f"prompts.per_iteration={PROMPTS}", f"allocation.group_size={GROUP}", "sampling.steps=3",
-        "exploration.size=1", "evaluation.images_per_skill=2", "evaluation.test_images_per_skill=1",
+        "exploration.size=1", "evaluation.images=2", "evaluation.test_images=1",
         "evaluation.steps=1", "run.iterations=2", "run.evaluate_every=2", "run.checkpoint_every=5",
         "run.keep_checkpoints=1", "reward.value=graded",
     ]  # fmt: skip

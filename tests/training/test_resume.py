@@ -207,7 +207,7 @@ def test_a_run_cut_to_less_than_it_has_done_ends_where_it_stands(tmp_path):
     folder = train(tmp_path / "run", stop_after=1, run={"iterations": 5, "evaluate_every": 7})
     folder = entroflow.resume(folder.path, ["run.iterations=0"], policy=PixelPolicy())
     assert [line["iteration"] for line in lines(folder)] == [0, 1]
-    assert "eval/strict" in lines(folder)[-1]
+    assert "eval/score" in lines(folder)[-1]
 
 
 def test_what_could_not_be_written_down_is_in_no_checkpoint(tmp_path, monkeypatch):
@@ -254,7 +254,7 @@ def test_a_run_cut_short_to_where_it_stands_ends_with_an_evaluation(tmp_path):
     """Iteration 1 was no end when it was run, and had none."""
     whole = train(tmp_path / "whole", run={"iterations": 1})
     short = train(tmp_path / "short", stop_after=1)
-    assert "eval/strict" not in short.metrics()[-1]
+    assert "eval/score" not in short.metrics()[-1]
     short = entroflow.resume(short.path, ["run.iterations=1"], policy=PixelPolicy())
     assert_same_run(whole, short)
     again = entroflow.resume(short.path, policy=PixelPolicy())

@@ -42,7 +42,7 @@ def test_tensorboard_reads_every_number_and_picture(tmp_path, monkeypatch):
     wanted = {}
     for line in folder.metrics():
         for name, value in line.items():
-            if name not in ("iteration", "by_step", "plan", "version"):
+            if name not in ("iteration", "by_step", "plan", "version", "measure"):
                 wanted.setdefault(name, []).append((line["iteration"], value))
     assert set(events.Tags()["scalars"]) == set(wanted)
     for name, points in wanted.items():
@@ -139,7 +139,7 @@ def test_the_size_of_the_advantage_counts_tied_groups_and_leaves_out_failures(tm
 
 def test_what_evaluations_cost_is_written_where_there_was_one(tmp_path):
     folder = train(
-        tmp_path / "run", evaluation={"type": "shapes", "steps": 2, "images_per_skill": 1},
+        tmp_path / "run", evaluation={"type": "shapes", "steps": 2, "images": 1},
         policy=ShapesPolicyConfig().build(), run={"iterations": 1, "evaluate_every": 1},
         reward=lambda images, *_: [image.mean().item() for image in images],
     )  # fmt: skip

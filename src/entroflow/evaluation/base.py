@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 from pydantic import Field
 from torch import Tensor
@@ -17,16 +17,29 @@ from entroflow.shapes.grammar import Split
 
 
 @dataclass(frozen=True)
-class SkillScore:
-    """The strict and the graded score of one skill, with a 95% interval of the strict score.
+class Measure:
+    """What an evaluation measures, for people.
 
-    All lie in [0, 1]; `images` is the number of images judged.
+    Attributes:
+        name: as "strict score".
+        reading: a sentence that says what it means; may be empty.
+        share: whether it is a share of images, in [0, 1].
+        over: what its intervals are over.
     """
 
-    strict: float
+    name: str
+    reading: str = ""
+    share: bool = False
+    over: str = "images and noise"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over `images` images, with its 95% interval, in the units of the measure."""
+
+    value: float
     low: float
     high: float
-    graded: float
     images: int
 
 
@@ -35,24 +48,30 @@ class Evaluated:
     """What an evaluation found.
 
     Attributes:
-        scores: by skill, and `overall`.
-        reward: mean of the reward that is trained on.
+        scores: `overall`, and by skill if there are any.
+        reward: mean of the reward that is trained on; NaN without one.
         monitors: by name, numbers that nothing trains on; see `shapes.blind_spots`.
         images: [n, 3, H, W] examples, the same prompts and noise at every evaluation; may be none.
         captions: [n] their prompts.
-        passed: [n] whether each is strictly right.
+        passed: [n] whether each is strictly right; None where that can't be judged.
+        by_prompt: [P] the score of each prompt, always in the same order. Where it is given, a gain
+            is judged prompt by prompt; else as if the two evaluations were independent.
     """
 
-    scores: Mapping[str, SkillScore]
+    scores: Mapping[str, Score]
     reward: float
     monitors: Mapping[str, float]
     images: Tensor
     captions: Sequence[str]
-    passed: Sequence[bool]
+    passed: Sequence[bool | None]
+    by_prompt: Tensor | None = None
 
 
 class Evaluation(Protocol):
-    """Judges a policy under the weights that are active."""
+    """Judges a policy under the weights that are active.
+
+    It may say what its scores are with an attribute `measure`.
+    """
 
     def run(
         self,
@@ -74,18 +93,33 @@ class HeldOutEvaluation(Component):
     other settings. The comparison with the base at the end of a run needs that.
     """
 
+    measure: ClassVar[Measure] = Measure("score")
+
     split: Split = Field("validation", description="captions evaluated while training")
     steps: int = Field(10, ge=1, description="ODE steps")
     guidance: float = Field(1.0, ge=0, description="guidance scale; 1 is none")
-    images_per_skill: int = Field(48, ge=1, description="images judged for each skill")
-    test_images_per_skill: int = Field(
-        96, ge=1, description="in the comparison on test prompts when the run is complete"
+    images: int = Field(
+        48, ge=1, description="images judged while training; for each skill, if there are several"
+    )
+    test_images: int = Field(
+        96, ge=1, description="the same, in the comparison on test prompts when the run is complete"
+    )
+    guidance_tried: tuple[float, ...] = Field(
+        (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
+        description="scales of which the comparison finds the base's best; its own is always tried",
     )
 
     def on_test_prompts(self) -> Self:
         """This evaluation as the comparison at the end of a run makes it."""
-        settings = {"split": "test", "images_per_skill": self.test_images_per_skill}
+        settings = {"split": "test", "images": self.test_images}
         return self.model_copy(update=settings)
+
+    def check(self) -> None:
+        """Read what `run` will need, so that wrong input shows before a run begins.
+
+        Raises:
+            InputError: a file is missing or wrong.
+        """
 
     def run(
         self,
@@ -98,3 +132,9 @@ class HeldOutEvaluation(Component):
     ) -> Evaluated:
         """See `Evaluation.run`."""
         raise NotImplementedError
+
+
+def measure_of(evaluation: Evaluation) -> Measure:
+    """What an evaluation measures: what it says, or else a score."""
+    found = getattr(evaluation, "measure", None)
+    return found if isinstance(found, Measure) else Measure("score")

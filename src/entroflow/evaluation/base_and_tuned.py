@@ -10,11 +10,12 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, SkillScore
+from scipy import stats
+
+from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, Score
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
-
-GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+from entroflow.rewards.base import Reward
 
 
 def try_guidance(
@@ -23,21 +24,22 @@ def try_guidance(
     *,
     seed: int,
     batch_size: int,
+    reward: Reward | None = None,
     ledger: Ledger | None = None,
-) -> dict[float, SkillScore]:
+) -> dict[float, Score]:
     """Overall scores by guidance scale, on validation prompts and a quarter of the images.
 
-    Scales are tried upwards, that of the evaluation among them, until the strict score has fallen
-    at two in a row.
+    Scales are tried upwards, that of the evaluation among them, until the score has fallen at two
+    in a row.
     """
-    quick = {"split": "validation", "images_per_skill": max(1, evaluation.images_per_skill // 4)}
-    tried: dict[float, SkillScore] = {}
-    for scale in sorted({*GUIDANCE_SCALES, evaluation.guidance}):
+    quick = {"split": "validation", "images": max(1, evaluation.images // 4)}
+    tried: dict[float, Score] = {}
+    for scale in sorted({*evaluation.guidance_tried, evaluation.guidance}):
         varied = evaluation.model_copy(update={**quick, "guidance": scale})
-        found = varied.run(policy, seed=seed, batch_size=batch_size, ledger=ledger)
+        found = varied.run(policy, seed=seed, batch_size=batch_size, reward=reward, ledger=ledger)
         tried[scale] = found.scores["overall"]
-        strict = [score.strict for score in tried.values()]
-        if len(strict) >= 3 and strict[-3] > strict[-2] > strict[-1]:
+        scores = [score.value for score in tried.values()]
+        if len(scores) >= 3 and scores[-3] > scores[-2] > scores[-1]:
             break
     return tried
 
@@ -48,6 +50,7 @@ def compare_with_base(
     *,
     seed: int,
     batch_size: int,
+    reward: Reward | None = None,
     with_tuned: bool = True,
     ledger: Ledger | None = None,
 ) -> tuple[dict[str, Any], dict[str, Evaluated]]:
@@ -61,8 +64,12 @@ def compare_with_base(
         `tuned`.
     """
     with policy.weights("reference"):
-        tried = try_guidance(policy, evaluation, seed=seed, batch_size=batch_size, ledger=ledger)
-    best = max(tried, key=lambda scale: tried[scale].strict)
+        tried = try_guidance(
+            policy, evaluation, seed=seed, batch_size=batch_size, reward=reward, ledger=ledger
+        )
+    # A score that is no number compares with none: such a scale is never the best.
+    known = {scale: score.value for scale, score in tried.items() if score.value == score.value}
+    best = max(known, key=lambda scale: known[scale], default=evaluation.guidance)
     found, models = {}, {}
     for name, weights, scale in (
         ("base", "reference", evaluation.guidance),
@@ -73,13 +80,16 @@ def compare_with_base(
             continue
         varied = evaluation.model_copy(update={"guidance": scale})
         with policy.weights(weights):
-            found[name] = varied.run(policy, seed=seed, batch_size=batch_size, ledger=ledger)
+            found[name] = varied.run(
+                policy, seed=seed, batch_size=batch_size, reward=reward, ledger=ledger
+            )
         models[name] = {
             "guidance": scale,
             "passes": policy.evaluations(scale),
             **summary_of(found[name]),
         }
     summary: dict[str, Any] = {
+        "measure": asdict(evaluation.measure),
         "split": evaluation.split,
         "steps": evaluation.steps,
         "seed": seed,
@@ -97,16 +107,29 @@ def summary_of(evaluated: Evaluated) -> dict[str, Any]:
     """The numbers of an evaluation, without its images, ready for JSON."""
     return {
         "scores": {name: asdict(score) for name, score in evaluated.scores.items()},
+        "reward": evaluated.reward,
         "monitors": dict(evaluated.monitors),
     }
 
 
 def _gain(base: Evaluated, tuned: Evaluated) -> dict[str, float]:
-    """Gain in strict score with a 95% interval, as if the two were independent (wide; MOVER)."""
+    """Gain in score with a 95% interval.
+
+    By a paired t-test over prompts where both say the score of each; else as if the two evaluations
+    were independent, which is wide (MOVER).
+    """
+    if base.by_prompt is not None and tuned.by_prompt is not None:
+        change = tuned.by_prompt - base.by_prompt
+        change = change[~change.isnan()]
+        gain, half = change.mean().item(), math.nan
+        if len(change) > 1:
+            error = change.std().item() / math.sqrt(len(change))
+            half = float(stats.t.ppf(0.975, len(change) - 1)) * error
+        return {"value": gain, "low": gain - half, "high": gain + half}
     before, after = base.scores["overall"], tuned.scores["overall"]
-    gain = after.strict - before.strict
+    gain = after.value - before.value
     return {
-        "strict": gain,
-        "low": gain - math.hypot(after.strict - after.low, before.high - before.strict),
-        "high": gain + math.hypot(after.high - after.strict, before.strict - before.low),
+        "value": gain,
+        "low": gain - math.hypot(after.value - after.low, before.high - before.value),
+        "high": gain + math.hypot(after.high - after.value, before.value - before.low),
     }

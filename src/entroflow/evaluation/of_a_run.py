@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ from entroflow.drawing import open_policy
 from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.evaluation.base_and_tuned import compare_with_base
-from entroflow.recipe import changed, load_component
+from entroflow.recipe import RecipeError, changed, load_component
+from entroflow.rewards.base import Reward
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -18,7 +22,7 @@ def evaluate(
     split: str = "test",
     steps: int | None = None,
     guidance: float | None = None,
-    images_per_skill: int | None = None,
+    images: int | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
     """Score by skill, with 95% intervals: base, base at its best guidance scale, and tuned.
@@ -26,7 +30,7 @@ def evaluate(
     Args:
         run: the run folder; its best checkpoint is judged. None: the embedded base model alone.
         split: `validation` or `test`.
-        steps, guidance, images_per_skill, seed: None: as in the comparison at the end of the run.
+        steps, guidance, images, seed: None: as in the comparison at the end of the run.
 
     Returns:
         The same summary as the `evaluation.json` of a finished run; `iteration` is that of the
@@ -47,9 +51,7 @@ def evaluate(
             f"the evaluation of {recipe} can't be repeated on other prompts: "
             f"{type(evaluation).__name__} does not derive from HeldOutEvaluation."
         )
-    given = {
-        "split": split, "steps": steps, "guidance": guidance, "images_per_skill": images_per_skill
-    }  # fmt: skip
+    given = {"split": split, "steps": steps, "guidance": guidance, "images": images}
     settings = {key: value for key, value in given.items() if value is not None}
     run_settings = load_component(recipe, "run")
     if seed is not None:
@@ -59,6 +61,17 @@ def evaluate(
         changed(evaluation.on_test_prompts(), settings, "evaluation"),
         seed=run_settings.test_seed if seed is None else seed,
         batch_size=load_component(recipe, "sampling").batch_size,
+        reward=_reward_of(recipe),
         with_tuned="tuned" in opened.models,
     )
     return {"iteration": opened.iteration, **summary}
+
+
+def _reward_of(recipe: str | Path) -> Reward | None:
+    """The reward of a recipe; none where it was an object that is gone."""
+    try:
+        reward: Reward = load_component(recipe, "reward")
+    except RecipeError as error:
+        log.warning("images are judged without the reward of the run: %s", error)
+        return None
+    return reward

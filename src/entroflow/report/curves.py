@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import cycle, pairwise
 from typing import Any
 
+from entroflow.evaluation.base import Measure
 from entroflow.report.wording import Interval, number
 
 Metrics = Sequence[Mapping[str, Any]]
@@ -49,40 +50,35 @@ def is_finite(value: object) -> bool:
 # --- score and reward -----------------------------------------------------------------------------
 
 
-def score_and_reward(metrics: Metrics, prompts: str) -> list[Panel]:
+def score_and_reward(metrics: Metrics, measure: Measure, prompts: str) -> list[Panel]:
     """Score, training reward and its spread, where there are two points or more.
 
     Args:
         prompts: what the evaluations were on, as in "validation prompts".
     """
-    panels = [_score(metrics, prompts), _reward(metrics, prompts), _spread(metrics)]
+    panels = [_score(metrics, measure, prompts), _reward(metrics, prompts), _spread(metrics)]
     return [panel for panel in panels if panel is not None]
 
 
-def _score(metrics: Metrics, prompts: str) -> Panel | None:
-    judged = [line for line in metrics if is_finite(line.get("eval/strict"))]
+def _score(metrics: Metrics, measure: Measure, prompts: str) -> Panel | None:
+    judged = [line for line in metrics if is_finite(line.get("eval/score"))]
     traces = []
-    if all(is_finite(line.get(f"eval/strict_{end}")) for line in judged for end in ("low", "high")):
-        iterations, low = series(judged, "eval/strict_low")
-        _, high = series(judged, "eval/strict_high")
+    if all(is_finite(line.get(f"eval/score_{end}")) for line in judged for end in ("low", "high")):
+        iterations, low = series(judged, "eval/score_low")
+        _, high = series(judged, "eval/score_high")
         outline = {"width": 0, "color": BLUE}
         quiet = {"mode": "lines", "line": outline, "hoverinfo": "skip", "showlegend": False}
         traces += [
             {"x": iterations, "y": low, **quiet},
             {"x": iterations, "y": high, **quiet, "fill": "tonexty", "fillcolor": BLUE_BAND},
         ]
-    traces += [
-        _line(metrics, "eval/strict", "strict, with 95% interval", BLUE),
-        _line(metrics, "eval/score", "graded", TEAL, dash="dot"),
-    ]
+    traces.append(_line(metrics, "eval/score", f"{measure.name}, with 95% interval", BLUE))
     if not _has_a_line(traces):
         return None
     return Panel(
         f"Score on {prompts}",
-        f"Always the same {prompts} and noise, drawn with the averaged weights (EMA). "
-        "Strict is the share of images that are right in every respect; graded gives partial "
-        "credit.",
-        _figure(traces, height=340, yaxis={"range": [-0.02, 1.02]}),
+        f"Always the same {prompts} and noise, drawn with the averaged weights (EMA).",
+        _figure(traces, height=340, yaxis={"range": [-0.02, 1.02]} if measure.share else {}),
         wide=True,
     )
 
@@ -132,8 +128,8 @@ def _moving_mean(values: Sequence[float], window: int) -> list[float]:
 # --- models beside each other ---------------------------------------------------------------------
 
 
-def by_skill(models: Mapping[str, Mapping[str, Interval]]) -> Figure:
-    """Grouped bars of the strict score with intervals: model -> skill -> score."""
+def by_skill(models: Mapping[str, Mapping[str, Interval]], measure: Measure) -> Figure:
+    """Grouped bars of the score with intervals: model -> skill -> score."""
     colors = dict(zip(models, _model_colors(len(models)), strict=True))
     traces = [
         {
@@ -151,11 +147,12 @@ def by_skill(models: Mapping[str, Mapping[str, Interval]]) -> Figure:
                 "thickness": 1.5,
                 "width": 3,
             },
-            "hovertemplate": f"{label}: %{{y:.2f}}<extra></extra>",
+            "hovertemplate": f"{label}: %{{y:.3g}}<extra></extra>",
         }
         for label, scores in models.items()
     ]
-    figure = _figure(traces, height=340, xaxis={"title": None}, yaxis={"range": [0, 1.02]})
+    axis = {"range": [0, 1.02]} if measure.share else {}
+    figure = _figure(traces, height=340, xaxis={"title": None}, yaxis=axis)
     figure["layout"] |= {
         "barmode": "group",
         "bargap": 0.25,
@@ -173,7 +170,7 @@ def _model_colors(count: int) -> list[str]:
 # --- what the reward can't see --------------------------------------------------------------------
 
 
-NO_MONITORS = ("eval/score", "eval/strict", "eval/strict_low", "eval/strict_high", "eval/reward")
+NO_MONITORS = ("eval/score", "eval/score_low", "eval/score_high", "eval/reward")
 """What an evaluation measures besides its monitors and the scores of single skills."""
 
 NAMES = {
@@ -195,7 +192,7 @@ def monitor_names(metrics: Metrics) -> dict[str, str]:
     return {
         key: monitor_name(key)
         for key in dict.fromkeys(keys)
-        if key not in NO_MONITORS and not key.startswith("eval/strict/")
+        if key not in NO_MONITORS and not key.startswith("eval/score/")
     }
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from entroflow.runs import RunError, RunFolder, read_object
 
-LARGEST = 96
+LARGEST = 192
 """Pixels; larger images are shown reduced to this, so that the page stays small."""
 MOST_BETWEEN = 3
 PNG, KNOWN = ".png", ".json"
@@ -45,7 +45,12 @@ class ExampleGrid:
     @property
     def abreast(self) -> int:
         """How many parts of the grid fit side by side on a wide screen."""
-        return 12 // (len(self.columns) + 1)
+        return max(1, (6 if self.reduced else 12) // (len(self.columns) + 1))
+
+    @property
+    def judged(self) -> bool:
+        """Whether it is known of any image if it is right."""
+        return any(number is not None for number in self.right)
 
 
 def over_iterations(folder: RunFolder, last: int) -> ExampleGrid | None:
@@ -100,7 +105,7 @@ def _read(folder: Path, name: str) -> tuple[list[str], list[Example], int]:
     examples = [
         Example(
             source=_data_address(strip.crop((i * side, 0, (i + 1) * side, side))),
-            passed=bool(passed[i]) if i < len(passed) else None,
+            passed=passed[i] if i < len(passed) else None,
         )
         for i in range(len(captions))
     ]
@@ -108,9 +113,11 @@ def _read(folder: Path, name: str) -> tuple[list[str], list[Example], int]:
 
 
 def _data_address(image: Image.Image) -> str:
+    buffer = io.BytesIO()
     if image.height > LARGEST:
         image = image.resize((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
+        image.save(buffer, format="JPEG", quality=85)
+        return "data:image/jpeg;base64," + b64encode(buffer.getvalue()).decode()
     image.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + b64encode(buffer.getvalue()).decode()
 

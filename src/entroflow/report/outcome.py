@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from entroflow.evaluation.base import Measure
 from entroflow.report.curves import (
     LIMITS,
     Metrics,
@@ -64,6 +66,12 @@ def prompts_of(settings: Mapping[str, Any]) -> str:
     return f"{settings.get('split', 'held-out')} prompts"
 
 
+def measure_of(metrics: Metrics, evaluation: Mapping[str, Any]) -> Measure:
+    """What was measured, by the first line of the metrics or the comparison."""
+    said = [content.get("measure") for content in (*metrics[:1], evaluation)]
+    return next((Measure(**found) for found in said if found), Measure("score"))
+
+
 def headline(
     metrics: Metrics, evaluation: Mapping[str, Any], complete: bool, settings: Mapping[str, Any]
 ) -> Headline | None:
@@ -74,8 +82,8 @@ def headline(
     """
     models = evaluation.get("models", {})
     if "base" in models and "tuned" in models:
-        return _compared(evaluation, complete)
-    judged = [line for line in metrics if is_finite(line.get("eval/strict"))]
+        return _compared(evaluation, measure_of(metrics, evaluation), complete)
+    judged = [line for line in metrics if is_finite(line.get("eval/score"))]
     if not judged:
         return None
     first, last = judged[0], judged[-1]
@@ -86,9 +94,9 @@ def headline(
         to_come = "split" in settings and not complete
         verdict += "; test prompts are judged when the run is complete." if to_come else "."
     return Headline(
-        measure=f"Strict score on {prompts_of(settings)}",
-        before=_strict(first),
-        after=_strict(last) if len(judged) > 1 else None,
+        measure=_titled(measure_of(metrics, evaluation), prompts_of(settings)),
+        before=_score(first),
+        after=_score(last) if len(judged) > 1 else None,
         before_name=f"iteration {first['iteration']}",
         after_name=f"iteration {last['iteration']}",
         gain=None,
@@ -96,18 +104,19 @@ def headline(
     )
 
 
-def _compared(evaluation: Mapping[str, Any], complete: bool) -> Headline:
+def _compared(evaluation: Mapping[str, Any], measure: Measure, complete: bool) -> Headline:
     models = evaluation["models"]
     before, after = (Interval.of(models[name]["scores"]["overall"]) for name in ("base", "tuned"))
-    found = evaluation["gain"]
-    gain = Interval(found["strict"], found["low"], found["high"])
+    gain = Interval.of(evaluation["gain"])
     if gain.low > 0:
         verdict = "A clear gain: the 95% interval of the difference lies above 0."
     elif gain.high < 0:
         verdict = "A clear loss: the 95% interval of the difference lies below 0."
+    elif math.isnan(gain.value):
+        verdict = "No prompt could be judged under both."
     else:
         verdict = "No clear difference: the 95% interval of the difference includes 0."
-    verdict += " Intervals are over images and noise of this one run, not over training seeds."
+    verdict += f" Intervals are over {measure.over} of this one run, not over training seeds."
     guided = guided_name(evaluation)
     if guided:
         score = Interval.of(models["base_guided"]["scores"]["overall"])
@@ -118,14 +127,18 @@ def _compared(evaluation: Mapping[str, Any], complete: bool) -> Headline:
         verdict += (
             " The run has gone on since these scores were taken; they are renewed at its end."
         )
-    measure = f"Strict score on {prompts_of(evaluation)}"
-    return Headline(measure, before, after, "base", "tuned", gain, verdict)
+    title = _titled(measure, prompts_of(evaluation))
+    return Headline(title, before, after, "base", "tuned", gain, verdict)
 
 
-def _strict(line: Mapping[str, Any]) -> Interval:
-    strict = line["eval/strict"]
-    low, high = (line.get(f"eval/strict_{end}", strict) for end in ("low", "high"))
-    return Interval(strict, low, high)
+def _titled(measure: Measure, prompts: str) -> str:
+    return f"{measure.name[:1].upper()}{measure.name[1:]} on {prompts}"
+
+
+def _score(line: Mapping[str, Any]) -> Interval:
+    score = line["eval/score"]
+    low, high = (line.get(f"eval/score_{end}", score) for end in ("low", "high"))
+    return Interval.of({"value": score, "low": low, "high": high})
 
 
 # --- cost -----------------------------------------------------------------------------------------
@@ -229,7 +242,7 @@ def setting(evaluation: Mapping[str, Any]) -> str:
 
 
 def scores_by_skill(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Interval]]:
-    """Name of the model -> skill -> strict score, `overall` first."""
+    """Name of the model -> skill -> score, `overall` first."""
     scores = {}
     for model, name in model_names(evaluation).items():
         found = evaluation["models"][model]["scores"]

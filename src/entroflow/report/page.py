@@ -61,7 +61,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
     complete = bool(metrics) and run.share_done(spent(metrics[-1])) >= 1
     path = folder.path / EVALUATION
     evaluation = read_object(path) if path.is_file() else {}
-    names = outcome.model_names(evaluation)
+    names, measure = outcome.model_names(evaluation), outcome.measure_of(metrics, evaluation)
     relative = outcome.ratios(metrics)
     checkpointed, state = _latest_state(folder)
     scores = outcome.scores_by_skill(evaluation)
@@ -75,18 +75,19 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "longer": _longer(run),
         "complete": complete,
         "prompts": prompts,
+        "measure": measure,
         "headline": outcome.headline(metrics, evaluation, complete, settings),
         "costs": outcome.costs(metrics, evaluation),
         "stages": outcome.stages(state, evaluation),
         "checkpointed": checkpointed,
-        "curves": curves.score_and_reward(metrics, prompts),
+        "curves": curves.score_and_reward(metrics, measure, prompts),
         "progress": examples.over_iterations(folder, done),
         "scores": scores,
         "compared_prompts": outcome.prompts_of(evaluation),
         "unseen": outcome.is_unseen(evaluation, recipe.resolved) if scores else False,
         "guidance_note": outcome.guidance_note(evaluation) if scores else "",
         "compared_setting": outcome.setting(evaluation) if scores else "",
-        "skill_figure": curves.by_skill(scores) if scores else None,
+        "skill_figure": curves.by_skill(scores, measure) if scores else None,
         "compared_examples": examples.example_grid(
             folder, [(f"test_{model}", name) for model, name in names.items()]
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,24 +18,40 @@ class Interval:
 
     @classmethod
     def of(cls, score: Mapping[str, Any]) -> Interval:
-        """From an entry with `strict`, `low` and `high`, as `evaluation.json` has them."""
-        return cls(score["strict"], score["low"], score["high"])
+        """From an entry with `value`, `low` and `high`, as `evaluation.json` has them.
+
+        What was no number there is NaN.
+        """
+        found = [score[key] for key in ("value", "low", "high")]
+        return cls(*(math.nan if x is None else x for x in found))
 
     @property
     def middle(self) -> str:
         """The value alone: 0.53."""
-        return _two_digits(self.value)
+        return self._digits(self.value)
 
     @property
     def reach(self) -> str:
         """The interval alone: [0.49, 0.57]."""
-        return f"[{_two_digits(self.low)}, {_two_digits(self.high)}]"
+        return f"[{self._digits(self.low)}, {self._digits(self.high)}]"
 
     @property
     def signed(self) -> str:
         """With signs, for a difference: +0.33 [+0.28, +0.38]."""
-        value, low, high = (_two_digits(v, "+") for v in (self.value, self.low, self.high))
+        value, low, high = (self._digits(v, "+") for v in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]"
+
+    def _digits(self, value: float, sign: str = "") -> str:
+        """A number of this interval: as exact as the width asks for."""
+        if math.isnan(value):
+            return "–"
+        half = (self.high - self.low) / 2
+        # Two where the numbers are below 1, as most scores; fewer only for larger ones.
+        least = 2 if max(abs(self.low), abs(self.high), abs(self.value)) <= 1 else 0
+        needed = math.ceil(-math.log10(half)) if half > 0 else 2
+        places = min(max(least, needed), 6)
+        # Adding 0.0 turns -0.0 into 0.0.
+        return f"{round(value, places) + 0.0:{sign}.{places}f}".replace("-", "−")
 
     def __str__(self) -> str:
         return f"{self.middle} {self.reach}"
@@ -65,8 +82,3 @@ def duration(seconds: float) -> str:
 def number(value: float) -> str:
     """Three significant digits."""
     return f"{value:#.3g}".rstrip(".").replace("-", "−")
-
-
-def _two_digits(value: float, sign: str = "") -> str:
-    # Adding 0.0 turns -0.0 into 0.0.
-    return f"{round(value, 2) + 0.0:{sign}.2f}".replace("-", "−")

@@ -1,7 +1,7 @@
 """What the shapes reward can't see, and reward hacking therefore shows up in.
 
-A policy may paint a texture on the background, or change the contrast, while the score rises; and
-it may draw the same picture for every noise. These numbers are monitors: nothing trains on them.
+A policy may paint a texture on the background, or change the contrast, while the score rises. These
+numbers are monitors: nothing trains on them.
 """
 
 from __future__ import annotations
@@ -40,26 +40,6 @@ def contrast(images: Tensor) -> Tensor:
     count = solid.flatten(1).sum(dim=1)
     total = (distance * solid).flatten(1).sum(dim=1)
     return torch.where(count > 0, total / count, torch.nan)
-
-
-def diversity(images: Tensor, prompt: Tensor) -> float:
-    """Mean root-mean-square pixel distance between two images of the same prompt.
-
-    Args:
-        images: [B, 3, H, W].
-        prompt: [B] prompt numbers.
-
-    Returns:
-        NaN if no prompt has two images.
-    """
-    flat = images.flatten(1).double()
-    distances = []
-    for number in prompt.unique().tolist():
-        mine = flat[prompt == number]
-        if len(mine) > 1:
-            pairs = torch.pdist(mine) / mine.shape[1] ** 0.5
-            distances.append(pairs.mean())
-    return torch.stack(distances).mean().item() if distances else float("nan")
 
 
 def _masked_mean(images: Tensor, mask: Tensor) -> Tensor:

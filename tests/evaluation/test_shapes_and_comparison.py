@@ -12,9 +12,8 @@ from scipy import optimize, stats
 
 from entroflow.errors import InputError
 from entroflow.evaluation import shapes as shapes_module
-from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, SkillScore
+from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, Score
 from entroflow.evaluation.base_and_tuned import (
-    GUIDANCE_SCALES,
     _gain,
     compare_with_base,
     try_guidance,
@@ -30,6 +29,8 @@ from entroflow.sampling.grid import shifted_grid
 from entroflow.shapes import grammar
 from entroflow.shapes.scenes import lay_out, render
 from random_network import random_weights
+
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 
 
 @cache
@@ -74,7 +75,7 @@ class DrawnPolicy:
 
 
 def evaluated(policy, *, seed=0, batch_size=64, reward=None, ledger=None, **settings):
-    settings = {"steps": 2, "images_per_skill": 8, "prompts_per_skill": 4, **settings}
+    settings = {"steps": 2, "images": 8, "prompts_per_skill": 4, **settings}
     return ShapesEvaluation(**settings).run(
         policy, seed=seed, batch_size=batch_size, reward=reward, ledger=ledger
     )
@@ -89,8 +90,7 @@ def test_a_perfect_policy_scores_1():
     found = evaluated(DrawnPolicy(), reward=ShapesReward(value="strict"), ledger=ledger)
     assert set(found.scores) == {*grammar.SKILLS, "overall"}
     for skill, score in found.scores.items():
-        assert score.strict == 1
-        assert score.graded > 0.95
+        assert score.value == 1
         assert score.images == (48 if skill == "overall" else 8)
         assert score.high == pytest.approx(1)
         assert score.low < 1
@@ -109,8 +109,7 @@ def test_a_perfect_policy_scores_1():
 def test_a_policy_that_draws_nothing_scores_0():
     found = evaluated(DrawnPolicy(skill=0.0))
     for score in found.scores.values():
-        assert score.strict == 0
-        assert score.graded < 0.4
+        assert score.value == 0
         assert score.low == pytest.approx(0, abs=1e-12)
         assert score.high > 0
     assert not any(found.passed)
@@ -130,12 +129,10 @@ def test_overall_is_the_mean_of_the_skills():
 
     policy.encode = encode
     scores = evaluated(policy).scores
-    assert {skill: s.strict for skill, s in scores.items() if skill != "overall"} == {
+    assert {skill: s.value for skill, s in scores.items() if skill != "overall"} == {
         skill: float(skill in able) for skill in grammar.SKILLS
     }
-    assert scores["overall"].strict == pytest.approx(2 / 6)
-    graded = [scores[skill].graded for skill in grammar.SKILLS]
-    assert scores["overall"].graded == pytest.approx(np.mean(graded))
+    assert scores["overall"].value == pytest.approx(2 / 6)
 
 
 @torch.no_grad()
@@ -179,7 +176,7 @@ def scored(rights, n):
     strict = torch.cat([(torch.arange(n) < right).double() for right in rights])
     skills = [skill for skill in grammar.SKILLS for _ in range(n)]
     order = np.random.default_rng(0).permutation(len(skills)).tolist()
-    return shapes_module._by_skill(strict[order], strict[order], [skills[i] for i in order])
+    return shapes_module._by_skill(strict[order], [skills[i] for i in order])
 
 
 @pytest.mark.parametrize("n", [1, 2, 48, 96])
@@ -188,7 +185,7 @@ def test_intervals_of_skills_are_wilsons(n):
     scores = scored(rights, n)
     for skill, right in zip(grammar.SKILLS, rights, strict=True):
         low, high = wilson(right, n)
-        assert scores[skill].strict == pytest.approx(right / n)
+        assert scores[skill].value == pytest.approx(right / n)
         assert scores[skill].low == pytest.approx(low, abs=1e-9)
         assert scores[skill].high == pytest.approx(high, abs=1e-9)
 
@@ -203,7 +200,7 @@ def test_the_overall_interval_covers_the_true_mean(p):
     for rights in rng.binomial(24, truth, size=(trials, 6)):
         overall = scored(rights, 24)["overall"]
         assert overall.low < overall.high
-        assert -1e-12 <= overall.low <= overall.strict <= overall.high <= 1 + 1e-12
+        assert -1e-12 <= overall.low <= overall.value <= overall.high <= 1 + 1e-12
         covered += overall.low <= truth.mean() <= overall.high
     assert covered / trials > 0.95 - 3 * math.sqrt(0.95 * 0.05 / trials)
     if 0.1 < p < 0.9:
@@ -283,7 +280,7 @@ def test_images_are_shared_evenly_by_the_prompts(images):
         asked.extend(prompts)
         return [0.0] * len(prompts)
 
-    found = evaluated(policy, reward=FunctionReward(reward), images_per_skill=images)
+    found = evaluated(policy, reward=FunctionReward(reward), images=images)
     assert len(asked) == 6 * images
     for skill in grammar.SKILLS:
         mine = [prompt for prompt in asked if grammar.parse(prompt).skill == skill]
@@ -320,7 +317,7 @@ def test_batches_change_no_bit_with_an_elementwise_policy(batch_size):
 
 def test_batches_change_nothing_but_rounding_through_the_network():
     policy = ShapesPolicy(random_weights(), precision="fp32")
-    settings = {"images_per_skill": 2, "prompts_per_skill": 1, "reward": ShapesReward()}
+    settings = {"images": 2, "prompts_per_skill": 1, "reward": ShapesReward()}
     one, other = (evaluated(policy, batch_size=size, **settings) for size in (12, 5))
     torch.testing.assert_close(other.images, one.images, rtol=0, atol=1e-4)
     assert other.captions == one.captions
@@ -331,7 +328,7 @@ def test_batches_change_nothing_but_rounding_through_the_network():
 
 def test_noise_is_fixed_by_the_seed():
     policy = ShapesPolicy(random_weights(), precision="fp32")
-    settings = {"images_per_skill": 2, "prompts_per_skill": 1, "steps": 1}
+    settings = {"images": 2, "prompts_per_skill": 1, "steps": 1}
     one, same, other = (evaluated(policy, seed=seed, **settings) for seed in (0, 0, 1))
     assert torch.equal(one.images, same.images)
     assert np.array_equal(plain(one), plain(same), equal_nan=True)
@@ -343,7 +340,7 @@ def test_noise_is_fixed_by_the_seed():
 
 
 def comparison(policy, with_tuned=True, ledger=None, **settings):
-    settings = {"split": "test", "steps": 1, "images_per_skill": 4, **settings}
+    settings = {"split": "test", "steps": 1, "images": 4, **settings}
     evaluation = ShapesEvaluation(**settings)
     return compare_with_base(
         policy, evaluation, seed=1, batch_size=64, with_tuned=with_tuned, ledger=ledger
@@ -363,12 +360,12 @@ def test_the_tuned_weights_stand_beside_the_base():
     policy, ledger = tuned_policy(0.0, 1.0), Ledger()
     summary, found = comparison(policy, ledger=ledger)
     assert list(summary["models"]) == list(found) == ["base", "base_guided", "tuned"]
-    strict = {name: m["scores"]["overall"]["strict"] for name, m in summary["models"].items()}
+    strict = {name: m["scores"]["overall"]["value"] for name, m in summary["models"].items()}
     assert strict == {"base": 0, "base_guided": 0, "tuned": 1}
     assert policy.skill.item() == pytest.approx(0.3)
     before, after = (found[name].scores["overall"] for name in ("base", "tuned"))
     gain = summary["gain"]
-    assert gain["strict"] == 1
+    assert gain["value"] == 1
     # MOVER for a difference of independent shares: distances to the near ends, in squares.
     assert gain["low"] == pytest.approx(1 - math.sqrt((1 - after.low) ** 2 + before.high**2))
     assert gain["high"] == pytest.approx(1)
@@ -385,7 +382,7 @@ def test_equal_weights_gain_nothing():
     summary, found = comparison(tuned_policy(1.0, 1.0))
     assert torch.equal(found["base"].images, found["tuned"].images)
     gain = summary["gain"]
-    assert gain["strict"] == 0
+    assert gain["value"] == 0
     assert gain["low"] == pytest.approx(-gain["high"])
     assert gain["low"] < 0
     assert summary["best_guidance"] == 1
@@ -398,12 +395,12 @@ def test_the_base_gets_its_best_guidance(right_at):
     summary, found = comparison(policy)
     splits = [{grammar.split_of(grammar.parse(p)) for p in seen} for seen in policy.seen]
     assert splits == [{"validation"}] * len(GUIDANCE_SCALES) + [{"test"}] * 3
-    tried = {entry["guidance"]: entry["strict"] for entry in summary["guidance_tried"]}
+    tried = {entry["guidance"]: entry["value"] for entry in summary["guidance_tried"]}
     assert tried == {scale: float(scale == right_at) for scale in GUIDANCE_SCALES}
     assert {entry["images"] for entry in summary["guidance_tried"]} == {6}
     assert summary["best_guidance"] == right_at
-    assert found["base_guided"].scores["overall"].strict == 1
-    assert found["base"].scores["overall"].strict == float(right_at == 1)
+    assert found["base_guided"].scores["overall"].value == 1
+    assert found["base"].scores["overall"].value == float(right_at == 1)
     guided = summary["models"]["base_guided"]
     assert (guided["guidance"], guided["passes"]) == (right_at, 1 if right_at == 1 else 2)
     assert {summary["models"][name]["passes"] for name in ("base", "tuned")} == {1}
@@ -415,7 +412,7 @@ class Scripted(HeldOutEvaluation):
     def run(self, policy, *, seed, batch_size, reward=None, ledger=None):
         strict = policy.strict[self.guidance]
         policy.runs.append(self)
-        overall = SkillScore(strict, strict, strict, strict, images=self.images_per_skill)
+        overall = Score(strict, strict, strict, images=self.images)
         return Evaluated({"overall": overall}, 0.0, {"sharpness": 0.1}, torch.zeros(0), [], [])
 
 
@@ -441,10 +438,10 @@ class ScriptedPolicy(DrawnPolicy):
 )
 def test_guidance_is_raised_until_the_score_has_fallen_twice_in_a_row(scores, tried):
     policy = ScriptedPolicy(dict(zip(GUIDANCE_SCALES, scores, strict=True)))
-    found = try_guidance(policy, Scripted(images_per_skill=7), seed=0, batch_size=1)
+    found = try_guidance(policy, Scripted(images=7), seed=0, batch_size=1)
     assert list(found) == list(GUIDANCE_SCALES[:tried])
-    assert [score.strict for score in found.values()] == list(scores[:tried])
-    assert {run.images_per_skill for run in policy.runs} == {1}
+    assert [score.value for score in found.values()] == list(scores[:tried])
+    assert {run.images for run in policy.runs} == {1}
 
 
 def test_the_guidance_of_the_evaluation_is_among_those_tried():
@@ -457,9 +454,9 @@ def test_the_guidance_of_the_evaluation_is_among_those_tried():
 def test_an_evaluation_of_ones_own_is_compared_with_its_own_settings_and_monitors():
     """All but split, guidance and number of images stay as the recipe has them."""
     policy = ScriptedPolicy(dict(zip(GUIDANCE_SCALES, (0.5, 0.4, 0.3, 0, 0, 0, 0), strict=True)))
-    evaluation = Scripted(steps=7, test_images_per_skill=20)
+    evaluation = Scripted(steps=7, test_images=20)
     summary, found = compare_with_base(policy, evaluation.on_test_prompts(), seed=0, batch_size=1)
-    assert [(run.split, run.images_per_skill, run.steps) for run in policy.runs] == [
+    assert [(run.split, run.images, run.steps) for run in policy.runs] == [
         *[("validation", 5, 7)] * 3,
         *[("test", 20, 7)] * 3,
     ]
@@ -475,12 +472,12 @@ def test_the_comparison_keeps_the_prompts_of_the_recipe():
 
 def test_all_but_the_guided_base_are_judged_at_the_guidance_of_the_recipe():
     summary, found = comparison(tuned_policy(1.0, 1.0, right_at=2.0), guidance=2.0)
-    assert {name: e.scores["overall"].strict for name, e in found.items()} == {
+    assert {name: e.scores["overall"].value for name, e in found.items()} == {
         "base": 1, "base_guided": 1, "tuned": 1,
     }  # fmt: skip
     assert (summary["guidance"], summary["best_guidance"]) == (2.0, 2.0)
     summary, found = comparison(tuned_policy(1.0, 1.0, right_at=1.5), guidance=2.0)
-    assert [found[name].scores["overall"].strict for name in ("base", "tuned")] == [0, 0]
+    assert [found[name].scores["overall"].value for name in ("base", "tuned")] == [0, 0]
     assert (summary["guidance"], summary["best_guidance"]) == (2.0, 1.5)
 
 
@@ -514,7 +511,7 @@ def test_the_interval_of_a_gain_covers_the_true_one():
         ({"split": "train"}, "split is validation or test"),
         ({"steps": 0}, "evaluation.steps: .* greater than or equal to 1, not 0"),
         ({"guidance": -1.0}, "evaluation.guidance: .* greater than or equal to 0, not -1.0"),
-        ({"images_per_skill": 2.5}, "evaluation.images_per_skill: .* integer, not 2.5"),
+        ({"images": 2.5}, "evaluation.images: .* integer, not 2.5"),
         ({"seed": 2**63 - 1}, "run.seed: .* less than"),
         ({"seed": -1}, "run.seed: .* greater than or equal to 0, not -1"),
     ],

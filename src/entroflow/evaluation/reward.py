@@ -1,0 +1,125 @@
+"""Evaluation by the reward that is trained on, with held-out prompts: for models of any kind."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from scipy import stats
+from torch import Tensor
+
+from entroflow.errors import InputError
+from entroflow.evaluation import image_statistics
+from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, Measure, Score
+from entroflow.evaluation.images import draw, shares
+from entroflow.ledger import Ledger
+from entroflow.policies.base import Policy
+from entroflow.prompts import Prompt, read_prompts
+from entroflow.rewards.base import Reward
+from entroflow.shapes.grammar import Split
+
+FEWEST = 4
+"""Prompts of a file: an interval needs two of each split."""
+EXAMPLES = 8
+
+
+class RewardEvaluation(HeldOutEvaluation):
+    """Mean reward of ODE samples of held-out prompts, the same prompts and noise every time.
+
+    The prompts of the file are dealt in turn: the first is for validation, the second for the test.
+    Every prompt counts alike, however many of its images have a reward.
+    """
+
+    measure: ClassVar[Measure] = Measure(
+        "reward",
+        "The score is the mean reward over held-out prompts.",
+        over="prompts and noise",
+    )
+
+    type: Literal["reward"] = "reward"
+    path: Path = Field(description="held-out prompts: one in a line, or JSON objects (.jsonl)")
+    key: str = Field("prompt", description="key of the prompt in each JSON object")
+
+    def model_post_init(self, _: Any) -> None:
+        """Refuse what is not held out."""
+        if self.split == "train":
+            raise ValueError("split is validation or test: an evaluation is on held-out prompts")
+
+    def run(
+        self,
+        policy: Policy,
+        *,
+        seed: int,
+        batch_size: int,
+        reward: Reward | None = None,
+        ledger: Ledger | None = None,
+    ) -> Evaluated:
+        """See `Evaluation.run`.
+
+        Raises:
+            InputError: there is no reward, or the file has too few prompts.
+        """
+        if reward is None:
+            raise InputError("an evaluation by reward needs the reward of the run.")
+        prompts = self.prompts(self.split)
+        drawn = draw(
+            policy, prompts, shares(self.images, len(prompts)),
+            steps=self.steps, guidance=self.guidance, seed=seed, batch_size=batch_size,
+            reward=reward, ledger=ledger,
+        )  # fmt: skip
+        by_prompt = torch.stack(
+            [drawn.rewards[drawn.prompt == p].nanmean() for p in range(len(prompts))]
+        )
+        examples = [int((drawn.prompt == p).nonzero()[0]) for p in drawn.prompt.unique().tolist()]
+        examples = examples[:EXAMPLES]
+        images = drawn.images
+        return Evaluated(
+            scores={"overall": _mean_over_prompts(by_prompt, len(images))},
+            reward=by_prompt.nanmean().item(),
+            monitors={
+                "diversity": image_statistics.diversity(images, drawn.prompt),
+                "brightness": image_statistics.brightness(images).mean().item(),
+                "contrast": image_statistics.contrast(images).mean().item(),
+                "saturation": image_statistics.saturation(images).mean().item(),
+                "detail": image_statistics.detail(images).mean().item(),
+            },
+            images=images[examples],
+            captions=[prompts[p].text for p in drawn.prompt[examples].tolist()],
+            passed=[None] * len(examples),
+            by_prompt=by_prompt,
+        )
+
+    def check(self) -> None:
+        """See `HeldOutEvaluation.check`."""
+        self.prompts(self.split)
+
+    def prompts(self, split: Split) -> list[Prompt]:
+        """The prompts of one split.
+
+        Raises:
+            InputError: no such file, or too few prompts in it.
+        """
+        return self._dealt[split]
+
+    @cached_property
+    def _dealt(self) -> dict[str, list[Prompt]]:
+        found = read_prompts(self.path, self.key)
+        if len(found) < FEWEST:
+            raise InputError(
+                f"evaluation.path: {self.path} has {len(found)} prompts, but an evaluation needs "
+                f"at least {FEWEST}, half of them for the test."
+            )
+        return {"validation": found[::2], "test": found[1::2]}
+
+
+def _mean_over_prompts(by_prompt: Tensor, images: int) -> Score:
+    """The mean, with the interval of a t-test over prompts; NaN where fewer than two have one."""
+    known = by_prompt[~by_prompt.isnan()]
+    mean, half = known.mean().item(), torch.nan
+    if len(known) > 1:
+        error = known.std().item() / len(known) ** 0.5
+        half = float(stats.t.ppf(0.975, len(known) - 1)) * error
+    return Score(mean, mean - half, mean + half, images)
