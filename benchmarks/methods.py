@@ -97,7 +97,7 @@ def rates(results: Results) -> str:
     """A Markdown table of the validation scores by which rates were chosen."""
     first = [result for result in results if result["seed"] == SEEDS[0]]
     lines = ["| recipe | " + " | ".join(RATES) + " |", "|---|" + "---|" * len(RATES)]
-    for recipe in shipped_recipes():
+    for recipe in shipped_recipes("shapes"):
         scores = [
             result["curve"][-1]["eval/score"]
             for rate in RATES
@@ -143,7 +143,7 @@ def main() -> None:
             raise SystemExit(f"{len(failed)} runs failed; their output is in {arguments.runs}.")
         return results
 
-    methods = made([Arm(name) for name in shipped_recipes()], RATES)
+    methods = made([Arm(name) for name in shipped_recipes("shapes")], RATES)
     own = next(Arm.parse(name) for name in map(name_of, methods) if name.startswith("e_grpo,"))
     write_tables(
         {

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,34 @@ def one_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill; it appears under `out` when all is in it, or not at all.
+
+    Raises:
+        InputError: `out` is in use.
+    """
+    refuse_used(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as place:
+        made = Path(place) / out.name
+        made.mkdir()
+        yield made
+        if out.exists():
+            out.rmdir()
+        shutil.move(made, out)
+
+
+def refuse_used(out: Path) -> None:
+    """Refuse a place where something is.
+
+    Raises:
+        InputError: a file, or a folder that is not empty, is there.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already; choose another folder.")
 
 
 def write_text(path: Path, content: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -31,6 +32,13 @@ class Weights(StrEnum):
 
     EMA = "ema"
     LIVE = "live"
+
+
+class StandIn(StrEnum):
+    """Kinds of policies that a tiny pipeline can stand in for."""
+
+    SD3 = "sd3"
+    FLUX = "flux"
 
 
 MOST = 2**63 - 2
@@ -273,6 +281,68 @@ def export(
     typer.echo(folder)
 
 
+@app.command(
+    epilog="Examples: `entroflow doctor my_recipe.yaml` · `entroflow doctor sd35_flow_grpo "
+    "policy.model=models/sd35 --devices 8`"
+)
+def doctor(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE [SECTION.KEY=VALUE]...", help="A recipe, and changes to it."
+        ),
+    ],
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="That will share the work; those here by default.")
+    ] = None,
+) -> None:
+    """Examine a recipe before a long run: does it start, is it right, what does it take?
+
+    It loads the model, compares it with its own pipeline, scores two images, and makes one small
+    iteration. Nothing is written. Memory is computed before any weights are loaded.
+    """
+    from entroflow.doctor import Verdict, examine
+    from entroflow.recipe import load_recipe
+    from entroflow.show import print_finding, working
+
+    names = [argument for argument in arguments if "=" not in argument]
+    if len(names) != 1:
+        raise InputError("name one recipe; `entroflow recipes` lists them.")
+    recipe = load_recipe(names[0], [argument for argument in arguments if "=" in argument])
+    failed = []
+    findings = examine(recipe, devices)
+    while True:
+        with working("examining"):
+            finding = next(findings, None)
+        if finding is None:
+            break
+        print_finding(finding)
+        failed += [finding.check] if finding.verdict == Verdict.FAILED else []
+    if failed:
+        raise InputError(f"not ready to run: {', '.join(failed)}.")
+
+
+@app.command(
+    "stand-in",
+    epilog="Example: `entroflow stand-in sd3 --out tiny`, then `entroflow doctor sd35_flow_grpo "
+    "policy.model=tiny policy.resolution=32 policy.precision=fp32`",
+)
+def stand_in(
+    kind: Annotated[StandIn, typer.Argument(help="Which model it stands in for.")],
+    out: Annotated[Path, typer.Option(help="The new folder.")] = Path("stand-in"),
+) -> None:
+    """Write a tiny pipeline with random weights, to try commands without a model or a GPU.
+
+    It is of the real classes, from tokenizers to VAE, but its images are noise.
+    """
+    from entroflow.checkpoints import whole_folder
+    from entroflow.policies.diffusers.stand_ins import STAND_INS
+
+    with whole_folder(out) as made:
+        STAND_INS[kind.value]().save_pretrained(made)
+    typer.echo(out)
+
+
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write the report of a run anew: one HTML page that works offline."""
@@ -294,8 +364,10 @@ def recipes(
     if name is not None:
         typer.echo(load_recipe(name).to_yaml(), nl=False)
         return
-    for recipe, title in recipe_titles().items():
-        typer.echo(f"{recipe:<16} {title}")
+    titles = recipe_titles()
+    width = max(map(len, titles))
+    for recipe, title in titles.items():
+        typer.echo(f"{recipe:<{width}}  {title}")
 
 
 @pretrain_app.command("shapes", epilog="Example: `entroflow pretrain shapes --folder base`")
@@ -354,6 +426,8 @@ class _StandardError(logging.Handler):
 
 def main() -> None:
     """Entry point: wrong input ends with one line and exit code 2."""
+    # At its import it warns of optional packages that nothing here uses.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_StandardError()]
     )

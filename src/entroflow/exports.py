@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
-from entroflow.checkpoints import to_json, write_text
+from entroflow.checkpoints import refuse_used, to_json, whole_folder, write_text
 from entroflow.drawing import open_policy
 from entroflow.errors import InputError
 from entroflow.runs import package_version
@@ -34,17 +32,12 @@ def export(run: Path | str, out: Path | str, *, weights: str = "ema", merged: bo
         InputError: no such run, a folder that is in use, or a policy that can't be exported.
     """
     run, out = Path(run), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already; choose another folder.")
+    refuse_used(out)
     opened = open_policy(run, weights)
     write = getattr(opened.policy, "export", None)
     if write is None:
         raise InputError(f"a {type(opened.policy).__name__} can't be exported: it has no export().")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, so that it appears whole or not at all.
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as place:
-        made = Path(place) / out.name
-        made.mkdir()
+    with whole_folder(out) as made:
         with opened.policy.weights("ema"):
             write(made, merged=merged)
         about = {
@@ -52,7 +45,4 @@ def export(run: Path | str, out: Path | str, *, weights: str = "ema", merged: bo
             "base": opened.policy.weights.digest("reference"), "version": package_version(),
         }  # fmt: skip
         write_text(made / ABOUT, to_json(about, indent=1) + "\n")
-        if out.exists():
-            out.rmdir()
-        shutil.move(made, out)
     return out

@@ -282,7 +282,8 @@ class Recipe:
         run = self.resolved["run"]
         ends = {key: run[key] for key in ENDS if run.get(key) is not None}
         content["run"] = {"iterations": run["iterations"], **ends}
-        text = json.dumps(content, sort_keys=True)
+        # Where the package lies is no setting.
+        text = json.dumps(content, sort_keys=True).replace(str(SHIPPED), "")
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
     def to_yaml(self) -> str:
@@ -311,10 +312,20 @@ def _set(section: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes in the package."""
-    folder = Path(str(resources.files("entroflow") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+SHIPPED = Path(str(resources.files("entroflow") / "recipes"))
+"""Folder of the shipped recipes and their prompts."""
+
+
+def shipped_recipes(policy: str | None = None) -> dict[str, Path]:
+    """Name -> file of the recipes in the package.
+
+    Args:
+        policy: only those for policies of this type, as `shapes`.
+    """
+    found = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    if policy is None:
+        return found
+    return {name: path for name, path in found.items() if chosen_type(name, "policy") == policy}
 
 
 def recipe_titles() -> dict[str, str]:
@@ -654,8 +665,8 @@ def _validated(
 
 
 def _located(path: Path, folder: Path | None) -> Path:
-    """A file that a recipe names: it lies beside the recipe, or else in the current folder."""
-    places = [place / path for place in (folder, Path.cwd()) if place is not None]
+    """A file that a recipe names: beside the recipe, or in the current folder, or shipped."""
+    places = [place / path for place in (folder, Path.cwd(), SHIPPED) if place is not None]
     return next((place for place in places if os.path.exists(place)), Path.cwd() / path)
 
 

@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 from entroflow.compare import Job, Row, smallest_difference
+from entroflow.doctor import Finding, Verdict
 from entroflow.evaluation.base import Evaluated
 from entroflow.recipe import ENDS, Recipe, Run
 from entroflow.report.wording import Interval
@@ -262,6 +263,21 @@ def comparison_table(table: Sequence[Row]) -> Table:
     if len(versions) > 1:
         shown.caption += f"\nmade by several versions of the package: {', '.join(versions)}"
     return shown
+
+
+MARKS = {
+    Verdict.OK: "[green]ok     [/]",
+    Verdict.WARNING: "[yellow]warning[/]",
+    Verdict.FAILED: "[red]failed [/]",
+    Verdict.SKIPPED: "[dim]skipped[/]",
+}
+
+
+def print_finding(finding: Finding) -> None:
+    """Print what a check of the doctor found."""
+    row = Table.grid(padding=(0, 2))
+    row.add_row(MARKS[finding.verdict], f"{finding.check:<9}", escape(finding.said))
+    console.print(row, highlight=False)
 
 
 def print_table(table: Table) -> None:

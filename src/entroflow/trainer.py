@@ -236,13 +236,7 @@ class Trainer:
         Costs are those of a first round of which no transition is skipped: `network_evaluations`,
         `weighted_evaluations` and `reward_calls` as in the ledger. The rest is `summary_of` it.
         """
-        memories = [(part, deepcopy(part.state())) for _, part in self._components_with_memory()]
-        prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
-        none = torch.zeros(len(prompts), dtype=torch.long)
-        sizes = self.recipe.allocation.sizes(len(prompts), [])
-        plan = self._plan(prompts, none if sizes is None else sizes, none)
-        for part, memory in memories:
-            part.load_state(memory)
+        plan = self.first_plan()
         objective, ledger = self.recipe.objective, Ledger()
         passes = self.policy.evaluations(self.recipe.sampling.guidance)
         ledger.forward(plan.network_evaluations() * passes)
@@ -256,6 +250,17 @@ class Trainer:
             "reward_calls": int(plan.scored.sum()),
             **summary_of(plan),
         }
+
+    def first_plan(self) -> Plan:
+        """The plan of the first round of the present iteration; nothing remembers it."""
+        memories = [(part, deepcopy(part.state())) for _, part in self._components_with_memory()]
+        prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
+        none = torch.zeros(len(prompts), dtype=torch.long)
+        sizes = self.recipe.allocation.sizes(len(prompts), [])
+        plan = self._plan(prompts, none if sizes is None else sizes, none)
+        for part, memory in memories:
+            part.load_state(memory)
+        return plan
 
     def start_metrics(self) -> Metrics:
         """The line of iteration 0, with what says how to read the run's metrics."""

@@ -27,7 +27,7 @@ from entroflow.sampling.rollouts import Rollouts, Transitions
 from entroflow.trainer import Metrics, Trainer
 from gaussian_policy import GaussianPolicy
 
-RECIPES = list(shipped_recipes())
+RECIPES = list(shipped_recipes("shapes"))
 DIRECTION = torch.tensor([1.0, -2.0], dtype=torch.float64)
 RATE, ITERATIONS = 0.05, 30
 BUDGET = (

@@ -71,13 +71,13 @@ def sampled(policy, x, steps, guidance, ledger=None):
     return last.state
 
 
-def by_the_pipeline(policy, x, steps, guidance, **options):
+def by_the_pipeline(policy, x, steps, guidance):
     pipe = policy.pipeline
     if pipe.__class__.__name__ == "FluxPipeline":
         x = pipe._pack_latents(x, *x.shape)
     return pipe(
         PROMPTS, height=SIZE, width=SIZE, num_inference_steps=steps, guidance_scale=guidance,
-        latents=x, output_type="pt", max_sequence_length=TOKENS, **options,
+        latents=x, output_type="pt", max_sequence_length=TOKENS,
     ).images  # fmt: skip
 
 
@@ -95,6 +95,8 @@ def test_without_noise_a_rollout_is_the_pipelines_own_image(built, kind, steps, 
     wanted = by_the_pipeline(policy, x, steps, guidance)
     assert wanted.std() > 0.05
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    again = policy.decode(policy.by_pipeline(PROMPTS, x, steps, guidance))
+    torch.testing.assert_close(again, wanted, rtol=0, atol=1e-6)
     other = policy.decode(sampled(policy, x, steps, guidance + 3))
     assert (other - found).abs().max() > 1e-3
 
@@ -159,7 +161,9 @@ def test_lora_starts_from_the_model_itself(built, kind):
     assert all(p.dtype == torch.float32 for p in with_lora.weights.live.values())
     count = sum(p.numel() for p in whole.pipeline.transformer.parameters())
     assert sum(p.numel() for p in whole.weights.live.values()) == count
-    assert cond.tensors.keys() == {"embedded", "pooled"}
+    assert {name.removeprefix("negative_") for name in cond.tensors} == {"embedded", "pooled"}
+    shapes = {name: tuple(value.shape[1:]) for name, value in cond.tensors.items()}
+    assert shapes == whole.embedding_shapes()
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -247,7 +251,7 @@ SMALL = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", shipped_recipes("shapes"))
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_recipes_run_unchanged_but_for_the_policy(folders, kind, name, caplog):
     """On-policy ratio 1 and KL 0 in the first iteration, and a step of the weights in each."""

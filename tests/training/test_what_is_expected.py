@@ -28,7 +28,7 @@ class Counting:
         return values
 
 
-@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+@pytest.mark.parametrize("name", sorted(shipped_recipes("shapes")))
 @pytest.mark.parametrize("changes", [[], ["sampling.guidance=2"], ["objective.epochs=2"]], ids=str)
 def test_every_recipe_costs_what_was_expected(name, changes):
     """Counted by the ledger over one iteration of a Gaussian policy; guidance takes two passes."""

@@ -66,6 +66,15 @@ def count(number: float) -> str:
     return f"{number / 1e9:.1f}G"
 
 
+def size(bytes_: float) -> str:
+    """950 B, 4.2 MiB, 31.5 GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if bytes_ < 999.5:
+            return f"{bytes_:.3g} {unit}"
+        bytes_ /= 1024
+    return f"{bytes_:,.0f} GiB" if bytes_ >= 99.5 else f"{bytes_:.3g} GiB"
+
+
 def duration(seconds: float) -> str:
     """4.2 s, 42 s, 8 min 20 s, 2 h 05 min."""
     if seconds < 9.95:

@@ -50,7 +50,7 @@ def integrate(
     sigmas: Tensor,
     std: Tensor,
     *,
-    noise: Callable[[Tensor, Tensor], Tensor],
+    noise: Callable[[Tensor, Tensor], Tensor] | None = None,
     guidance: float = 1.0,
     batch_size: int = 64,
     velocity: Tensor | None = None,
@@ -65,7 +65,8 @@ def integrate(
         prompt: [B] index into `cond`.
         sigmas: [B, S + 1] grids, padded at the end with their last value.
         std: [B, S] standard deviations, 0 = deterministic.
-        noise: (rows [n], steps [n]) -> standard normal [n, *latent], for stochastic steps only.
+        noise: (rows [n], steps [n]) -> standard normal [n, *latent], for stochastic steps only;
+            None where there are none.
         guidance: guidance scale handed to the policy.
         batch_size: most rows in one network call.
         velocity: [B, *latent] known velocity at the first state; NaN rows are not known.
@@ -85,6 +86,7 @@ def integrate(
         density = torch.zeros(len(row), dtype=exact)
         random = (spread > 0).nonzero()[:, 0]
         if len(random):
+            assert noise is not None
             drawn = noise(row[random], step[random]).to(mean)
             scale = spread[random].to(mean).reshape(-1, *[1] * (x.dim() - 1))
             state[random] = (mean[random] + scale * drawn).to(x.dtype)

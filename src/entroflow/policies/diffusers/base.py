@@ -32,6 +32,7 @@ from entroflow.policies.diffusers.lora import (
     load_lora,
     new_lora,
 )
+from entroflow.policies.diffusers.memory import Memory, memory_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ENCODED_AT_ONCE = 16
@@ -80,6 +81,20 @@ class DiffusersConfig(Component):
     cache: Path | None = Field(None, description="folder that keeps text embeddings")
     tiled_vae: bool = Field(False, description="decode in tiles, to save memory")
 
+    def over(self, pipeline: Any) -> DiffusersPolicy:
+        """The policy over a pipeline that is there already."""
+        raise NotImplementedError
+
+    def dtype_of(self, component: str) -> torch.dtype:
+        """In which a component of the pipeline is kept."""
+        # Half-precision VAEs overflow, and the small steps of training are lost in such weights.
+        exact = component == "vae" or (component == "transformer" and self.lora_rank is None)
+        return torch.float32 if exact else DTYPES[self.precision]
+
+    def memory(self, *, guidance: float, batch_size: int, micro_batch: int) -> Memory:
+        """What a run takes on the device, computed without loading any weights; see `memory_of`."""
+        return memory_of(self, guidance=guidance, batch_size=batch_size, micro_batch=micro_batch)
+
 
 class DiffusersPolicy:
     """The three verbs over a pipeline; what differs between models is in `_embed`, `_predict`,
@@ -93,7 +108,7 @@ class DiffusersPolicy:
     def __init__(self, pipeline: Any, settings: DiffusersConfig) -> None:
         self.pipeline, self.settings = pipeline, settings
         self._device = torch.device(settings.device or _default_device())
-        self._dtype = DTYPES[settings.precision]
+        self.dtype = DTYPES[settings.precision]
         self._embeddings: dict[str, dict[str, Tensor]] = {}
         pipeline.set_progress_bar_config(disable=True)
         for module in _modules(pipeline):
@@ -154,10 +169,10 @@ class DiffusersPolicy:
         """
         there = self._device
         tensors = {name: value.to(there) for name, value in cond.tensors.items()}
-        mixed = self._dtype != torch.float32
-        with torch.autocast(there.type, self._dtype, enabled=mixed, cache_enabled=False):
+        mixed = self.dtype != torch.float32
+        with torch.autocast(there.type, self.dtype, enabled=mixed, cache_enabled=False):
             velocity = self._predict(
-                x.to(there, self._dtype), sigma.to(there, torch.float32), tensors, guidance
+                x.to(there, self.dtype), sigma.to(there, torch.float32), tensors, guidance
             )
         return velocity.float().to(x.device)
 
@@ -171,6 +186,10 @@ class DiffusersPolicy:
 
     def sigmas(self, steps: int) -> Tensor:
         """[steps + 1], as the pipeline's scheduler has them at this resolution."""
+        return self.own_sigmas(steps)
+
+    def own_sigmas(self, steps: int) -> Tensor:
+        """[steps + 1], the pipeline's, whatever the recipe wants."""
         self._schedule(steps)
         sigmas: Tensor = self.pipeline.scheduler.sigmas.double().cpu()
         return sigmas
@@ -178,6 +197,19 @@ class DiffusersPolicy:
     def evaluations(self, guidance: float) -> int:
         """Network passes that one velocity costs per image."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def by_pipeline(self, prompts: Sequence[str], x: Tensor, steps: int, guidance: float) -> Tensor:
+        """Latents [P, *latent_shape] that the pipeline's own call leads x to, on its own grid."""
+        self._wake_encoders()
+        side = self.settings.resolution
+        found: Tensor = self.pipeline(
+            list(prompts), height=side, width=side, num_inference_steps=steps,
+            guidance_scale=guidance, latents=self._packed(x.to(self._device)),
+            output_type="latent", max_sequence_length=self.settings.tokens, **self._call_options(),
+        ).images  # fmt: skip
+        self._rest_encoders()
+        return self._unpacked(found).float().cpu()
 
     def export(self, folder: Path, *, merged: bool) -> None:
         """Write the active weights: the LoRA, or a whole pipeline where `merged` or all is trained.
@@ -197,7 +229,7 @@ class DiffusersPolicy:
             transformer.float()
             transformer.fuse_lora(adapter_names=[ADAPTER])
             transformer.unload_lora()
-        transformer.to(self._dtype)
+        transformer.to(self.dtype)
         self.pipeline.save_pretrained(folder)
 
     # --- what differs --------------------------------------------------------------------------
@@ -220,7 +252,27 @@ class DiffusersPolicy:
         """Channels of the latents."""
         raise NotImplementedError
 
+    def _packed(self, x: Tensor) -> Tensor:
+        """Latents as the pipeline's call takes them."""
+        return x
+
+    def _unpacked(self, latents: Tensor) -> Tensor:
+        """Inverse of `_packed`."""
+        return latents
+
+    def _call_options(self) -> dict[str, Any]:
+        """What else the pipeline's call must be told."""
+        return {}
+
     # --- the rest ------------------------------------------------------------------------------
+
+    def stay_on(self, device: str) -> None:
+        """Compute there from now on; the modules are there already."""
+        self._device = torch.device(device)
+
+    def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one prompt's text embeddings, by name, as `encode` gives them."""
+        raise NotImplementedError
 
     def _latent_shape(self) -> tuple[int, int, int]:
         side, factor = self.settings.resolution, 2 * self.pipeline.vae_scale_factor
@@ -230,19 +282,20 @@ class DiffusersPolicy:
             )
         return self._channels(), 2 * side // factor, 2 * side // factor
 
-    def _encoders(self) -> list[torch.nn.Module]:
+    def encoders(self) -> list[torch.nn.Module]:
+        """The text encoders of the pipeline."""
         return [
             part for name, part in self.pipeline.components.items()
             if name.startswith("text_encoder") and part is not None
         ]  # fmt: skip
 
     def _wake_encoders(self) -> None:
-        for encoder in self._encoders():
+        for encoder in self.encoders():
             encoder.to(self._device)
 
     def _rest_encoders(self) -> None:
         place = torch.device("cpu") if self.settings.offload_encoders else self._device
-        for encoder in self._encoders():
+        for encoder in self.encoders():
             encoder.to(place)
 
     def _remember(self, text: str, tensors: dict[str, Tensor]) -> None:
@@ -275,9 +328,7 @@ def load_pipeline(settings: DiffusersConfig, kind: str) -> Any:
         InputError: there is none, or it is of another class.
     """
     try:
-        # Half-precision VAEs overflow, and the small steps of training are lost in such weights.
-        exact = ["vae"] if settings.lora_rank is not None else ["vae", "transformer"]
-        dtypes = dict.fromkeys(exact, torch.float32) | {"default": DTYPES[settings.precision]}
+        dtypes = {name: settings.dtype_of(name) for name in ("vae", "transformer", "default")}
         pipeline = DiffusionPipeline.from_pretrained(settings.model, dtype=dtypes)
     except (OSError, ValueError) as error:
         raise InputError(

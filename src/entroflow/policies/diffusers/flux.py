@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from entroflow.policies.diffusers.base import DiffusersConfig, DiffusersPolicy, load_pipeline
+from entroflow.sampling.grid import shifted_grid
 
 
 class FluxConfig(DiffusersConfig):
@@ -20,6 +21,12 @@ class FluxConfig(DiffusersConfig):
 
     type: Literal["flux"] = "flux"
     tokens: int = Field(512, ge=1, description="most tokens of a prompt for the T5 encoder")
+    shift: float | None = Field(
+        None,
+        gt=0,
+        description="fixed shift of the grid, as DanceGRPO, MixGRPO and E-GRPO have it; the "
+        "scheduler's own, which depends on the resolution, if not given",
+    )
 
     def build(self) -> FluxPolicy:
         """Load the pipeline.
@@ -27,7 +34,11 @@ class FluxConfig(DiffusersConfig):
         Raises:
             InputError: there is none of this class.
         """
-        return FluxPolicy(load_pipeline(self, "FluxPipeline"), self)
+        return self.over(load_pipeline(self, "FluxPipeline"))
+
+    def over(self, pipeline: Any) -> FluxPolicy:
+        """See `DiffusersConfig.over`."""
+        return FluxPolicy(pipeline, self)
 
 
 class FluxPolicy(DiffusersPolicy):
@@ -39,6 +50,19 @@ class FluxPolicy(DiffusersPolicy):
         """One pass, whatever the guidance."""
         return 1
 
+    def sigmas(self, steps: int) -> Tensor:
+        """[steps + 1], of the fixed shift or as the pipeline's scheduler has them."""
+        shift = self.settings.shift
+        return self.own_sigmas(steps) if shift is None else shifted_grid(steps, shift)
+
+    def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `DiffusersPolicy.embedding_shapes`."""
+        config = self.pipeline.transformer.config
+        return {
+            "embedded": (self.settings.tokens, config.joint_attention_dim),
+            "pooled": (config.pooled_projection_dim,),
+        }
+
     def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
         embedded, pooled, _ = self.pipeline.encode_prompt(
             prompts, device=self._device, max_sequence_length=self.settings.tokens
@@ -48,11 +72,11 @@ class FluxPolicy(DiffusersPolicy):
     def _predict(
         self, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor], guidance: float
     ) -> Tensor:
-        B, channels, height, width = x.shape
+        B, _, height, width = x.shape
         steps = self.pipeline.scheduler.config.num_train_timesteps
         guided = self.pipeline.transformer.config.guidance_embeds
         velocity = self._network(
-            hidden_states=FluxPipeline._pack_latents(x, B, channels, height, width),
+            hidden_states=self._packed(x),
             # In the precision of the latents, as in the pipeline.
             timestep=(sigma * steps).to(x.dtype) / steps,
             guidance=torch.full_like(sigma, guidance) if guided else None,
@@ -64,9 +88,16 @@ class FluxPolicy(DiffusersPolicy):
             ),
             return_dict=False,
         )[0]
+        return self._unpacked(velocity)
+
+    def _packed(self, x: Tensor) -> Tensor:
+        packed: Tensor = FluxPipeline._pack_latents(x, *x.shape)
+        return packed
+
+    def _unpacked(self, latents: Tensor) -> Tensor:
         side = self.settings.resolution
         unpacked: Tensor = FluxPipeline._unpack_latents(
-            velocity, side, side, self.pipeline.vae_scale_factor
+            latents, side, side, self.pipeline.vae_scale_factor
         )
         return unpacked
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from entroflow.policies.base import Condition
 from entroflow.policies.diffusers.base import DiffusersConfig, DiffusersPolicy, load_pipeline
+
+NEGATIVE = "negative_"
+"""Before the names of the negative prompt's embeddings."""
 
 
 class SD3Config(DiffusersConfig):
@@ -26,7 +29,11 @@ class SD3Config(DiffusersConfig):
         Raises:
             InputError: there is none of this class.
         """
-        return SD3Policy(load_pipeline(self, "StableDiffusion3Pipeline"), self)
+        return self.over(load_pipeline(self, "StableDiffusion3Pipeline"))
+
+    def over(self, pipeline: Any) -> SD3Policy:
+        """See `DiffusersConfig.over`."""
+        return SD3Policy(pipeline, self)
 
 
 class SD3Policy(DiffusersPolicy):
@@ -35,13 +42,25 @@ class SD3Policy(DiffusersPolicy):
     settings: SD3Config
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Text embeddings, and those of the negative prompt for `velocity`."""
-        self._negative = super().encode([self.settings.negative_prompt]).tensors
-        return super().encode(prompts)
+        """Text embeddings, and beside each those of the negative prompt."""
+        own = super().encode(prompts).tensors
+        negative = super().encode([self.settings.negative_prompt]).tensors
+        beside = {f"{NEGATIVE}{name}": v.expand_as(own[name]) for name, v in negative.items()}
+        return Condition({**own, **beside})
 
     def evaluations(self, guidance: float) -> int:
         """One pass, or two with guidance above 1."""
         return 2 if guidance > 1 else 1
+
+    def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `DiffusersPolicy.embedding_shapes`; the two CLIPs' tokens come before those of T5."""
+        config = self.pipeline.transformer.config
+        tokens = self.pipeline.tokenizer_max_length + self.settings.tokens
+        own = {
+            "embedded": (tokens, config.joint_attention_dim),
+            "pooled": (config.pooled_projection_dim,),
+        }
+        return {**own, **{f"{NEGATIVE}{name}": shape for name, shape in own.items()}}
 
     def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
         embedded, _, pooled, _ = self.pipeline.encode_prompt(
@@ -53,12 +72,10 @@ class SD3Policy(DiffusersPolicy):
     def _predict(
         self, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor], guidance: float
     ) -> Tensor:
+        own = {name: value for name, value in cond.items() if not name.startswith(NEGATIVE)}
         if guidance <= 1:
-            return self._forward(x, sigma, cond)
-        both = {
-            name: torch.cat([self._negative[name].to(value).expand_as(value), value])
-            for name, value in cond.items()
-        }
+            return self._forward(x, sigma, own)
+        both = {name: torch.cat([cond[f"{NEGATIVE}{name}"], value]) for name, value in own.items()}
         forward = self._forward(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
         unconditional, conditional = forward.chunk(2)
         return unconditional + guidance * (conditional - unconditional)
@@ -84,6 +101,9 @@ class SD3Policy(DiffusersPolicy):
                 scheduler.config.base_shift, scheduler.config.max_shift,
             )  # fmt: skip
         scheduler.set_timesteps(steps, mu=mu)
+
+    def _call_options(self) -> dict[str, Any]:
+        return {"negative_prompt": self.settings.negative_prompt}
 
     def _channels(self) -> int:
         return int(self.pipeline.transformer.config.in_channels)
