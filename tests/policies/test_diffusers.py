@@ -127,6 +127,14 @@ def test_dynamic_shift_follows_the_resolution(built):
     assert (large[1:-1] > small[1:-1]).all()
 
 
+def test_a_fixed_shift_replaces_the_schedulers(built):
+    """That of DanceGRPO, MixGRPO and E-GRPO."""
+    policy = built("flux", shift=3.0)
+    u = torch.linspace(1, 0, 17, dtype=torch.float64)
+    torch.testing.assert_close(policy.sigmas(16), 3 * u / (1 + 2 * u))
+    torch.testing.assert_close(policy.own_sigmas(16), built("flux").sigmas(16))
+
+
 # --- encoding -------------------------------------------------------------------------------------
 
 
@@ -272,6 +280,38 @@ def test_recipes_run_unchanged_but_for_the_policy(folders, kind, name, caplog):
     assert first["policy/gradient_norm"] > 0
     assert trainer.step()["policy/kl"] > 0
     assert "policy ratio is off" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluations"),
+    [
+        # Per rollout 10 steps, then 9 with gradient and 9 of the reference.
+        ("sd35_flow_grpo", 2 * 4 * (10 + 9 + 9)),
+        # The anchor, eight groups of tails (83 steps after the merged ones), and eight states.
+        ("sd35_e_grpo", 2 * ((16 + 4 * 83) + 8)),
+    ],
+)
+def test_the_transformer_runs_as_often_as_predicted(folders, name, evaluations):
+    """Counted at the transformer itself; one prompt, groups of four, two passes for guidance."""
+    trainer = Trainer(
+        load_recipe(
+            name,
+            [
+                f"policy.model={folders['sd3']}", f"policy.resolution={SIZE}",
+                f"policy.tokens={TOKENS}", "policy.precision=fp32", "prompts.per_iteration=1",
+                "allocation.group_size=4", "sampling.batch_size=16", "optimizer.micro_batch=16",
+            ],
+        )
+    )  # fmt: skip
+    images = []
+    trainer.policy.pipeline.transformer.register_forward_pre_hook(
+        lambda _, __, kwargs: images.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    expected = trainer.expected()["network_evaluations"]
+    line = trainer.step()
+    assert line["policy/skipped"] == 0
+    assert evaluations == expected == line["ledger/network_evaluations"]
+    assert sum(images) == evaluations + line["ledger/check_evaluations"]
 
 
 # --- wrong settings -------------------------------------------------------------------------------
