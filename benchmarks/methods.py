@@ -22,6 +22,7 @@ from entroflow.compare import (
     RESULTS,
     Arm,
     Row,
+    best_by_validation,
     compare,
     rows,
     smallest_difference,
@@ -68,6 +69,34 @@ def name_of(result: dict[str, Any]) -> str:
     return Arm(result["arm"]["recipe"], tuple(result["arm"]["overrides"])).name
 
 
+def tables(results: Results) -> dict[str, str]:
+    """The tables of the page by their marks, of those comparisons that are complete."""
+    found = {}
+    rates_tried = {
+        recipe: [Arm(recipe, (f"optimizer.learning_rate={rate}",)) for rate in RATES]
+        for recipe in shipped_recipes("shapes")
+    }
+    first = [result for result in results if result["seed"] == SEEDS[0]]
+    if all(_of(arm, first) for arms in rates_tried.values() for arm in arms):
+        found["rates"] = rates(first)
+        chosen = {
+            recipe: Arm.parse(
+                name_of(best_by_validation([r for arm in arms for r in _of(arm, first)]))
+            )
+            for recipe, arms in rates_tried.items()
+        }
+        own = chosen["e_grpo"]
+        compared = {"methods": [*chosen.values()], "starts": starts(own), "merging": merging(own)}
+        for name, arms in compared.items():
+            if all(len(_of(arm, results)) == len(SEEDS) for arm in arms):
+                found[name] = outcomes([r for arm in arms for r in _of(arm, results)])
+    return found
+
+
+def _of(arm: Arm, results: Results) -> Results:
+    return [result for result in results if name_of(result) == arm.name]
+
+
 def outcomes(results: Results) -> str:
     """A Markdown table with a line for each arm, the best first, and what it could have shown."""
     table = rows(results)
@@ -93,29 +122,23 @@ def _line(row: Row, results: Results) -> str:
     )
 
 
-def rates(results: Results) -> str:
-    """A Markdown table of the validation scores by which rates were chosen."""
-    first = [result for result in results if result["seed"] == SEEDS[0]]
+def rates(first: Results) -> str:
+    """A Markdown table of the validation scores by which rates were chosen, from the first seed."""
     lines = ["| recipe | " + " | ".join(RATES) + " |", "|---|" + "---|" * len(RATES)]
     for recipe in shipped_recipes("shapes"):
-        scores = [
-            result["curve"][-1]["eval/score"]
-            for rate in RATES
-            for result in first
-            if name_of(result) == f"{recipe},optimizer.learning_rate={rate}"
-        ]
+        arms = [Arm(recipe, (f"optimizer.learning_rate={rate}",)) for rate in RATES]
+        scores = [_of(arm, first)[0]["curve"][-1]["eval/score"] for arm in arms]
         shown = [f"**{s:.3f}**" if s == max(scores) else f"{s:.3f}" for s in scores]
         lines.append(f"| `{recipe}` | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
-def write_tables(tables: dict[str, str]) -> None:
-    """Put each table between its marks on the page."""
-    page = PAGE.read_text(encoding="utf-8")
+def filled(page: str, tables: dict[str, str]) -> str:
+    """A page with each table between its marks."""
     for name, table in tables.items():
         before, mark, rest = page.partition(f"<!-- {name} -->\n")
         page = before + mark + table + "\n" + "".join(rest.partition("<!-- end -->")[1:])
-    write_text(PAGE, page)
+    return page
 
 
 def main() -> None:
@@ -145,14 +168,10 @@ def main() -> None:
 
     methods = made([Arm(name) for name in shipped_recipes("shapes")], RATES)
     own = next(Arm.parse(name) for name in map(name_of, methods) if name.startswith("e_grpo,"))
-    write_tables(
-        {
-            "methods": outcomes(methods),
-            "rates": rates(stored_results(arguments.runs)),
-            "starts": outcomes(made(starts(own))),
-            "merging": outcomes(made(merging(own))),
-        }
-    )
+    made(starts(own))
+    made(merging(own))
+    page = PAGE.read_text(encoding="utf-8")
+    write_text(PAGE, filled(page, tables(stored_results(arguments.runs))))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Unmarked Python blocks must compile.
 """
 
 import importlib
+import json
 import os
 import re
 import runpy
@@ -129,6 +130,60 @@ def test_constants_of_the_shapes_world_have_the_values_that_are_written():
         for name in names.split("."):
             found = getattr(found, name)
         assert float(value.replace(",", "")) == found, path
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def claims(name):
+    return json.loads((ROOT / "docs" / "claims" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def between(page, mark):
+    """What stands between the marks of a table."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return text.partition(f"<!-- {mark} -->\n")[2].partition("\n<!-- end -->")[0]
+
+
+def test_the_tables_of_methods_are_those_of_the_raw_results():
+    script = runpy.run_path(str(ROOT / "benchmarks" / "methods.py"))
+    tables = script["tables"](claims("methods")["results"])
+    for name in ("rates", "methods", "starts", "merging"):
+        assert between("methods.md", name) == tables.get(name, "Not measured yet."), name
+
+
+def test_the_table_of_memory_is_that_of_the_raw_results():
+    pytest.importorskip("diffusers")
+    script = runpy.run_path(str(ROOT / "benchmarks" / "memory.py"))
+    assert between("real-models.md", "memory") == script["table"](claims("memory")["results"])
+
+
+def test_the_table_of_the_readme_is_that_of_the_raw_results():
+    """Runs of the recipe as it is: three seeds and the control."""
+    rows = re.findall(
+        r"^\| (\d|rewards shuffled) \|(.*)\|$", (ROOT / "README.md").read_text(), re.M
+    )
+    assert [name for name, _ in rows] == ["0", "1", "2", "rewards shuffled"]
+    runs = [run for run in claims("quickstart") if len(run["overrides"]) == 1 + run["control"]]
+    for name, cells in rows:
+        control = not name.isdigit()
+        (run,) = (
+            r
+            for r in runs
+            if r["control"] == control and r["seed"] == (0 if control else int(name))
+        )
+        models, gain = run["test"]["models"], run["test"]["gain"]
+        score = {model: models[model]["scores"]["overall"]["value"] for model in models}
+        monitors = [
+            models["tuned"]["monitors"][m] / models["base"]["monitors"][m]
+            for m in ("texture", "diversity")
+        ]
+        wanted = [
+            f"{score['base']:.2f}", f"{score['tuned']:.2f}",
+            f"{gain['value']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]",
+            *(f"{ratio:.1f} ×" for ratio in monitors), f"{score['base_guided']:.2f}",
+        ]  # fmt: skip
+        assert [cell.strip() for cell in cells.split("|")] == wanted, name
 
 
 # --- blocks ---------------------------------------------------------------------------------------

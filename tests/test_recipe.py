@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
+from entroflow.errors import RecipeError
 from entroflow.recipe import (
     COMPONENTS,
     PLAIN,
     SECTIONS,
-    RecipeError,
     build_recipe,
     load_component,
     load_recipe,

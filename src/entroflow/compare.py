@@ -30,7 +30,8 @@ import scipy.stats
 from entroflow.checkpoints import one_writer, to_json, write_text
 from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
-from entroflow.recipe import ENDS, load_recipe
+from entroflow.plain_sections import ENDS
+from entroflow.recipe import load_recipe
 from entroflow.runs import EVALUATION, RunFolder, read_object
 from entroflow.trainer import Trainer
 

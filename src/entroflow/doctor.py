@@ -21,8 +21,9 @@ import torch
 from entroflow.errors import InputError
 from entroflow.evaluation.images import draw
 from entroflow.exploration.summary import summary_of
+from entroflow.plain_sections import ENDS
 from entroflow.prompts import Prompt
-from entroflow.recipe import ENDS, Recipe, changed
+from entroflow.recipe import Recipe, changed
 from entroflow.report.wording import count, duration, size
 from entroflow.rewards.base import FunctionReward
 from entroflow.sampling.kernels import ODE

@@ -1,4 +1,4 @@
-"""The one kind of error a user can mend."""
+"""Errors that a user can mend."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class RecipeError(InputError):
+    """A recipe is wrong; the message says what, where, and how to mend it, in one line."""

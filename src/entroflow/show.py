@@ -26,7 +26,8 @@ from rich.table import Table
 from entroflow.compare import Job, Row, smallest_difference
 from entroflow.doctor import Finding, Verdict
 from entroflow.evaluation.base import Evaluated
-from entroflow.recipe import ENDS, Recipe, Run
+from entroflow.plain_sections import ENDS, Run
+from entroflow.recipe import Recipe
 from entroflow.report.wording import Interval
 from entroflow.runs import EVALUATION, RunFolder, read_object, spent
 from entroflow.trainer import Metrics

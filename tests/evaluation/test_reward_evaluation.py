@@ -10,11 +10,11 @@ import pytest
 import torch
 from scipy import stats
 
-from entroflow.errors import InputError
+from entroflow.errors import InputError, RecipeError
 from entroflow.evaluation.base_and_tuned import compare_with_base
 from entroflow.evaluation.reward import EXAMPLES, RewardEvaluation
 from entroflow.ledger import Ledger
-from entroflow.recipe import RecipeError, load_recipe
+from entroflow.recipe import load_recipe
 from entroflow.rewards.base import FunctionReward
 from tiny_run import PixelPolicy
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from entroflow.errors import RecipeError
 from entroflow.prompts import Prompt
-from entroflow.recipe import RecipeError, load_component, load_recipe
+from entroflow.recipe import load_component, load_recipe
 from entroflow.rewards.base import Status
 from entroflow.rewards.jpeg_size import JPEGSize
 

@@ -6,7 +6,8 @@ import pytest
 
 import entroflow
 from entroflow.errors import InputError
-from entroflow.recipe import Run, build_recipe, load_recipe
+from entroflow.plain_sections import Run
+from entroflow.recipe import build_recipe, load_recipe
 from entroflow.trainer import Trainer
 from tiny_run import PixelPolicy, assert_same_run, lines, recipe, train
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from entroflow.checkpoints import read_tensors
-from entroflow.recipe import Optimizer
+from entroflow.plain_sections import Optimizer
 from entroflow.trainer import Trainer
 from tiny_run import PixelPolicy, recipe, train
 

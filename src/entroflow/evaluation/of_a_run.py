@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from entroflow.drawing import open_policy
-from entroflow.errors import InputError
+from entroflow.errors import InputError, RecipeError
 from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.evaluation.base_and_tuned import compare_with_base
-from entroflow.recipe import RecipeError, changed, load_component
+from entroflow.recipe import changed, load_component
 from entroflow.rewards.base import Reward
 
 log = logging.getLogger(__name__)

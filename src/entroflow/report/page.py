@@ -19,7 +19,8 @@ from ruamel.yaml.error import YAMLError
 
 import entroflow
 from entroflow.checkpoints import CheckpointError, read_state, write_text
-from entroflow.recipe import ENDS, SECTIONS, TEXTS, Recipe, Run
+from entroflow.plain_sections import ENDS, Run
+from entroflow.recipe import SECTIONS, TEXTS, Recipe
 from entroflow.report import curves, examples, outcome
 from entroflow.report.wording import count
 from entroflow.runs import EVALUATION, RECIPE, REPORT, RunError, RunFolder, read_object, spent
