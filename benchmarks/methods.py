@@ -18,16 +18,8 @@ from typing import Any
 import scipy.stats
 
 from entroflow.checkpoints import write_text
-from entroflow.compare import (
-    RESULTS,
-    Arm,
-    Row,
-    best_by_validation,
-    compare,
-    rows,
-    smallest_difference,
-    stored_results,
-)
+from entroflow.compare import RESULTS, Arm, compare, stored_results
+from entroflow.compared import Row, best_by_validation, rows, smallest_difference
 from entroflow.recipe import shipped_recipes
 from entroflow.show import comparison_progress
 

@@ -14,7 +14,8 @@ import pytest
 import scipy.stats
 
 from entroflow import cli, compare
-from entroflow.compare import Arm, Row, best_by_validation, planned, rows
+from entroflow.compare import Arm, planned
+from entroflow.compared import Row, best_by_validation, rows, smallest_difference
 from entroflow.errors import InputError
 from entroflow.recipe import load_recipe
 from entroflow.runs import RunFolder
@@ -284,10 +285,10 @@ def test_the_smallest_difference_is_that_of_a_t_test():
     pooled = (0.1**2 + table[0].spread ** 2) / 2
     t = scipy.stats.t(4)
     wanted = (t.ppf(0.975) + t.ppf(0.8)) * math.sqrt(2 * pooled / 3)
-    assert compare.smallest_difference(table) == pytest.approx(wanted, rel=1e-12)
+    assert smallest_difference(table) == pytest.approx(wanted, rel=1e-12)
     noise = np.random.default_rng(0).normal(size=(2, 20_000, 30))
     arm = Row("", 30, 1, 1, "score", 0.5, 1.0, 0, {}, 1, frozenset())
-    apart = compare.smallest_difference([arm, arm])
+    apart = smallest_difference([arm, arm])
     tests = scipy.stats.ttest_ind(noise[0] + apart, noise[1], axis=1)
     assert (tests.pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.02)
 
@@ -321,7 +322,7 @@ def test_a_table_of_several_versions_says_so():
 
 def test_one_seed_shows_no_difference():
     table = rows([result_of("one", 0, 0.5), result_of("two", 0, 0.6)])
-    assert math.isnan(compare.smallest_difference(table))
+    assert math.isnan(smallest_difference(table))
     assert "one seed shows no differences" in comparison_table(table).caption
 
 

@@ -219,6 +219,7 @@ def compare(
     made twice.
     """
     from entroflow import compare as comparing
+    from entroflow.compared import rows
     from entroflow.show import comparison_progress, comparison_table, print_table
 
     arms = [comparing.Arm.parse(text) for text in arguments if "=" not in text.partition(",")[0]]
@@ -243,7 +244,7 @@ def compare(
         typer.echo("stopped; the same command goes on.")
         return
     if results:
-        print_table(comparison_table(comparing.rows(results)))
+        print_table(comparison_table(rows(results)))
     typer.echo(f"results  {out / comparing.RESULTS}")
     if failed:
         logs = ", ".join(str(job.folder(out).with_suffix(".log")) for job in failed)

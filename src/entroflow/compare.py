@@ -9,12 +9,10 @@ was stopped goes on. A result is kept under recipe hash, seed and base weights a
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -25,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import scipy.stats
-
 from entroflow.checkpoints import one_writer, to_json, write_text
+from entroflow.compared import best_by_validation
 from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.plain_sections import ENDS
@@ -321,97 +318,6 @@ def curve_of(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for line in metrics
         if "eval/score" in line
     ]
-
-
-# --- the table ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """An arm over its seeds, on test prompts.
-
-    Attributes:
-        iterations, weighted_evaluations, minutes: means of what training took.
-        measure: what the score is.
-        score, gain: means over seeds; `spread`: standard deviation (of n - 1) of the score.
-        monitors: by name, means of tuned over base.
-        versions: of the package, that began the runs.
-    """
-
-    name: str
-    seeds: int
-    iterations: float
-    weighted_evaluations: float
-    measure: str
-    score: float
-    spread: float
-    gain: float
-    monitors: Mapping[str, float]
-    minutes: float
-    versions: frozenset[str]
-
-    def ratio(self, monitor: str) -> float:
-        """A monitor of tuned over base; NaN where it is not known."""
-        return self.monitors.get(monitor, math.nan)
-
-
-def rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """One row per arm, the best first."""
-    arms: dict[str, list[Mapping[str, Any]]] = {}
-    for result in results:
-        arm = result["arm"]
-        arms.setdefault(",".join([arm["recipe"], *arm["overrides"]]), []).append(result)
-    return sorted((_row(name, found) for name, found in arms.items()), key=lambda row: -row.score)
-
-
-def _row(name: str, found: Sequence[Mapping[str, Any]]) -> Row:
-    def mean(value: Callable[[Mapping[str, Any]], float]) -> float:
-        return statistics.fmean(value(result) for result in found)
-
-    def ratio(monitor: str) -> float:
-        def of(result: Mapping[str, Any]) -> float:
-            models = result["test"]["models"]
-            tuned, base = (models[name]["monitors"].get(monitor) for name in ("tuned", "base"))
-            return float(tuned / base) if tuned is not None and base else math.nan
-
-        return mean(of)
-
-    tests = [result["test"] for result in found]
-    scores = [test["models"]["tuned"]["scores"]["overall"]["value"] for test in tests]
-    monitors = dict.fromkeys(name for test in tests for name in test["models"]["base"]["monitors"])
-    return Row(
-        name=name,
-        seeds=len(found),
-        iterations=mean(lambda r: r["iterations"]),
-        weighted_evaluations=mean(lambda r: r["ledger"]["ledger/weighted_evaluations"]),
-        measure=tests[0]["measure"]["name"],
-        score=statistics.fmean(scores),
-        spread=statistics.stdev(scores) if len(scores) > 1 else math.nan,
-        gain=mean(lambda r: r["test"]["gain"]["value"]),
-        monitors={name: ratio(name) for name in monitors},
-        minutes=mean(lambda r: r["training_seconds"]) / 60,
-        versions=frozenset(result["version"] for result in found),
-    )
-
-
-def smallest_difference(table: Sequence[Row], power: float = 0.8, level: float = 0.05) -> float:
-    """The difference between two arms that the comparison would have shown with given power.
-
-    Two-sided t-test of two arms with as many seeds as the smallest has, and the spread pooled over
-    all arms: (t_(1 - level / 2) + t_power) s sqrt(2 / n). NaN with fewer than two seeds.
-    """
-    freedom = sum(row.seeds - 1 for row in table)
-    if freedom < 1 or min(row.seeds for row in table) < 2:
-        return math.nan
-    pooled = sum((row.seeds - 1) * row.spread**2 for row in table if row.seeds > 1) / freedom
-    quantiles = [float(scipy.stats.t.ppf(q, freedom)) for q in (1 - level / 2, power)]
-    n = min(row.seeds for row in table)
-    return float(quantiles[0] + quantiles[1]) * math.sqrt(2 * pooled / n)
-
-
-def best_by_validation(results: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The result whose last evaluation on validation prompts is the best."""
-    return max(results, key=lambda result: float(result["curve"][-1]["eval/score"]))
 
 
 # --- the whole ------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from entroflow.compare import Job, Row, smallest_difference
+from entroflow.compare import Job
+from entroflow.compared import Row, smallest_difference
 from entroflow.doctor import Finding, Verdict
 from entroflow.evaluation.base import Evaluated
 from entroflow.plain_sections import ENDS, Run
