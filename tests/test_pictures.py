@@ -116,6 +116,11 @@ def test_scale_and_size_of_images_are_free():
         assert np.array_equal(shown, enlarged(image, 3))
 
 
+@pytest.mark.parametrize(("side", "shown"), [(8, 128), (32, 128), (100, 100), (512, 512)])
+def test_small_images_are_enlarged_and_large_ones_are_not(side, shown):
+    assert pictures.grid(images(1, side=side), 1).size == (shown + 2 * GAP,) * 2
+
+
 def test_a_picture_is_saved_whole_with_its_folder(tmp_path, monkeypatch):
     """A crash while writing leaves the old one."""
     path = tmp_path / "deep" / "sheet.png"

@@ -10,6 +10,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+LARGE = 128
+"""Pixels; images that are at least so wide are not enlarged."""
+
 
 def to_png(image: Tensor) -> bytes:
     """One image [3, H, W] in [0, 1] as PNG."""
@@ -23,16 +26,17 @@ def grid(
     columns: int,
     captions: Sequence[str] = (),
     passed: Sequence[bool | None] = (),
-    scale: int = 4,
+    scale: int | None = None,
 ) -> Image.Image:
     """Images [n, 3, H, W] in [0, 1] as one picture, row by row.
 
     Args:
         captions: [n] written under the images.
         passed: [n] a green or red bar between image and caption; none where it is None.
-        scale: pixels per image pixel.
+        scale: pixels per image pixel; None: as many as make a small image about `LARGE` wide.
     """
     n, _, height, width = images.shape
+    scale = max(1, LARGE // width) if scale is None else scale
     gap, bar = 6, 3 if len(passed) else 0
     font = ImageFont.load_default(size=11)
     lines = [_wrapped(caption, width * scale, font) for caption in captions]

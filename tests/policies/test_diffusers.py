@@ -5,6 +5,7 @@ What they must equal is the stock pipeline's own call, from the same latents.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -196,9 +197,12 @@ def test_gradient_checkpointing_changes_no_bit(built, kind):
     assert len(moved) > 0.8 * len(policy.weights.live)
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_half_precision_stays_near_and_gives_float32(built, kind):
-    exact, half = built(kind), built(kind, precision="bf16")
+def test_half_precision_stays_near_and_gives_float32(built, kind, precision, dtype):
+    exact, half = built(kind), built(kind, precision=precision)
     x, sigma = latents(exact), torch.tensor([0.9, 0.3])
     with torch.no_grad():
         wanted, found = (
@@ -207,8 +211,26 @@ def test_half_precision_stays_near_and_gives_float32(built, kind):
         )
     assert found.dtype == torch.float32
     assert 0 < (found - wanted).abs().max() < 0.1 * wanted.abs().max()
-    assert half.pipeline.transformer.proj_out.weight.dtype == torch.bfloat16
+    assert half.pipeline.transformer.proj_out.weight.dtype == dtype
     assert half.pipeline.vae.dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_transformer_computes_and_learns_the_same(built):
+    """Up to rounding, with gradients; in rollout and training alike."""
+    plain, compiled = built("sd3"), built("sd3", compile=True)
+    x, sigma, found = latents(plain), torch.tensor([0.9, 0.3]), []
+    for policy in (plain, compiled):
+        velocity = policy.velocity(x, sigma, policy.encode(PROMPTS), GUIDANCE["sd3"])
+        velocity.square().mean().backward()
+        gradient = next(p.grad for n, p in policy.weights.live.items() if ".lora_B." in n)
+        found.append((velocity.detach(), gradient))
+        with torch.no_grad():
+            still = policy.velocity(x, sigma, policy.encode(PROMPTS), GUIDANCE["sd3"])
+        torch.testing.assert_close(still, velocity.detach(), rtol=0, atol=1e-5)
+    assert compiled._network is not compiled.pipeline.transformer
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
