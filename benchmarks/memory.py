@@ -124,14 +124,14 @@ def write_configuration(folder: Path, components: dict) -> int:
 def table(results: list[dict]) -> str:
     """A Markdown table with a line for every setting."""
     lines = [
-        "| recipe, and what is changed | always there | training pass | sampling pass | encoding | most |",
-        "|---|---|---|---|---|---|",
+        "| recipe, and what is changed | always there | training pass | sampling pass | optimizer step | encoding | most |",
+        "|---|---|---|---|---|---|---|",
     ]
     for result in results:
         kept, passing = sum(result["kept"].values()), result["passing"]
         most = kept + max(passing.values())
-        works = ("a training pass", "a sampling pass", "encoding prompts")
-        cells = (kept, *(passing.get(work, 0) for work in works), most)
+        works = ("a training pass", "a sampling pass", "an optimizer step", "encoding prompts")
+        cells = (kept, *(passing[work] for work in works), most)
         names = [f"`{name}`" for name in (result["recipe"], *result["changes"])]
         lines.append(
             f"| {' '.join(names)} | " + " | ".join(f"{cell / GIB:.1f}" for cell in cells) + " |"

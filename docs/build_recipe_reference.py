@@ -96,7 +96,7 @@ in the current folder, or is installed. What is called depends on what the path 
 - any other class: called with the keys, which must fit its signature; their values are not checked;
 - a function, in the section `reward`: used as the reward itself, and takes no keys.
 
-A relative path to a file (prompts of type `text` and `jsonl`, weights) is looked for beside the
+A relative path to a file (prompts, held-out prompts, weights, a LoRA) is looked for beside the
 recipe file, then in the current folder. The run's recipe holds the path that was found, so the run
 resumes from anywhere. What `dataset` names is left to `datasets.load_dataset`, which looks in the
 current folder.

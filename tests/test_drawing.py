@@ -13,7 +13,7 @@ from entroflow.shapes.grammar import parse
 from entroflow.shapes.scenes import lay_out, render
 from gaussian_policy import GaussianPolicy
 
-GAP, SCALE, SIDE = 6, 4, 32
+GAP, SIDE = 6, 32
 GREEN, RED, WHITE = (42, 157, 74), (209, 73, 91), (255, 255, 255)
 
 
@@ -32,9 +32,10 @@ def bars(path, rows, columns, side=SIDE):
     """The colour below each image: [rows][columns]."""
     table = np.asarray(Image.open(path))
     height = (table.shape[0] - GAP) // rows
+    shown = side * max(1, 128 // side)
     return [
         [
-            tuple(table[GAP + row * height + side * SCALE, GAP + column * (side * SCALE + GAP)])
+            tuple(table[GAP + row * height + shown, GAP + column * (shown + GAP)])
             for column in range(columns)
         ]
         for row in range(rows)

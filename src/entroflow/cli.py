@@ -294,8 +294,8 @@ def doctor(
         ),
     ],
     devices: Annotated[
-        int | None, typer.Option(min=1, help="That will share the work; those here by default.")
-    ] = None,
+        int, typer.Option(min=1, help="That are to share the groups of an iteration.")
+    ] = 1,
 ) -> None:
     """Examine a recipe before a long run: does it start, is it right, what does it take?
 

@@ -202,6 +202,8 @@ def stored_results(out: Path) -> list[dict[str, Any]]:
         isinstance(result, dict) and whole <= result.keys() for result in results
     ):
         raise InputError(f"{path} is torn: it holds no results of runs; remove it, or restore it.")
+    if not all("measure" in result["test"] for result in results):
+        raise InputError(f"{path} is of an older version; give another --out.")
     return results
 
 
@@ -297,7 +299,7 @@ def result_of(folder: Path, job: Job) -> dict[str, Any]:
     metrics = RunFolder.open(folder).metrics()
     last = metrics[-1]
     test = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
-    if test["gain"]["value"] is None:
+    if test.get("gain", {}).get("value") is None:
         raise InputError(f"{folder}: no image of the comparison with the base has a score.")
     return {
         **job.key,

@@ -96,4 +96,9 @@ def smallest_difference(table: Sequence[Row], power: float = 0.8, level: float =
 
 def best_by_validation(results: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The result whose last evaluation on validation prompts is the best."""
-    return max(results, key=lambda result: float(result["curve"][-1]["eval/score"]))
+
+    def standing(result: Mapping[str, Any]) -> float:
+        score = result["curve"][-1]["eval/score"]
+        return -math.inf if score is None else float(score)
+
+    return max(results, key=standing)

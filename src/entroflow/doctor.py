@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from entroflow.errors import InputError
+from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.evaluation.images import draw
 from entroflow.exploration.summary import summary_of
 from entroflow.plain_sections import ENDS
@@ -38,6 +39,8 @@ In half precision the pipeline keeps its latents in it, too, while rollouts have
 """
 COPIES_IN_A_CHECKPOINT = 4
 """Of what is trained: itself, its moving average, and AdamW's two moments."""
+FEW = 4
+"""Rollouts of the small iteration."""
 FULL = 0.9
 """Share of the memory beyond which allocator and kernels may want more than there is."""
 
@@ -68,15 +71,15 @@ class _NotPossibleError(Exception):
     """Ends a check that can't be made."""
 
 
-def examine(recipe: Recipe, devices: int | None = None) -> Iterator[Finding]:
+def examine(recipe: Recipe, devices: int = 1) -> Iterator[Finding]:
     """Check a recipe before a long run, with as little work as it takes; findings as they come.
 
     Nothing is written; the weights that a small iteration changes are thrown away.
 
     Args:
-        devices: that will share the work; those of this machine if None.
+        devices: that are to share the groups of an iteration.
     """
-    patient = _Patient(recipe, devices or max(1, torch.accelerator.device_count()))
+    patient = _Patient(recipe, devices)
     for check in (
         patient.recipe_, patient.memory, patient.model, patient.prompts, patient.plan,
         patient.parity, patient.reward, patient.batches, patient.disk, patient.on_policy,
@@ -109,6 +112,7 @@ class _Patient:
     policy: Any = None
     trainer: Trainer | None = None
     seconds: float = math.nan
+    reward_seconds: float = math.nan
 
     # --- without the model ---------------------------------------------------------------------
 
@@ -202,7 +206,7 @@ class _Patient:
             ).images  # fmt: skip
         start = perf_counter()
         scores = recipe.reward.score(images, prompts)
-        each = (perf_counter() - start) / len(prompts)
+        each = self.reward_seconds = (perf_counter() - start) / len(prompts)
         if scores.values.isnan().any():
             statuses = ", ".join(status.value for status in scores.statuses)
             raise InputError(f"not every image has a reward ({statuses}); the warnings say why.")
@@ -212,6 +216,7 @@ class _Patient:
     def batches(self) -> str:
         """Rollouts and trained states fill their batches, and groups the devices."""
         objective, micro = self.recipe.objective, self.recipe.optimizer.micro_batch
+        batch = self.recipe.sampling.batch_size
         plan = self._planned().first_plan()
         groups = len(plan.group[plan.scored].unique())
         asked = getattr(objective, "minibatches", 1)
@@ -223,6 +228,11 @@ class _Patient:
             f"{micro}"
         )
         odd = []
+        if batch != micro:
+            odd.append(
+                f"sampling.batch_size {batch} is not optimizer.micro_batch {micro}: in batches of "
+                "different shapes the same state may round otherwise"
+            )
         if left := states % micro:
             odd.append(
                 f"the last pass holds {left}: optimizer.micro_batch={_divisor(states, micro)} "
@@ -244,6 +254,11 @@ class _Patient:
         number = self.recipe.run.keep_checkpoints + 2
         free = shutil.disk_usage(Path.cwd()).free
         said = f"{size(number * one)} for {number} checkpoints; {size(free)} are free here"
+        cache = getattr(self.recipe.policy, "cache", None)
+        if cache is not None:
+            cond = self._built().encode([self._batch()[0].text])
+            kept = sum(t.numel() * t.element_size() for t in cond.tensors.values())
+            said += f"; {size(kept)} more for each prompt in {cache}"
         if number * one > free:
             raise InputError(f"{said}: go to another folder, or keep fewer (run.keep_checkpoints).")
         return said
@@ -251,12 +266,14 @@ class _Patient:
     def on_policy(self) -> str:
         """In one iteration with few rollouts and random rewards, the ratio is 1 and the KL 0."""
         recipe = self.recipe
-        asked = getattr(recipe.objective, "minibatches", 1)
-        rollouts = max(2, asked) if isinstance(asked, int) else 2
+        # In batches of one shape where the method allows, as equal bits need.
         small = replace(
             recipe,
             prompts=_with(recipe.prompts, {"per_iteration": 1}),
-            allocation=_with(recipe.allocation, {"group_size": rollouts}),
+            allocation=_with(recipe.allocation, {"group_size": FEW}),
+            sampling=_with(recipe.sampling, {"batch_size": FEW}),
+            objective=_with(recipe.objective, {"minibatches": 1}),
+            optimizer=_with(recipe.optimizer, {"micro_batch": FEW}),
         )
         drawn = torch.Generator().manual_seed(0)
         reward = FunctionReward(
@@ -270,26 +287,37 @@ class _Patient:
         if off is None:
             raise InputError("no transition was trained, so there is nothing to learn from.")
         said = f"ratio off by {off:.1e} and KL {kl:.1e} before a step; clip range {clip:.1e}"
-        if off > 0.1 * clip or kl > 0.1 * clip:
+        if off > clip or kl > clip:
             raise InputError(f"{said}: rollout and training must agree; the warning says in what.")
+        if off > 0.1 * clip or kl > 0.1 * clip:
+            raise _DoubtfulError(f"{said}: more than a tenth of it is lost to rounding.")
         return said
 
     def cost(self) -> str:
         """Of an iteration and of the run, by the plan of the first."""
-        expected, iterations = self._planned().expected(), self.recipe.run.iterations
-        weighted = expected["weighted_evaluations"]
-        time = duration(weighted * self.seconds) if self.seconds > 0 else "unknown time"
+        expected, run = self._planned().expected(), self.recipe.run
+        weighted, calls = expected["weighted_evaluations"], expected["reward_calls"]
         said = (
             f"an iteration: {expected['network_evaluations']:,} network evaluations, "
-            f"{weighted:,} weighted, {expected['reward_calls']:,} rewards; {time}, at the pace of "
-            "the small one"
+            f"{weighted:,} weighted, {calls:,} rewards{self._time(weighted, calls)}"
         )
-        if iterations:
-            calls = count(iterations * expected["reward_calls"])
-            said += f"; the run: {count(iterations * weighted)} weighted, {calls} rewards"
-            if self.seconds > 0:
-                said += f", {duration(iterations * weighted * self.seconds)}"
+        judged = self.recipe.evaluation
+        if run.iterations and isinstance(judged, HeldOutEvaluation):
+            passes = judged.steps * self.policy.evaluations(judged.guidance)
+            evaluations = run.iterations // run.evaluate_every + 1
+            images = evaluations * judged.images + 2 * judged.test_images
+            said += f"; held-out scores in all: {count(images * passes)}, {count(images)} rewards"
+            said += self._time(images * passes, images)
+        if run.iterations:
+            weighted, calls = run.iterations * weighted, run.iterations * calls
+            said += f"; training in all: {count(weighted)} weighted, {count(calls)} rewards"
+            said += self._time(weighted, calls)
         return said
+
+    def _time(self, evaluations: float, rewards: float) -> str:
+        """How long that may take, at the pace of the small iteration and of two rewards."""
+        seconds = evaluations * self.seconds + rewards * self.reward_seconds
+        return f", about {duration(seconds)}" if seconds > 0 else ""
 
     # --- what checks need ----------------------------------------------------------------------
 

@@ -14,20 +14,14 @@ from entroflow import pictures
 from entroflow.checkpoints import check_reference, read_state, read_tensors
 from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
+from entroflow.evaluation.images import draw as sample_images
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
 from entroflow.recipe import load_component
 from entroflow.runs import RECIPE, RunFolder
-from entroflow.sampling.kernels import ODE
-from entroflow.sampling.noise import Stream
-from entroflow.sampling.plan import fresh_rows
-from entroflow.sampling.rollouts import Rollouts
-from entroflow.sampling.solver import sample
 from entroflow.shapes.grammar import parse
 from entroflow.shapes.scenes import RESOLUTION
 from entroflow.shapes.scoring import score
-
-BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -97,33 +91,21 @@ def draw(
     usual = evaluation if isinstance(evaluation, HeldOutEvaluation) else HeldOutEvaluation()
     steps = usual.steps if steps is None else steps
     guidance = usual.guidance if guidance is None else guidance
-    grid = policy.sigmas(steps)
-    kernel = ODE()
-    plan = fresh_rows(
-        [Prompt(text) for text in prompts],
-        torch.full((len(prompts),), count),
-        torch.zeros(len(prompts), dtype=torch.long),
-        grid,
-        kernel.std(grid[:-1], grid[1:], grid),
-    )
-    cond = policy.encode(plan.texts)
+    asked = [Prompt(text) for text in prompts]
     images: list[Tensor] = []
     captions: list[str] = []
     passed: list[bool | None] = []
     for name in models:
-        rollouts = Rollouts.empty(plan, policy.latent_shape)
         with policy.weights("reference" if name == "base" else "ema"):
-            for _ in sample(
-                policy, kernel, rollouts, cond, seed=seed, iteration=0, guidance=guidance,
-                batch_size=BATCH_SIZE, initial=Stream.EVALUATION,
-            ):  # fmt: skip
-                pass
-        assert rollouts.images is not None
-        images.append(rollouts.images)
+            drawn = sample_images(
+                policy, asked, torch.full((len(asked),), count), steps=steps, guidance=guidance,
+                seed=seed, batch_size=load_component(opened.recipe, "sampling").batch_size,
+            )  # fmt: skip
+        images.append(drawn.images)
         captions += [f"{name}: {text}" for text in prompts for _ in range(count)]
-        passed += _verdicts(rollouts.images, [prompts[p] for p in plan.prompt.tolist()])
+        passed += _verdicts(drawn.images, [prompts[p] for p in drawn.prompt.tolist()])
     # [models, prompts, count] -> prompts first, so that the models stand below each other.
-    order = torch.arange(len(models) * plan.rows).view(len(models), len(prompts), count)
+    order = torch.arange(len(models) * len(prompts) * count).view(len(models), len(prompts), count)
     rows = order.transpose(0, 1).flatten()
     sheet = pictures.grid(
         torch.cat(images)[rows],

@@ -37,12 +37,13 @@ def export(run: Path | str, out: Path | str, *, weights: str = "ema", merged: bo
     write = getattr(opened.policy, "export", None)
     if write is None:
         raise InputError(f"a {type(opened.policy).__name__} can't be exported: it has no export().")
+    base = opened.policy.weights.digest("reference")
     with whole_folder(out) as made:
         with opened.policy.weights("ema"):
             write(made, merged=merged)
         about = {
             "run": run.name, "iteration": opened.iteration, "weights": weights,
-            "base": opened.policy.weights.digest("reference"), "version": package_version(),
+            "base": base, "version": package_version(),
         }  # fmt: skip
         write_text(made / ABOUT, to_json(about, indent=1) + "\n")
     return out

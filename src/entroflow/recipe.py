@@ -225,16 +225,21 @@ def load_recipe(
     # A type goes before its fields, wherever it stands.
     for override in sorted(overrides, key=lambda o: not o.partition("=")[0].endswith(".type")):
         _apply_override(mapping, override)
-    search_beside(folder)
+    search_beside(_of_users(folder))
     recipe = build_recipe(mapping, name, given, folder)
     own = any("." in recipe.resolved[section].get("type", "") for section in SECTIONS)
-    return replace(recipe, found_in=folder) if own else recipe
+    return replace(recipe, found_in=_of_users(folder)) if own else recipe
 
 
 def _home_folder(mapping: dict[str, Any], folder: Path | None) -> Path | None:
     """Where the recipe lay first: what a run wrote down, or else the file's own folder."""
     written = mapping.pop(FOUND_IN, None)
     return Path(written) if isinstance(written, str) else folder
+
+
+def _of_users(folder: Path | None) -> Path | None:
+    """The folder, if it may hold code of the user's."""
+    return None if folder == SHIPPED else folder
 
 
 def load_component(name_or_path: str | Path, section: str) -> Any:
@@ -246,7 +251,7 @@ def load_component(name_or_path: str | Path, section: str) -> Any:
     name, text, folder = _find(str(name_or_path))
     mapping = _parse_yaml(text, name)
     folder = _home_folder(mapping, folder)
-    search_beside(folder)
+    search_beside(_of_users(folder))
     return _build(section, dict(mapping.get(section) or {}), name, folder)[0]
 
 
@@ -307,7 +312,7 @@ def build_recipe(
 def _find(name: str) -> tuple[str, str, Path | None]:
     shipped = shipped_recipes()
     if name in shipped:
-        return name, shipped[name].read_text(encoding="utf-8"), None
+        return name, shipped[name].read_text(encoding="utf-8"), SHIPPED
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.exists():
         try:
@@ -444,6 +449,6 @@ def _validated(
 
 
 def _located(path: Path, folder: Path | None) -> Path:
-    """A file that a recipe names: beside the recipe, or in the current folder, or shipped."""
-    places = [place / path for place in (folder, Path.cwd(), SHIPPED) if place is not None]
+    """A file that a recipe names: it lies beside the recipe, or else in the current folder."""
+    places = [place / path for place in (folder, Path.cwd()) if place is not None]
     return next((place for place in places if os.path.exists(place)), Path.cwd() / path)

@@ -50,7 +50,7 @@ def test_lines_are_dealt_to_validation_and_test(prompts):
     assert seen == [word for word in WORDS[::2] for _ in range(2)]
     seen.clear()
     run(evaluation.on_test_prompts().model_copy(update={"images": 7}), reward)
-    assert [seen.count(word) for word in WORDS[1::2]] == [2, 2, 1, 1, 1]
+    assert [seen.count(word) for word in WORDS[1::2]] == [3, 2, 0, 2, 0]
 
 
 def test_the_score_is_a_mean_over_prompts_with_the_interval_of_a_t_test(prompts):
@@ -93,12 +93,16 @@ def test_examples_are_one_image_of_the_first_prompts(tmp_path):
     assert set(found.monitors) == {"diversity", "brightness", "contrast", "saturation", "detail"}
 
 
-def test_fewer_images_than_prompts_leave_prompts_out(prompts):
-    found = run(RewardEvaluation(path=prompts, images=3, steps=2), number)
-    assert found.by_prompt[:3].tolist() == [0, 2, 4]
-    assert found.by_prompt[3:].isnan().all()
-    assert list(found.captions) == ["word 0", "word 2", "word 4"]
-    assert found.scores["overall"].value == 2
+@pytest.mark.parametrize(
+    ("images", "drawn"), [(1, [0, 4]), (4, [0, 4]), (7, [0, 2, 6]), (9, [0, 2, 4, 6])]
+)
+def test_few_images_are_pairs_of_fewer_prompts(prompts, images, drawn):
+    """Of the five validation prompts 0, 2, ... 8, spread over the list; at least two."""
+    found = run(RewardEvaluation(path=prompts, images=images, steps=2), number)
+    assert len(found.by_prompt) == len(drawn)
+    known = found.by_prompt[~found.by_prompt.isnan()].tolist()
+    assert known == drawn[: min(images, len(drawn))]
+    assert math.isnan(found.monitors["diversity"]) == (images == 1)
 
 
 def test_jsonl_prompts_keep_their_metadata(tmp_path):
@@ -110,8 +114,8 @@ def test_jsonl_prompts_keep_their_metadata(tmp_path):
         known.extend(metadata)
         return [0.0] * len(texts)
 
-    run(RewardEvaluation(path=path, key="text", images=5, steps=2), reward)
-    assert known == [{"number": number} for number in range(0, 10, 2)]
+    run(RewardEvaluation(path=path, key="text", images=10, steps=2), reward)
+    assert known == [{"number": number} for number in range(0, 10, 2) for _ in range(2)]
 
 
 def test_a_gain_is_judged_prompt_by_prompt(prompts):
@@ -166,6 +170,6 @@ def test_wrong_input_shows_before_a_run(tmp_path, prompts):
 
 
 def test_noise_is_the_same_every_time(prompts):
-    evaluation = RewardEvaluation(path=prompts, images=5, steps=2)
+    evaluation = RewardEvaluation(path=prompts, images=4, steps=2)
     first, second = (run(evaluation, number) for _ in range(2))
     assert torch.equal(first.images, second.images)

@@ -277,7 +277,6 @@ def test_a_run_is_not_resumed_on_another_model(folders, trained, tmp_path):
 SMALL = (
     "prompts.per_iteration=2", "allocation.group_size=4", "reward.value=graded",
     "sampling.batch_size=4", "optimizer.micro_batch=4", "run.iterations=2",
-    "objective.minibatches=2",
 )  # fmt: skip
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self
 
 from pydantic import Field
+from scipy import stats
 from torch import Tensor
 
 from entroflow.component import Component
@@ -41,6 +43,16 @@ class Score:
     low: float
     high: float
     images: int
+
+
+def mean_over_prompts(by_prompt: Tensor) -> tuple[float, float, float]:
+    """Mean of the values [P] that are numbers, and its 95% interval by a t-test; else NaN."""
+    known = by_prompt[~by_prompt.isnan()]
+    mean, half = known.mean().item(), math.nan
+    if len(known) > 1:
+        error = known.std().item() / math.sqrt(len(known))
+        half = float(stats.t.ppf(0.975, len(known) - 1)) * error
+    return mean, mean - half, mean + half
 
 
 @dataclass(frozen=True)

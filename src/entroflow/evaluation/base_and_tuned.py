@@ -10,9 +10,12 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from scipy import stats
-
-from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, Score
+from entroflow.evaluation.base import (
+    Evaluated,
+    HeldOutEvaluation,
+    Score,
+    mean_over_prompts,
+)
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
 from entroflow.rewards.base import Reward
@@ -70,7 +73,8 @@ def compare_with_base(
     # A score that is no number compares with none: such a scale is never the best.
     known = {scale: score.value for scale, score in tried.items() if score.value == score.value}
     best = max(known, key=lambda scale: known[scale], default=evaluation.guidance)
-    found, models = {}, {}
+    found: dict[str, Evaluated] = {}
+    models = {}
     for name, weights, scale in (
         ("base", "reference", evaluation.guidance),
         ("base_guided", "reference", best),
@@ -79,10 +83,13 @@ def compare_with_base(
         if name == "tuned" and not with_tuned:
             continue
         varied = evaluation.model_copy(update={"guidance": scale})
-        with policy.weights(weights):
-            found[name] = varied.run(
-                policy, seed=seed, batch_size=batch_size, reward=reward, ledger=ledger
-            )
+        if name == "base_guided" and scale == evaluation.guidance:
+            found[name] = found["base"]
+        else:
+            with policy.weights(weights):
+                found[name] = varied.run(
+                    policy, seed=seed, batch_size=batch_size, reward=reward, ledger=ledger
+                )
         models[name] = {
             "guidance": scale,
             "passes": policy.evaluations(scale),
@@ -119,13 +126,8 @@ def _gain(base: Evaluated, tuned: Evaluated) -> dict[str, float]:
     were independent, which is wide (MOVER).
     """
     if base.by_prompt is not None and tuned.by_prompt is not None:
-        change = tuned.by_prompt - base.by_prompt
-        change = change[~change.isnan()]
-        gain, half = change.mean().item(), math.nan
-        if len(change) > 1:
-            error = change.std().item() / math.sqrt(len(change))
-            half = float(stats.t.ppf(0.975, len(change) - 1)) * error
-        return {"value": gain, "low": gain - half, "high": gain + half}
+        gain, low, high = mean_over_prompts(tuned.by_prompt - base.by_prompt)
+        return {"value": gain, "low": low, "high": high}
     before, after = base.scores["overall"], tuned.scores["overall"]
     gain = after.value - before.value
     return {

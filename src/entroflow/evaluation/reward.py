@@ -8,12 +8,16 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from scipy import stats
-from torch import Tensor
 
 from entroflow.errors import InputError
 from entroflow.evaluation import image_statistics
-from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, Measure, Score
+from entroflow.evaluation.base import (
+    Evaluated,
+    HeldOutEvaluation,
+    Measure,
+    Score,
+    mean_over_prompts,
+)
 from entroflow.evaluation.images import draw, shares
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
@@ -30,7 +34,8 @@ class RewardEvaluation(HeldOutEvaluation):
     """Mean reward of ODE samples of held-out prompts, the same prompts and noise every time.
 
     The prompts of the file are dealt in turn: the first is for validation, the second for the test.
-    Every prompt counts alike, however many of its images have a reward.
+    Every prompt counts alike, however many of its images have a reward. Where there are too few
+    images for two of each prompt, prompts are left out: diversity needs two.
     """
 
     measure: ClassVar[Measure] = Measure(
@@ -64,7 +69,7 @@ class RewardEvaluation(HeldOutEvaluation):
         """
         if reward is None:
             raise InputError("an evaluation by reward needs the reward of the run.")
-        prompts = self.prompts(self.split)
+        prompts = _spread(self.prompts(self.split), self.images // 2)
         drawn = draw(
             policy, prompts, shares(self.images, len(prompts)),
             steps=self.steps, guidance=self.guidance, seed=seed, batch_size=batch_size,
@@ -77,7 +82,7 @@ class RewardEvaluation(HeldOutEvaluation):
         examples = examples[:EXAMPLES]
         images = drawn.images
         return Evaluated(
-            scores={"overall": _mean_over_prompts(by_prompt, len(images))},
+            scores={"overall": Score(*mean_over_prompts(by_prompt), images=len(images))},
             reward=by_prompt.nanmean().item(),
             monitors={
                 "diversity": image_statistics.diversity(images, drawn.prompt),
@@ -115,11 +120,7 @@ class RewardEvaluation(HeldOutEvaluation):
         return {"validation": found[::2], "test": found[1::2]}
 
 
-def _mean_over_prompts(by_prompt: Tensor, images: int) -> Score:
-    """The mean, with the interval of a t-test over prompts; NaN where fewer than two have one."""
-    known = by_prompt[~by_prompt.isnan()]
-    mean, half = known.mean().item(), torch.nan
-    if len(known) > 1:
-        error = known.std().item() / len(known) ** 0.5
-        half = float(stats.t.ppf(0.975, len(known) - 1)) * error
-    return Score(mean, mean - half, mean + half, images)
+def _spread(prompts: list[Prompt], most: int) -> list[Prompt]:
+    """At most so many of the prompts, and at least two, evenly over the list."""
+    number = min(len(prompts), max(2, most))
+    return [prompts[i * len(prompts) // number] for i in range(number)]

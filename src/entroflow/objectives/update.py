@@ -74,7 +74,7 @@ def update(
     forward = _Forward(policy, kernel, cond, guidance)
     statistics = UpdateStatistics()
     if not objective.needs_reference:
-        statistics.kl = _kl_to_reference(forward, transitions, ledger)
+        statistics.kl = _kl_to_reference(forward, transitions, micro_batch, ledger)
     dimensions = transitions.states[0].numel()
     gathered: dict[str, list[Tensor]] = {}
     first, first_kl = True, []
@@ -156,16 +156,22 @@ class _Forward:
 
 
 @torch.no_grad()
-def _kl_to_reference(forward: _Forward, transitions: Transitions, ledger: Ledger) -> float:
+def _kl_to_reference(
+    forward: _Forward, transitions: Transitions, micro_batch: int, ledger: Ledger
+) -> float:
     """Mean over transitions spread evenly over the table.
 
     The passes serve a run-time check alone and are counted apart: no part of the method's cost.
     """
     n = min(KL_SAMPLE, len(transitions))
     sample = transitions.take(torch.linspace(0, len(transitions) - 1, n).long())
-    kl = kl_divergence(forward(sample), forward.reference(sample), sample.std)
-    ledger.check_evaluations += 2 * forward.evaluations(sample)
-    return kl.mean().item()
+    kl = []
+    everything = torch.ones(n, dtype=torch.bool)
+    for chunk in _same_state_chunks(sample.state, everything, micro_batch):
+        part = sample.take(chunk)
+        kl.append(kl_divergence(forward(part), forward.reference(part), part.std))
+        ledger.check_evaluations += 2 * forward.evaluations(part)
+    return torch.cat(kl).mean().item()
 
 
 def _minibatches(

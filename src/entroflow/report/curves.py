@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import cycle, pairwise
 from typing import Any
 
+from entroflow.checkpoints import finite
 from entroflow.evaluation.base import Measure
 from entroflow.report.wording import Interval, number
 
@@ -538,4 +539,5 @@ def _figure(
         "xaxis": axis | {"title": {"text": "iteration"}} | (xaxis or {}),
         "yaxis": axis | (yaxis or {}),
     }
-    return {"data": list(traces), "layout": layout}
+    # JSON has no NaN; a figure leaves out what is None.
+    return {"data": finite(list(traces)), "layout": layout}

@@ -112,8 +112,8 @@ def _compared(evaluation: Mapping[str, Any], measure: Measure, complete: bool) -
         verdict = "A clear gain: the 95% interval of the difference lies above 0."
     elif gain.high < 0:
         verdict = "A clear loss: the 95% interval of the difference lies below 0."
-    elif math.isnan(gain.value):
-        verdict = "No prompt could be judged under both."
+    elif math.isnan(gain.low):
+        verdict = "Too few prompts could be judged under both to say what the gain is worth."
     else:
         verdict = "No clear difference: the 95% interval of the difference includes 0."
     verdict += f" Intervals are over {measure.over} of this one run, not over training seeds."
@@ -217,7 +217,7 @@ def is_unseen(evaluation: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:
     """Whether the run can have learnt or chosen nothing on the prompts of the comparison."""
     training, watched = recipe["prompts"], recipe["evaluation"]
     splits = (training.get("split"), watched.get("split"))
-    known = training.get("type") == "shapes" and None not in splits
+    known = training.get("type") == watched.get("type") == "shapes" and None not in splits
     return known and evaluation["split"] not in splits
 
 

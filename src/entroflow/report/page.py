@@ -62,10 +62,13 @@ def _content(folder: RunFolder) -> dict[str, Any]:
     complete = bool(metrics) and run.share_done(spent(metrics[-1])) >= 1
     path = folder.path / EVALUATION
     evaluation = read_object(path) if path.is_file() else {}
+    if evaluation and "measure" not in evaluation:
+        raise RunError(f"{path} is of an older version; remove it to do without.")
     names, measure = outcome.model_names(evaluation), outcome.measure_of(metrics, evaluation)
     relative = outcome.ratios(metrics)
     checkpointed, state = _latest_state(folder)
     scores = outcome.scores_by_skill(evaluation)
+    progress = examples.over_iterations(folder, done)
     return {
         "recipe": recipe,
         "recipe_yaml": recipe_yaml,
@@ -82,7 +85,8 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "stages": outcome.stages(state, evaluation),
         "checkpointed": checkpointed,
         "curves": curves.score_and_reward(metrics, measure, prompts),
-        "progress": examples.over_iterations(folder, done),
+        "progress": progress,
+        "caption": shlex.quote(progress.rows[0][0] if progress else "a caption"),
         "scores": scores,
         "compared_prompts": outcome.prompts_of(evaluation),
         "unseen": outcome.is_unseen(evaluation, recipe.resolved) if scores else False,

@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft import get_peft_model_state_dict
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import save
 from torch import Tensor
 
@@ -35,6 +35,8 @@ from entroflow.policies.diffusers.lora import (
 from entroflow.policies.diffusers.memory import Memory, memory_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MOST_IN_MEMORY = 512
+"""Prompts whose embeddings are in memory where they are on disk, too: some MB each."""
 ENCODED_AT_ONCE = 16
 """Prompts in one call of the text encoders."""
 
@@ -81,6 +83,15 @@ class DiffusersConfig(Component):
     cache: Path | None = Field(None, description="folder that keeps text embeddings")
     tiled_vae: bool = Field(False, description="decode in tiles, to save memory")
 
+    @model_validator(mode="after")
+    def _one_kind_of_training(self) -> Self:
+        if self.lora_rank is None and (self.lora_start is not None or self.reference == "base"):
+            raise ValueError(
+                "lora_start and reference: base are for a LoRA, but lora_rank is null: the whole "
+                "transformer is trained"
+            )
+        return self
+
     def over(self, pipeline: Any) -> DiffusersPolicy:
         """The policy over a pipeline that is there already."""
         raise NotImplementedError
@@ -93,7 +104,10 @@ class DiffusersConfig(Component):
 
     def memory(self, *, guidance: float, batch_size: int, micro_batch: int) -> Memory:
         """What a run takes on the device, computed without loading any weights; see `memory_of`."""
-        return memory_of(self, guidance=guidance, batch_size=batch_size, micro_batch=micro_batch)
+        return memory_of(
+            self, guidance=guidance, batch_size=batch_size, micro_batch=micro_batch,
+            prompts_at_once=ENCODED_AT_ONCE,
+        )  # fmt: skip
 
 
 class DiffusersPolicy:
@@ -144,6 +158,8 @@ class DiffusersPolicy:
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Text embeddings, on the CPU; each prompt is encoded once and remembered."""
+        if self.settings.cache is not None and len(self._embeddings) > MOST_IN_MEMORY:
+            self._embeddings.clear()
         missing = [text for text in dict.fromkeys(prompts) if text not in self._embeddings]
         unknown = [text for text in missing if not self._recall(text)]
         if unknown:
@@ -169,8 +185,7 @@ class DiffusersPolicy:
         """
         there = self._device
         tensors = {name: value.to(there) for name, value in cond.tensors.items()}
-        mixed = self.dtype != torch.float32
-        with torch.autocast(there.type, self.dtype, enabled=mixed, cache_enabled=False):
+        with self._mixed():
             velocity = self._predict(
                 x.to(there, self.dtype), sigma.to(there, torch.float32), tensors, guidance
             )
@@ -203,11 +218,13 @@ class DiffusersPolicy:
         """Latents [P, *latent_shape] that the pipeline's own call leads x to, on its own grid."""
         self._wake_encoders()
         side = self.settings.resolution
-        found: Tensor = self.pipeline(
-            list(prompts), height=side, width=side, num_inference_steps=steps,
-            guidance_scale=guidance, latents=self._packed(x.to(self._device)),
-            output_type="latent", max_sequence_length=self.settings.tokens, **self._call_options(),
-        ).images  # fmt: skip
+        with self._mixed():
+            found: Tensor = self.pipeline(
+                list(prompts), height=side, width=side, num_inference_steps=steps,
+                guidance_scale=guidance, latents=self._packed(x.to(self._device)),
+                output_type="latent", max_sequence_length=self.settings.tokens,
+                **self._call_options(),
+            ).images  # fmt: skip
         self._rest_encoders()
         return self._unpacked(found).float().cpu()
 
@@ -265,6 +282,11 @@ class DiffusersPolicy:
         return {}
 
     # --- the rest ------------------------------------------------------------------------------
+
+    def _mixed(self) -> torch.autocast:
+        """Products in the precision of the settings."""
+        mixed = self.dtype != torch.float32
+        return torch.autocast(self._device.type, self.dtype, enabled=mixed, cache_enabled=False)
 
     def stay_on(self, device: str) -> None:
         """Compute there from now on; the modules are there already."""

@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,6 +27,8 @@ from entroflow.policies.base import Condition
 if TYPE_CHECKING:
     from entroflow.policies.diffusers.base import DiffusersConfig, DiffusersPolicy
 
+FLOAT32_ON_CUDA = {nn.functional.layer_norm, nn.functional.group_norm, nn.functional.softmax}
+"""What CUDA's autocast computes in float32 and that of the CPU does not."""
 KEPT_COPIES = 4
 """Of what is trained, without gradients: AdamW's two moments, moving average, reference."""
 
@@ -49,7 +52,12 @@ class Memory:
 
 
 def memory_of(
-    settings: DiffusersConfig, *, guidance: float, batch_size: int, micro_batch: int
+    settings: DiffusersConfig,
+    *,
+    guidance: float,
+    batch_size: int,
+    micro_batch: int,
+    prompts_at_once: int,
 ) -> Memory:
     """What a run needs.
 
@@ -57,6 +65,7 @@ def memory_of(
         guidance: of sampling.
         batch_size: images in one network call.
         micro_batch: states in one forward and backward pass.
+        prompts_at_once: in one call of the text encoders.
 
     Raises:
         InputError: no configuration of a pipeline is found.
@@ -70,9 +79,8 @@ def memory_of(
         "gradients, AdamW, moving average, reference": (1 + KEPT_COPIES) * trained,
         "VAE": _bytes(_tensors(vae)),
     }
-    passing = {}
-    with FakeTensorMode():
-        for module in (transformer, vae):
+    with FakeTensorMode(), _AsOnCuda():
+        for module in (transformer, vae, *policy.encoders()):
             _fill(module)
         policy.stay_on("cpu")
         held = [*_tensors(transformer), *_tensors(vae)]
@@ -93,16 +101,30 @@ def memory_of(
             pass_through(batch_size)
         with Appearing(held) as decoding:
             policy.decode(torch.empty(1, *policy.latent_shape))
-        passing = {
-            "a training pass": training.most,
-            "a sampling pass": sampling.most,
-            "decoding an image": decoding.most,
-        }
+        encoding = max(_encoding(policy, encoder, prompts_at_once) for encoder in policy.encoders())
+    passing = {
+        "a training pass": training.most,
+        "a sampling pass": sampling.most,
+        # The roots of AdamW's second moments, for all weights at once.
+        "an optimizer step": trained,
+        "decoding an image": decoding.most,
+        "encoding prompts": encoding,
+    }
     if settings.offload_encoders:
-        passing["encoding prompts"] = encoders
+        passing["encoding prompts"] += encoders
     else:
         kept["text encoders"] = encoders
     return Memory(kept, passing)
+
+
+def _encoding(policy: DiffusersPolicy, encoder: nn.Module, prompts: int) -> int:
+    """What one text encoder holds beside its weights while it encodes."""
+    config: Any = encoder.config
+    tokens = getattr(config, "max_position_embeddings", policy.settings.tokens)
+    ids = torch.zeros(prompts, tokens, dtype=torch.long)
+    with Appearing(_tensors(encoder)) as seen, torch.no_grad():
+        encoder(ids, output_hidden_states=config.model_type != "t5")
+    return int(seen.most)
 
 
 def _without_values(settings: DiffusersConfig) -> DiffusersPolicy:
@@ -115,13 +137,13 @@ def _without_values(settings: DiffusersConfig) -> DiffusersPolicy:
         ) from None
     components: dict[str, Any] = {}
     for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list | tuple) or entry[0] is None:
+        if name.startswith("_") or not isinstance(entry, list | tuple):
             continue
         library, kind = entry
-        chosen = getattr(importlib.import_module(library), kind)
-        components[name] = _hollow(settings, name, chosen)
+        chosen = None if library is None else getattr(importlib.import_module(library), kind)
+        components[name] = None if chosen is None else _hollow(settings, name, chosen)
     chosen = getattr(importlib.import_module("diffusers"), index["_class_name"])
-    # A LoRA of the user's is as large as one that it may be given by its rank.
+    # A LoRA of the user's is taken to be as large as lora_rank and lora_targets say.
     without = {
         "device": "meta", "lora_start": None, "reference": "start", "compile": False,
         "offload_encoders": False,
@@ -162,6 +184,18 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class _AsOnCuda(TorchFunctionMode):
+    """Within, a norm has its input in float32 under autocast, as on CUDA; so has what follows."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch."""
+        if func in FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
+            args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
+        return func(*args, **(kwargs or {}))
 
 
 class Appearing(TorchDispatchMode):
