@@ -16,23 +16,12 @@ from entroflow.recipe import load_recipe, shipped_recipes
 pytest.importorskip("diffusers")
 
 from entroflow.policies.diffusers.sd3 import SD3Policy
-from entroflow.policies.diffusers.stand_ins import STAND_INS
 
 CHECKS = [
     "recipe", "memory", "model", "prompts", "plan", "parity", "reward", "batches", "disk",
     "on-policy", "cost",
 ]  # fmt: skip
 TINY = ("policy.resolution=32", "policy.tokens=24", "policy.precision=fp32")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Where the tiny pipelines are saved."""
-    made = {}
-    for kind, stand_in in STAND_INS.items():
-        made[kind] = tmp_path_factory.mktemp(kind)
-        stand_in().save_pretrained(made[kind])
-    return made
 
 
 @pytest.fixture

@@ -35,16 +35,6 @@ PROMPTS = ["a red circle left of a blue square", "two zebras"]
 SIZE, TOKENS = 32, 24
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Where the tiny pipelines are saved."""
-    made = {}
-    for kind, stand_in in STAND_INS.items():
-        made[kind] = tmp_path_factory.mktemp(kind)
-        stand_in().save_pretrained(made[kind])
-    return made
-
-
 @pytest.fixture
 def built(folders):
     """Builds a policy of a kind with changed settings."""

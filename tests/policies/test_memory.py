@@ -11,22 +11,12 @@ from entroflow.errors import InputError
 pytest.importorskip("diffusers")
 
 from entroflow.policies.diffusers.flux import FluxConfig
-from entroflow.policies.diffusers.memory import Appearing, _AsOnCuda
+from entroflow.policies.diffusers.memory import Appearing, _as_on_cuda
 from entroflow.policies.diffusers.sd3 import SD3Config
 from entroflow.policies.diffusers.stand_ins import STAND_INS
 
 CONFIGS = {"sd3": SD3Config, "flux": FluxConfig}
 BATCH, GUIDANCE = 4, 4.5
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Where the tiny pipelines are saved."""
-    made = {}
-    for kind, stand_in in STAND_INS.items():
-        made[kind] = tmp_path_factory.mktemp(kind)
-        stand_in().save_pretrained(made[kind])
-    return made
 
 
 @pytest.fixture
@@ -149,7 +139,7 @@ def test_a_folder_without_a_pipeline_is_named(tmp_path):
 def test_norms_give_float32_under_autocast_as_on_cuda():
     """On the CPU they would stay in half precision, and less would be held than on a GPU."""
     x = torch.ones(2, 8, dtype=torch.bfloat16)
-    with _AsOnCuda():
+    with _as_on_cuda():
         plain = torch.nn.functional.layer_norm(x, (8,))
         with torch.autocast("cpu", torch.bfloat16):
             cast = torch.nn.LayerNorm(8)(x)
@@ -158,8 +148,12 @@ def test_norms_give_float32_under_autocast_as_on_cuda():
     assert product.dtype == torch.bfloat16
 
 
-def test_half_precision_holds_less_in_passes(config):
-    whole, half = (computed(config("sd3", precision=p)).passing for p in ("fp32", "bf16"))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_half_precision_holds_less_in_passes(config, checkpointing):
+    whole, half = (
+        computed(config("sd3", precision=p, gradient_checkpointing=checkpointing)).passing
+        for p in ("fp32", "bf16")
+    )
     for name in ("a training pass", "a sampling pass"):
         assert 0.4 < half[name] / whole[name] < 1
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,7 +27,7 @@ from entroflow.policies.base import Condition
 if TYPE_CHECKING:
     from entroflow.policies.diffusers.base import DiffusersConfig, DiffusersPolicy
 
-FLOAT32_ON_CUDA = {nn.functional.layer_norm, nn.functional.group_norm, nn.functional.softmax}
+FLOAT32_ON_CUDA = ("layer_norm", "group_norm", "softmax")
 """What CUDA's autocast computes in float32 and that of the CPU does not."""
 KEPT_COPIES = 4
 """Of what is trained, without gradients: AdamW's two moments, moving average, reference."""
@@ -79,7 +79,7 @@ def memory_of(
         "gradients, AdamW, moving average, reference": (1 + KEPT_COPIES) * trained,
         "VAE": _bytes(_tensors(vae)),
     }
-    with FakeTensorMode(), _AsOnCuda():
+    with FakeTensorMode(), _as_on_cuda():
         for module in (transformer, vae, *policy.encoders()):
             _fill(module)
         policy.stay_on("cpu")
@@ -186,16 +186,30 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-class _AsOnCuda(TorchFunctionMode):
-    """Within, a norm has its input in float32 under autocast, as on CUDA; so has what follows."""
+@contextmanager
+def _as_on_cuda() -> Iterator[None]:
+    """Within, norms have their input in float32 under autocast, as on CUDA; so has what follows.
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Call a function of torch."""
-        if func in FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
-            args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
-        return func(*args, **(kwargs or {}))
+    The functions themselves are replaced for the time, as a pass that is computed again in the
+    backward pass knows no mode of the forward pass.
+    """
+
+    def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def called(*args: Any, **kwargs: Any) -> Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
+            return function(*args, **kwargs)
+
+        return called
+
+    before = {name: getattr(nn.functional, name) for name in FLOAT32_ON_CUDA}
+    for name, function in before.items():
+        setattr(nn.functional, name, in_float32(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(nn.functional, name, function)
 
 
 class Appearing(TorchDispatchMode):
