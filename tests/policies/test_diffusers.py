@@ -87,7 +87,7 @@ def test_without_noise_a_rollout_is_the_pipelines_own_image(built, kind, steps, 
     assert wanted.std() > 0.05
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     again = policy.decode(policy.by_pipeline(PROMPTS, x, steps, guidance))
-    torch.testing.assert_close(again, wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(again, wanted, rtol=0, atol=1e-5)
     other = policy.decode(sampled(policy, x, steps, guidance + 3))
     assert (other - found).abs().max() > 1e-3
 
@@ -139,7 +139,7 @@ def test_a_prompt_is_encoded_once_and_kept_on_disk(built, kind, tmp_path):
     assert asked == []
     for name, value in wanted.tensors.items():
         assert torch.equal(found.tensors[name], value[[1, 0, 1]])
-    assert not torch.equal(value[0], value[1])
+    assert not torch.equal(*wanted.tensors["embedded"])
     longer = built(kind, cache=tmp_path, tokens=TOKENS + 1).encode(PROMPTS).tensors["embedded"]
     assert longer.shape[1] == wanted.tensors["embedded"].shape[1] + 1
 
