@@ -118,7 +118,9 @@ def check_control(name: str = "quickstart") -> None:
     assert abs(np.mean(rises)) < 3 * standard_error, (np.mean(rises), standard_error)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "flow_grpo", "e_grpo"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", "flow_grpo", pytest.param("e_grpo", marks=pytest.mark.slow)]
+)
 def test_shuffled_rewards_do_not_move_the_expected_reward(name):
     """The control: everything is as it was, but over twelve seeds E[reward] neither rises nor
     falls, within 3 standard errors, each of them below 0.1 of what the steps could reach.

@@ -270,7 +270,13 @@ SMALL = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", shipped_recipes("shapes"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("quickstart", "e_grpo") else pytest.mark.slow)
+        for name in shipped_recipes("shapes")
+    ],
+)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_recipes_run_unchanged_but_for_the_policy(folders, kind, name, caplog):
     """On-policy ratio 1 and KL 0 in the first iteration, and a step of the weights in each."""
