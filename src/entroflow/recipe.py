@@ -71,6 +71,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
     },
     "credit": {
         "terminal": "entroflow.credit.terminal.Terminal",
+        "turning_points": "entroflow.credit.turning_points.TurningPoints",
         "shuffled": "entroflow.credit.shuffled.Shuffled",
     },
     "objective": {
