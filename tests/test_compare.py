@@ -334,6 +334,16 @@ def test_a_rate_is_given_once(tmp_path):
         )  # fmt: skip
 
 
+def test_results_of_an_older_version_are_refused(tmp_path):
+    old = {**result_of("one", 0, 0.5), "recipe_hash": "", "base": ""}
+    del old["test"]["measure"]
+    (tmp_path / "results.json").write_text(json.dumps({"results": [old]}))
+    with pytest.raises(InputError, match="is of an older version; give another --out"):
+        compare.stored_results(tmp_path)
+
+
 def test_the_rate_is_chosen_by_the_last_validation_score():
     better = result_of("one", 0, strict=0.1, validation=0.7)
+    failed = result_of("one", 0, strict=0.9, validation=None)
+    assert best_by_validation([failed, better]) is better
     assert best_by_validation([result_of("one", 0, strict=0.9, validation=0.6), better]) is better

@@ -147,7 +147,10 @@ def evaluation_table(summary: dict[str, Any]) -> Table:
         "base_guided": f"base, guidance {summary['best_guidance']:g}",
         "tuned": "tuned",
     }
-    models = summary["models"]
+    models = dict(summary["models"])
+    if summary["best_guidance"] == summary["guidance"]:
+        # Nothing suits the base better: the column would only repeat it.
+        models.pop("base_guided")
     images = models["base"]["scores"]["overall"]["images"]
     table = Table(
         title=f"{summary['measure']['name']} on {summary['split']} prompts, {images} images, "

@@ -350,6 +350,13 @@ def test_wrong_settings_are_refused_in_one_line(built, kind, settings, said):
     assert "\n" not in str(refused.value)
 
 
+def test_larger_images_than_the_model_draws_are_refused(built):
+    """The stand-in has places for 32 x 32 patches of 2 x 2 latents of 2 x 2 pixels."""
+    assert built("sd3", resolution=128).latent_shape[1:] == (64, 64)
+    with pytest.raises(InputError, match="resolution is 132, but this model draws up to 128"):
+        built("sd3", resolution=132)
+
+
 def test_who_lacks_the_extra_is_told_its_name(monkeypatch):
     monkeypatch.delitem(sys.modules, "entroflow.policies.diffusers.flux")
     monkeypatch.setitem(sys.modules, "diffusers", None)

@@ -349,6 +349,69 @@ def test_no_gain_is_called_no_gain(make_run):
     assert len(page.named("img")) == len(CAPTIONS) * (5 + 2)
 
 
+def by_reward(value, low, high, tried=(3.5,)):
+    """The summary of an evaluation by reward: one score of each model, on any scale."""
+    model = {
+        "passes": 1,
+        "scores": {"overall": score(value, low, high)},
+        "monitors": {"detail": 0.1},
+    }
+    return {
+        "measure": {"name": "reward", "reading": "The mean reward.", "over": "prompts and noise"},
+        "split": "test", "steps": 28, "guidance": 3.5, "best_guidance": 3.5,
+        "guidance_tried": [{"guidance": scale, **score(value, low, high)} for scale in tried],
+        "models": dict.fromkeys(("base", "base_guided", "tuned"), model),
+        "gain": {"value": 0.021, "low": 0.012, "high": 0.03},
+        "cost": SUMMARY["cost"],
+    }  # fmt: skip
+
+
+def test_scores_on_another_scale_are_shown_as_exactly_as_they_are_known(make_run):
+    folder = make_run()
+    write_text(folder.path / EVALUATION, json.dumps(by_reward(-15.298, -15.313, -15.281)))
+    lines = [line | {"measure": by_reward(0, 0, 0)["measure"]} for line in folder.metrics()]
+    write_text(folder.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    page = read(folder)
+    assert "Reward on test prompts base −15.30 [−15.31, −15.28]" in page.text
+    assert "gain +0.021 [+0.012, +0.030]" in page.text
+    assert "Intervals are over prompts and noise of this one run" in page.text
+    assert "The mean reward. Brackets hold 95% intervals." in page.text
+    assert "The score is the reward itself, on other prompts" in page.text
+    assert "Bars are" not in page.text
+    assert "guidance scale" not in page.text
+
+
+def test_scores_that_are_not_known_are_dashes(make_run):
+    """Where every reward of the comparison failed; the figures stay whole."""
+    folder = make_run()
+    summary = by_reward(None, None, None)
+    summary["gain"] = dict.fromkeys(summary["gain"])
+    write_text(folder.path / EVALUATION, json.dumps(summary))
+    page = read(folder)
+    assert "base – [–, –]" in page.text
+    assert "Too few prompts could be judged under both" in page.text
+    several = SUMMARY["models"]["base"]["scores"] | {"counting": score(None, None, None)}
+    models = {**SUMMARY["models"], "base": {**SUMMARY["models"]["base"], "scores": several}}
+    write_text(folder.path / EVALUATION, json.dumps({**SUMMARY, "models": models}))
+    page = read(folder)
+    assert "NaN" not in page.text
+    (base,) = (
+        trace
+        for figure in page.figures
+        for trace in figure["data"]
+        if trace.get("type") == "bar" and trace["name"] == "base"
+    )
+    assert base["y"][base["x"].index("counting")] is None
+
+
+def test_an_evaluation_of_an_older_version_is_named(make_run):
+    folder = make_run()
+    old = {key: value for key, value in SUMMARY.items() if key != "measure"}
+    write_text(folder.path / EVALUATION, json.dumps(old))
+    with pytest.raises(RunError, match="is of an older version; remove it"):
+        write_report(folder)
+
+
 def test_prompts_and_guidance_are_those_of_the_recipe_and_the_comparison(make_run):
     """Nothing is called validation, test or costly by habit."""
     folder = make_run()

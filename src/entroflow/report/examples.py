@@ -12,6 +12,8 @@ from PIL import Image
 
 from entroflow.runs import RunError, RunFolder, read_object
 
+SMALL = 96
+"""Pixels; images up to this are shown so wide, pixel by pixel."""
 LARGEST = 192
 """Pixels; larger images are shown reduced to this, so that the page stays small."""
 MOST_BETWEEN = 3
@@ -34,18 +36,20 @@ class ExampleGrid:
         columns: [c] headings.
         right: [c] how many images of the column are strictly right (None: not judged).
         rows: [n] caption and one image per column.
+        large: whether images have more pixels than `SMALL` along a side.
         reduced: whether the images are shown smaller than they are.
     """
 
     columns: Sequence[str]
     right: Sequence[int | None]
     rows: Sequence[tuple[str, Sequence[Example]]]
+    large: bool
     reduced: bool
 
     @property
     def abreast(self) -> int:
         """How many parts of the grid fit side by side on a wide screen."""
-        return max(1, (6 if self.reduced else 12) // (len(self.columns) + 1))
+        return max(1, (6 if self.large else 12) // (len(self.columns) + 1))
 
     @property
     def judged(self) -> bool:
@@ -77,6 +81,7 @@ def example_grid(folder: RunFolder, columns: Sequence[tuple[str, str]]) -> Examp
         columns=[heading for heading, *_ in whole],
         right=[_right(examples) for examples in parts],
         rows=list(zip(captions, zip(*parts, strict=True), strict=True)),
+        large=any(side > SMALL for *_, side in whole),
         reduced=any(side > LARGEST for *_, side in whole),
     )
 

@@ -205,6 +205,8 @@ def guidance_note(evaluation: Mapping[str, Any]) -> str:
     models = evaluation["models"]
     scales = ", ".join(f"{found['guidance']:g}" for found in evaluation["guidance_tried"])
     tried = f"on validation prompts (tried: {scales})"
+    if len(evaluation["guidance_tried"]) == 1:
+        return ""
     if not guided_name(evaluation):
         return f"No other guidance scale suits the base better {tried}."
     guided, plain = models["base_guided"]["passes"], models["base"]["passes"]

@@ -92,7 +92,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "unseen": outcome.is_unseen(evaluation, recipe.resolved) if scores else False,
         "guidance_note": outcome.guidance_note(evaluation) if scores else "",
         "compared_setting": outcome.setting(evaluation) if scores else "",
-        "skill_figure": curves.by_skill(scores, measure) if scores else None,
+        "skill_figure": curves.by_skill(scores, measure) if _has_skills(scores) else None,
         "compared_examples": examples.example_grid(
             folder, [(f"test_{model}", name) for model, name in names.items()]
         ),
@@ -122,6 +122,11 @@ def _extent(run: Run, metrics: Sequence[Mapping[str, Any]]) -> str:
 def _longer(run: Run) -> str:
     """The change that lets a complete run go on for as long again."""
     return " ".join(f"run.{key}={2 * end or 100:g}" for key, end in run.ends.items())
+
+
+def _has_skills(scores: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether there is more than one score of each model."""
+    return any(len(by_skill) > 1 for by_skill in scores.values())
 
 
 def _is_curve(relative: curves.Ratios) -> bool:

@@ -9,6 +9,7 @@ arguments in and its result back, so no algorithm knows of a device.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -269,6 +270,10 @@ class DiffusersPolicy:
         """Channels of the latents."""
         raise NotImplementedError
 
+    def _largest_latent(self) -> float:
+        """Most values along a side of the latents."""
+        return math.inf
+
     def _packed(self, x: Tensor) -> Tensor:
         """Latents as the pipeline's call takes them."""
         return x
@@ -302,7 +307,12 @@ class DiffusersPolicy:
             raise InputError(
                 f"policy.resolution is {side}, but must be a multiple of {factor} for this model."
             )
-        return self._channels(), 2 * side // factor, 2 * side // factor
+        latent, most = 2 * side // factor, self._largest_latent()
+        if latent > most:
+            raise InputError(
+                f"policy.resolution is {side}, but this model draws up to {most * factor // 2}."
+            )
+        return self._channels(), latent, latent
 
     def encoders(self) -> list[torch.nn.Module]:
         """The text encoders of the pipeline."""

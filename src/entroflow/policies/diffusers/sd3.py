@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -104,6 +105,10 @@ class SD3Policy(DiffusersPolicy):
 
     def _call_options(self) -> dict[str, Any]:
         return {"negative_prompt": self.settings.negative_prompt}
+
+    def _largest_latent(self) -> float:
+        config = self.pipeline.transformer.config
+        return (config.pos_embed_max_size or math.inf) * int(config.patch_size)
 
     def _channels(self) -> int:
         return int(self.pipeline.transformer.config.in_channels)
