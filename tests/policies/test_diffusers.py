@@ -5,6 +5,7 @@ What they must equal is the stock pipeline's own call, from the same latents.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -329,6 +330,33 @@ def test_the_transformer_runs_as_often_as_predicted(folders, name, evaluations):
     assert line["policy/skipped"] == 0
     assert evaluations == expected == line["ledger/network_evaluations"]
     assert sum(images) == evaluations + line["ledger/check_evaluations"]
+
+
+def redness(images, prompts, metadata):
+    """Mean red over the mean of the others."""
+    return (images[:, 0] - images[:, 1:].mean(dim=1)).mean(dim=(1, 2)).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_lora_learns_a_reward(folders, tmp_path, kind):
+    """From the recipe to the comparison with the base: every prompt gets redder, clearly."""
+    run = entroflow.train(
+        f"{'sd35' if kind == 'sd3' else 'flux'}_flow_grpo_fast",
+        [
+            f"policy.model={folders[kind]}", f"policy.resolution={SIZE}", f"policy.tokens={TOKENS}",
+            "policy.precision=fp32", f"reward.type={__name__}.redness", "sampling.batch_size=32",
+            "prompts.per_iteration=2", "allocation.group_size=16", "optimizer.micro_batch=32",
+            "optimizer.learning_rate=0.003", "optimizer.ema=0.5", "objective.clip_range=1e-3",
+            "evaluation.images=16", "evaluation.test_images=16",
+            "evaluation.steps=4", "run.iterations=12", "run.evaluate_every=12",
+        ],
+        run=tmp_path / "run",
+    )  # fmt: skip
+    gain = json.loads((run.path / "evaluation.json").read_text())["gain"]
+    assert gain["low"] > 0.002
+    rewards = [line["reward/mean"] for line in run.metrics()[1:]]
+    assert sum(rewards[-3:]) > sum(rewards[:3])
 
 
 # --- wrong settings -------------------------------------------------------------------------------
