@@ -208,6 +208,15 @@ def test_one_recipe_is_examined(monkeypatch, capsys):
     assert "name one recipe" in capsys.readouterr().err
 
 
+def test_without_the_extra_a_stand_in_says_its_name(monkeypatch, capsys, tmp_path):
+    monkeypatch.delitem(sys.modules, "entroflow.policies.diffusers.stand_ins")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setattr(sys, "argv", ["entroflow", "stand-in", "sd3", "--out", str(tmp_path / "x")])
+    cli_ends(2)
+    assert "pip install 'entroflow[diffusers]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_stand_in_is_written_where_nothing_is(monkeypatch, capsys, tmp_path):
     from diffusers import DiffusionPipeline
 

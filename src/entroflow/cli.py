@@ -337,10 +337,11 @@ def stand_in(
     It is of the real classes, from tokenizers to VAE, but its images are noise.
     """
     from entroflow.checkpoints import whole_folder
-    from entroflow.policies.diffusers.stand_ins import STAND_INS
+    from entroflow.users_code import imported
 
+    stand_ins = imported("entroflow.policies.diffusers.stand_ins.STAND_INS", "stand-in")
     with whole_folder(out) as made:
-        STAND_INS[kind.value]().save_pretrained(made)
+        stand_ins[kind.value]().save_pretrained(made)
     typer.echo(out)
 
 
