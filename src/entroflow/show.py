@@ -92,8 +92,8 @@ class TrainingProgress:
             monitors = "".join(f"{name} {v:.3g}  " for name, v in evaluated.monitors.items())
             console.print(
                 f"iteration {metrics['iteration']:>4}  "
-                f"score [bold]{self._score:.3f}[/] {escape(score.reach)}  "
-                f"reward {metrics['eval/reward']:.3f}  "
+                f"score [bold]{_decimals(self._score, 3)}[/] {escape(score.reach)}  "
+                f"reward {_decimals(metrics['eval/reward'], 3)}  "
                 f"{monitors}"
                 f"{compact(metrics['ledger/weighted_evaluations'])} weighted evaluations  "
                 f"{metrics['seconds']:.0f} s",
@@ -101,10 +101,10 @@ class TrainingProgress:
                 soft_wrap=True,
             )
         mean = metrics.get("reward/mean")
-        reward = "" if mean is None else f"reward {mean:.3f}  "
+        reward = "" if mean is None else f"reward {_decimals(mean, 3)}  "
         evaluations = compact(metrics["ledger/network_evaluations"])
         numbers = (
-            f"iteration {metrics['iteration']}  score {self._score:.3f}  {reward}"
+            f"iteration {metrics['iteration']}  score {_decimals(self._score, 3)}  {reward}"
             f"{evaluations} evaluations"
         )
         share = self._recipe.run.share_done(spent(metrics))
@@ -181,7 +181,9 @@ def evaluation_table(summary: dict[str, Any]) -> Table:
 
 
 def _decimals(value: float | None, places: int, sign: str = "") -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:{sign}.{places}f}"
+    """A number with the minus sign that intervals have; a dash where there is none."""
+    known = value is not None and not math.isnan(value)
+    return f"{value:{sign}.{places}f}".replace("-", "−") if known else "–"
 
 
 class _ComparisonProgress:
