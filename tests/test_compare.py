@@ -179,6 +179,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, c
     assert "every reward of iteration 1 failed" in (tmp_path / log).read_text()
 
 
+@pytest.mark.slow
 def test_a_comparison_that_is_stopped_goes_on(tmp_path):
     """The run finishes its iteration and is saved; the result is that of a run in one go."""
     command = [
