@@ -71,7 +71,7 @@ def compare_with_base(
             policy, evaluation, seed=seed, batch_size=batch_size, reward=reward, ledger=ledger
         )
     # A score that is no number compares with none: such a scale is never the best.
-    known = {scale: score.value for scale, score in tried.items() if score.value == score.value}
+    known = {scale: score.value for scale, score in tried.items() if not math.isnan(score.value)}
     best = max(known, key=lambda scale: known[scale], default=evaluation.guidance)
     found: dict[str, Evaluated] = {}
     models = {}
