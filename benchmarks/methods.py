@@ -1,17 +1,17 @@
-"""What do the shipped recipes gain for equal cost, and what do E-GRPO's two ideas add?
+"""What do methods gain for equal cost, and what do their ideas add?
 
     python benchmarks/methods.py [--runs runs/methods] [--at-once N]
 
-Three comparisons by `entroflow.compare`, each at 300k weighted evaluations with three seeds: hours on
-two cores. Raw results go to docs/claims/methods.json, where none is made twice, and tables to
-docs/methods.md. Interrupted, it goes on when called again.
+Comparisons by `entroflow.compare`, each at 300k weighted evaluations with three seeds, and one at
+equal updates: hours on two cores. Raw results go to docs/claims/methods.json, where none is made twice,
+and tables to docs/methods.md. Interrupted, it goes on when called again.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import scipy.stats
 from entroflow.checkpoints import write_text
 from entroflow.compare import RESULTS, Arm, compare, stored_results
 from entroflow.compared import Row, best_by_validation, rows, smallest_difference
-from entroflow.recipe import shipped_recipes
 from entroflow.show import comparison_progress
 
 ROOT = Path(__file__).parents[1]
@@ -32,9 +31,18 @@ SHARED = (
     "run.evaluate_every=20",
     "optimizer.ema=0.9",
 )
+EXPLORE = (
+    "dance_grpo", "e_grpo", "flow_grpo", "flow_grpo_fast", "grpo_guard", "mix_grpo", "quickstart",
+)  # fmt: skip
+"""Recipes that differ in where randomness goes."""
+CREDIT = ("flow_grpo", "tp_grpo", "tp_grpo_plain", "incremental")
+"""Recipes that differ in who gets the credit."""
+RECIPES = tuple(sorted({*EXPLORE, *CREDIT}))
 RATES = ("1e-4", "3e-4", "1e-3")
 SEEDS = range(3)
-END = {"budget": 300_000}
+BUDGET = {"budget": 300_000}
+UPDATES = {"updates": 68}
+"""As many as flow_grpo makes of the budget."""
 
 Results = list[dict[str, Any]]
 
@@ -61,32 +69,46 @@ def name_of(result: dict[str, Any]) -> str:
     return Arm(result["arm"]["recipe"], tuple(result["arm"]["overrides"])).name
 
 
+def rates_of(recipe: str) -> list[Arm]:
+    """A recipe with every learning rate."""
+    return [Arm(recipe, (f"optimizer.learning_rate={rate}",)) for rate in RATES]
+
+
+def chosen(recipe: str, results: Results) -> Arm | None:
+    """A recipe with the best of the learning rates; None while one was not tried."""
+    tried = [_of(arm, results, SEEDS[:1]) for arm in rates_of(recipe)]
+    if not all(tried):
+        return None
+    return Arm.parse(name_of(best_by_validation([result for (result,) in tried])))
+
+
 def tables(results: Results) -> dict[str, str]:
     """The tables of the page by their marks, of those comparisons that are complete."""
-    found = {}
-    rates_tried = {
-        recipe: [Arm(recipe, (f"optimizer.learning_rate={rate}",)) for rate in RATES]
-        for recipe in shipped_recipes("shapes")
-    }
-    first = [result for result in results if result["seed"] == SEEDS[0]]
-    if all(_of(arm, first) for arms in rates_tried.values() for arm in arms):
-        found["rates"] = rates(first)
-        chosen = {
-            recipe: Arm.parse(
-                name_of(best_by_validation([r for arm in arms for r in _of(arm, first)]))
-            )
-            for recipe, arms in rates_tried.items()
-        }
-        own = chosen["e_grpo"]
-        compared = {"methods": [*chosen.values()], "starts": starts(own), "merging": merging(own)}
-        for name, arms in compared.items():
-            if all(len(_of(arm, results)) == len(SEEDS) for arm in arms):
-                found[name] = outcomes([r for arm in arms for r in _of(arm, results)])
+    results, by_updates = ended(results, BUDGET), ended(results, UPDATES)
+    found = {"rates": rates(results)}
+    of = {recipe: chosen(recipe, results) for recipe in RECIPES}
+    explore, credit = ([of[recipe] for recipe in names] for names in (EXPLORE, CREDIT))
+    compared = {"methods": explore, "credit": credit}
+    if (own := of["e_grpo"]) is not None:
+        compared |= {"starts": [*starts(own)], "merging": [*merging(own)]}
+    for name, arms in compared.items():
+        per_arm = [_of(arm, results, SEEDS) for arm in arms if arm is not None]
+        if all(arms) and all(len(one) == len(SEEDS) for one in per_arm):
+            found[name] = outcomes([result for one in per_arm for result in one])
+    per_arm = [_of(arm, by_updates, SEEDS[:1]) for arm in credit if arm is not None]
+    if all(credit) and all(per_arm):
+        found["credit_updates"] = at_equal_updates([result for (result,) in per_arm])
     return found
 
 
-def _of(arm: Arm, results: Results) -> Results:
-    return [result for result in results if name_of(result) == arm.name]
+def ended(results: Results, end: Mapping[str, int]) -> Results:
+    """Those that ended with a given budget or number of updates."""
+    ((key, value),) = end.items()
+    return [result for result in results if f"run.{key}={value}" in result["overrides"]]
+
+
+def _of(arm: Arm, results: Results, seeds: Sequence[int]) -> Results:
+    return [r for r in results if name_of(r) == arm.name and r["seed"] in seeds]
 
 
 def outcomes(results: Results) -> str:
@@ -114,14 +136,36 @@ def _line(row: Row, results: Results) -> str:
     )
 
 
-def rates(first: Results) -> str:
+def at_equal_updates(results: Results) -> str:
+    """A Markdown table of one seed: what as many updates cost and gain."""
+    lines = [
+        "| recipe | updates | weighted evaluations | rewards | strict score | gain [95%] |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in sorted(results, key=lambda r: -_score(r)):
+        spent, gain = result["ledger"], result["test"]["gain"]
+        lines.append(
+            f"| `{name_of(result)}` | {spent['ledger/optimizer_steps']} | "
+            f"{spent['ledger/weighted_evaluations'] / 1000:.0f}k | "
+            f"{spent['ledger/reward_calls'] / 1000:.0f}k | {_score(result):.3f} | "
+            f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] |"
+        )
+    return "\n".join(lines)
+
+
+def _score(result: Mapping[str, Any]) -> float:
+    return float(result["test"]["models"]["tuned"]["scores"]["overall"]["value"])
+
+
+def rates(results: Results) -> str:
     """A Markdown table of the validation scores by which rates were chosen, from the first seed."""
     lines = ["| recipe | " + " | ".join(RATES) + " |", "|---|" + "---|" * len(RATES)]
-    for recipe in shipped_recipes("shapes"):
-        arms = [Arm(recipe, (f"optimizer.learning_rate={rate}",)) for rate in RATES]
-        scores = [_of(arm, first)[0]["curve"][-1]["eval/score"] for arm in arms]
-        shown = [f"**{s:.3f}**" if s == max(scores) else f"{s:.3f}" for s in scores]
-        lines.append(f"| `{recipe}` | " + " | ".join(shown) + " |")
+    for recipe in RECIPES:
+        tried = [_of(arm, results, SEEDS[:1]) for arm in rates_of(recipe)]
+        if all(tried):
+            scores = [result["curve"][-1]["eval/score"] for (result,) in tried]
+            shown = [f"**{s:.3f}**" if s == max(scores) else f"{s:.3f}" for s in scores]
+            lines.append(f"| `{recipe}` | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
@@ -144,11 +188,16 @@ def main() -> None:
     if CLAIMS.exists():
         write_text(store, CLAIMS.read_text(encoding="utf-8"))
 
-    def made(arms: Sequence[Arm], learning_rates: Sequence[str] = ()) -> Results:
+    def made(
+        arms: Sequence[Arm],
+        learning_rates: Sequence[str] = (),
+        seeds: Sequence[int] = SEEDS,
+        end: Mapping[str, float | str] = BUDGET,
+    ) -> Results:
         try:
             with comparison_progress() as progress:
                 results, failed = compare(
-                    arms, SEEDS, END, arguments.runs, shared=SHARED,
+                    arms, seeds, end, arguments.runs, shared=SHARED,
                     learning_rates=learning_rates, at_once=arguments.at_once, progress=progress,
                 )  # fmt: skip
         finally:
@@ -158,10 +207,13 @@ def main() -> None:
             raise SystemExit(f"{len(failed)} runs failed; their output is in {arguments.runs}.")
         return results
 
-    methods = made([Arm(name) for name in shipped_recipes("shapes")], RATES)
-    own = next(Arm.parse(name) for name in map(name_of, methods) if name.startswith("e_grpo,"))
+    made([Arm(name) for name in EXPLORE], RATES)
+    own = chosen("e_grpo", ended(stored_results(arguments.runs), BUDGET))
+    assert own is not None
     made(starts(own))
     made(merging(own))
+    credit = made([Arm(name) for name in CREDIT], RATES)
+    made(list(dict.fromkeys(Arm.parse(name_of(r)) for r in credit)), seeds=SEEDS[:1], end=UPDATES)
     page = PAGE.read_text(encoding="utf-8")
     write_text(PAGE, filled(page, tables(stored_results(arguments.runs))))
 
