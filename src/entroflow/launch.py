@@ -144,6 +144,8 @@ def _run(
                     events.numbers(metrics)
                     if evaluated is not None and len(evaluated.images):
                         _keep_examples(folder, events, metrics["iteration"], evaluated)
+                    if trainer.trajectories and (evaluated or metrics["iteration"] == 1):
+                        folder.save_trajectories(metrics["iteration"], trainer.trajectories)
                 except BaseException as error:
                     # A checkpoint would keep a resumed run from writing it.
                     iterations.throw(error)

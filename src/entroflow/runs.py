@@ -5,6 +5,7 @@ metrics.jsonl           one object per iteration; iteration 0 is the start
 checkpoints/00000020/   safetensors and JSON; best.json names the best by evaluation
 images/00000020.png     the same prompts and noise at every evaluation, to look at
 examples/00000020.*     the same images as one strip, with captions and verdicts as JSON
+trajectories/00000020.* what the steps of some rollouts earned, where the credit looks into them
 tensorboard/            the same numbers and pictures as events
 evaluation.json         the final comparison on test prompts
 report.html             made from the above
@@ -29,6 +30,7 @@ from torch import Tensor
 import entroflow
 from entroflow import checkpoints, pictures
 from entroflow.checkpoints import CheckpointError, one_writer, to_json, write_bytes, write_text
+from entroflow.credit.trace import Trajectories
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated
 
@@ -83,6 +85,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.images = path / "images"
         self.examples = path / "examples"
+        self.trajectories = path / "trajectories"
         self.tensorboard = path / "tensorboard"
 
     @classmethod
@@ -175,7 +178,7 @@ class RunFolder:
         kept = [line for line in self.metrics() if line["iteration"] <= iteration]
         write_text(self.path / METRICS, "".join(to_json(line) + "\n" for line in kept))
         outdated = [self.path / EVALUATION, *self.path.glob("*/test_*")]
-        for folder in (self.images, self.examples):
+        for folder in (self.images, self.examples, self.trajectories):
             outdated += [path for path in folder.glob("[0-9]*") if int(path.stem) > iteration]
         for path in outdated:
             path.unlink(missing_ok=True)
@@ -194,6 +197,13 @@ class RunFolder:
         write_bytes(self.examples / f"{name}.png", pictures.to_png(strip))
         known = {"captions": list(evaluated.captions), "passed": list(evaluated.passed)}
         write_text(self.examples / f"{name}.json", to_json(known) + "\n")
+
+    def save_trajectories(self, iteration: int, shown: Trajectories) -> None:
+        """Rollouts to look at: a sheet with a row of images for each, and what is known of them."""
+        sheet = torch.cat([torch.cat(list(row), dim=-1) for row in shown.images], dim=-2)
+        name = f"{iteration:08d}"
+        write_bytes(self.trajectories / f"{name}.png", pictures.to_png(sheet / 255))
+        write_text(self.trajectories / f"{name}.json", to_json(shown.known) + "\n")
 
     # --- checkpoints ---------------------------------------------------------------------------
 

@@ -20,7 +20,9 @@ from entroflow.checkpoints import (
     read_state,
     read_tensors,
 )
+from entroflow.credit.base import StepCredit
 from entroflow.credit.normalise import is_tied
+from entroflow.credit.trace import Trace, Trajectories, trace_metrics, trajectories_of
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, measure_of
 from entroflow.exploration.base import Request, refuse_undefined
@@ -55,6 +57,7 @@ class Trainer:
         self.iteration = 0
         self.seconds = 0.0
         self.ledger, self.evaluation_ledger = Ledger(), Ledger()
+        self.trajectories: Trajectories | None = None
         weights = self.policy.weights
         weights.keep_reference()
         weights.keep("ema")
@@ -94,9 +97,11 @@ class Trainer:
         transitions = transitions_of(rollouts, advantages)
         with self.ledger.timed("update"):
             statistics = self._update(transitions, cond, share_done)
+        trace = self._trace(rollouts.plan, scores)
+        self.trajectories = None if trace is None else trajectories_of(rollouts, trace)
         self.iteration += 1
         self.seconds += perf_counter() - start
-        return self._metrics(rollouts, scores, transitions, statistics)
+        return self._metrics(rollouts, scores, transitions, statistics, trace)
 
     def _encode(self, prompts: list[Prompt]) -> Condition:
         return self.policy.encode([prompt.text for prompt in prompts])
@@ -140,6 +145,10 @@ class Trainer:
                 "another kernel than ode, or a wider exploration."
             )
         return plan
+
+    def _trace(self, plan: Plan, scores: Scores) -> Trace | None:
+        credit = self.recipe.credit
+        return credit.trace(plan, scores) if isinstance(credit, StepCredit) else None
 
     def _refuse_without_rewards(self, rollouts: Rollouts, scores: Scores) -> None:
         """Stop where every reward failed: most likely they will again."""
@@ -204,6 +213,7 @@ class Trainer:
         scores: Scores,
         transitions: Transitions,
         statistics: UpdateStatistics,
+        trace: Trace | None,
     ) -> Metrics:
         rated = rated_rollouts(rollouts.plan)
         values, group = scores.values[rated], rollouts.plan.group[rated]
@@ -211,11 +221,16 @@ class Trainer:
         groups = [values[(group == g) & valid] for g in group.unique()]
         spread = torch.stack([g.std(correction=0) for g in groups if len(g)])
         terms = statistics.terms
+        credit = {"by_step": {}} if trace is None else trace_metrics(trace)
+        by_step = {
+            name: {str(step): value for step, value in values.items()}
+            for name, values in statistics.by_step.items()
+        }
         return {
             **self._taken(),
             "reward/mean": values[valid].mean().item(),
             "reward/std": spread.mean().item(),
-            "reward/failed": int((~valid).sum()),
+            "reward/failed": int(scores.values[rollouts.plan.scored].isnan().sum()),
             "reward/tied_groups": sum(is_tied(g) for g in groups if len(g) > 1),
             "policy/loss": terms.get("loss"),
             "policy/ratio_max_deviation": statistics.ratio_deviation,
@@ -224,10 +239,8 @@ class Trainer:
             "policy/gradient_norm": _mean(statistics.gradient_norm),
             "policy/skipped": statistics.skipped,
             "policy/transitions": len(transitions),
-            "by_step": {
-                name: {str(step): value for step, value in by_step.items()}
-                for name, by_step in statistics.by_step.items()
-            },
+            **credit,
+            "by_step": by_step | credit["by_step"],
         }
 
     def expected(self) -> Metrics:

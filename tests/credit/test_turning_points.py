@@ -7,6 +7,7 @@ rollout itself. The definitions are written out below step by step, for one traj
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,6 +76,16 @@ def table(R):
     return torch.tensor([R], dtype=torch.float64)
 
 
+def traced(credit, R, prompt):
+    """Trajectories of which nothing is known but rewards [R, n + 1] and prompts."""
+    row = torch.zeros(R.shape, dtype=torch.long)
+    return credit.traced(row, row[:, 1:], R, prompt)
+
+
+def earned_by(credit, R, prompt):
+    return traced(credit, R, prompt).earned
+
+
 def found(R, constraint, **options):
     turns = turning_points(table(R), constraint, **options)[0]
     return set(turns.nonzero()[:, 0].tolist())
@@ -90,7 +101,7 @@ def test_turning_points_are_those_of_the_definitions(R, constraint):
     turns = found(R, constraint)
     assert turns == turns_by_definition(R, constraint)
     credit = TurningPoints(constraint=constraint, balance="off")
-    earned = credit.earned(table(R), torch.zeros(1, dtype=torch.long))
+    earned = earned_by(credit, table(R), torch.zeros(1, dtype=torch.long))
     assert earned[0].tolist() == earned_by_definition(R, turns)
 
 
@@ -114,7 +125,7 @@ def test_worked_examples(R, plain, plain_earned, consistent, consistent_earned):
     ):  # fmt: skip
         assert found(R, constraint) == turns
         credit = TurningPoints(constraint=constraint, balance="off")
-        assert credit.earned(table(R), none)[0].tolist() == earned
+        assert earned_by(credit, table(R), none)[0].tolist() == earned
 
 
 @settings(max_examples=300, deadline=None)
@@ -140,14 +151,14 @@ def test_scale_and_offset_of_the_reward_change_no_turning_point(R, constraint, a
     """R -> a R + b scales what is earned; R -> -R flips it."""
     none = torch.zeros(1, dtype=torch.long)
     credit = TurningPoints(constraint=constraint, balance="off")
-    before = credit.earned(table(R), none)
+    before = earned_by(credit, table(R), none)
     # Where rounding makes a sign of an exact tie, the claim does not hold.
     exact = [round(a * 8) / 8 * x + round(b * 8) / 8 for x in R]
     assert found(exact, constraint) == found(R, constraint)
-    torch.testing.assert_close(credit.earned(table(exact), none), round(a * 8) / 8 * before)
+    torch.testing.assert_close(earned_by(credit, table(exact), none), round(a * 8) / 8 * before)
     turned = [-x for x in R]
     assert found(turned, constraint) == found(R, constraint)
-    assert torch.equal(credit.earned(table(turned), none), -before)
+    assert torch.equal(earned_by(credit, table(turned), none), -before)
 
 
 def test_the_first_step_may_be_left_out():
@@ -177,7 +188,7 @@ def test_a_reward_that_failed_takes_its_increments_and_the_turns_that_use_them(R
     broken = [math.nan if i == k else x for i, x in enumerate(R)]
     credit = TurningPoints(constraint=constraint, balance="off")
     none = torch.zeros(1, dtype=torch.long)
-    earned = credit.earned(table(broken), none)[0].tolist()
+    earned = earned_by(credit, table(broken), none)[0].tolist()
     if k in (0, n):
         assert all(map(math.isnan, earned))
         return
@@ -230,18 +241,19 @@ def test_what_is_dropped_earns_its_increment_again():
     R = torch.tensor([[0, -1, 2, 5], [0, -1, 1, 2], [0, -1, 3, 4], [0, 1, -3, -4]]).double()
     prompt = torch.tensor([0, 0, 1, 1])
     turns = {
-        scope: TurningPoints(balance=scope).turns(R, prompt) for scope in ("batch", "prompt", "off")
+        scope: traced(TurningPoints(balance=scope), R, prompt).turns
+        for scope in ("batch", "prompt", "off")
     }
     assert turns["off"][:, 1].tolist() == [True] * 4
     assert turns["batch"][:, 1].tolist() == [True, False, False, True]
     assert turns["prompt"][:, 1].tolist() == [True, True, True, True]
-    earned = TurningPoints(balance="batch").earned(R, prompt)
+    earned = earned_by(TurningPoints(balance="batch"), R, prompt)
     assert earned[:, 1].tolist() == [6, 2, 4, -5]
 
 
 def test_increments_alone_are_the_third_choice():
     R = torch.tensor([[0, -1, 2, 1, 3.0]], dtype=torch.float64)
-    earned = TurningPoints(aggregate=False).earned(R, torch.zeros(1, dtype=torch.long))
+    earned = earned_by(TurningPoints(aggregate=False), R, torch.zeros(1, dtype=torch.long))
     assert torch.equal(earned, increments(R))
 
 
@@ -283,7 +295,7 @@ def run(plan, policy, kernel=None, credit=None, reward=nonlinear, ledger=None):
             batch_size=7, ledger=ledger,
         )  # fmt: skip
         scores = score(FunctionReward(reward), collected, finished, ledger)
-    return collected, scores, credit.rewards(whole, scores)
+    return collected, scores, credit.trace(whole, scores).rewards
 
 
 def gaussian():
@@ -394,7 +406,7 @@ def test_one_stochastic_step_is_refused_with_the_reason(exploration):
 
 def advantages_by_hand(R, group, prompt, credit):
     """Per step the group's mean and standard deviation (of n), in numpy; NaN left out."""
-    earned = credit.earned(R, prompt).numpy()
+    earned = earned_by(credit, R, prompt).numpy()
     out = np.full(earned.shape, np.nan)
     for k in range(earned.shape[1]):
         for g in np.unique(group):
@@ -435,9 +447,12 @@ def test_with_the_final_reward_for_every_step_it_is_flow_grpo(monkeypatch):
     plan = plan_of(EveryStep(), policy, 6, sizes=(6, 5))
     credit = TurningPoints()
     collected, scores, _ = run(plan, policy, credit=credit)
-    monkeypatch.setattr(
-        TurningPoints, "earned", lambda self, R, prompt: R[:, -1:].expand(-1, R.shape[1] - 1)
-    )
+    own = TurningPoints.traced
+
+    def final(self, row, step, R, prompt):
+        return replace(own(self, row, step, R, prompt), earned=R[:, -1:].expand(step.shape))
+
+    monkeypatch.setattr(TurningPoints, "traced", final)
     found_ = credit.advantages(collected, scores)[: plan.rows, :5]
     terminal = Terminal().advantages(collected, scores)[: plan.rows, :5]
     assert torch.equal(found_, terminal)

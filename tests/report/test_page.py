@@ -1,5 +1,7 @@
 """The report of small run folders made by hand."""
 
+import base64
+import io
 import json
 import math
 import re
@@ -9,12 +11,15 @@ import sys
 from collections import Counter
 from html.parser import HTMLParser
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
 import torch
+from PIL import Image
 
 from entroflow import cli
 from entroflow.checkpoints import write_text
+from entroflow.credit.trace import Trajectories
 from entroflow.evaluation.base import Evaluated
 from entroflow.recipe import build_recipe
 from entroflow.report.page import write_report
@@ -119,6 +124,52 @@ def evaluated(right):
         scores={}, reward=0.0, monitors={}, images=images, captions=CAPTIONS,
         passed=[i < right for i in range(len(CAPTIONS))],
     )  # fmt: skip
+
+
+# Two rollouts of three steps: one turns with step 1, the other would have, and has no last image.
+KNOWN = {
+    "trajectories": [
+        {
+            "caption": CAPTIONS[1], "steps": [0, 1, 2], "rewards": [0.5, 0.25, 0.75, 0.8125],
+            "earned": [-0.25, 0.5625, 0.0625], "turns": [False, True, False],
+            "dropped": [False, False, False],
+        },
+        {
+            "caption": CAPTIONS[1], "steps": [0, 1, 2], "rewards": [0.5, 0.0, 1.0, None],
+            "earned": [None, None, None], "turns": [False] * 3, "dropped": [False] * 3,
+        },
+    ],
+    "prompts": CAPTIONS,
+    "map": {
+        "prompt": [1, 0, 1], "steps": [[0, 1, 2]] * 3, "turns": [[0, 2, 0], [-2, 0, 1], [0, 0, 0]],
+    },
+}  # fmt: skip
+
+
+def trajectories():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (2, 4, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    return Trajectories(images, KNOWN)
+
+
+def with_credit(folder):
+    """A run whose credit looks into the trajectories."""
+    lines = folder.metrics()
+    write_text(folder.path / METRICS, "")
+    for line in lines:
+        if line["iteration"]:
+            line |= {
+                "credit/turning_points": 0.25, "credit/dropped": 0.1 * line["iteration"],
+                "credit/disagreement": 0.5,
+            }  # fmt: skip
+            line["by_step"] |= {
+                "turning_points": {"0": 0.1, "1": 0.01 * line["iteration"]},
+                "increment": {"0": 0.25, "1": None},
+            }
+        folder.append_metrics(line)
+    for iteration in (1, 4, LAST):
+        folder.save_trajectories(iteration, trajectories())
+    return folder
 
 
 def score(strict, low, high):
@@ -551,16 +602,92 @@ def test_what_was_not_measured_is_left_out(make_run):
         assert absent not in page.text
 
 
+# --- who gets the credit --------------------------------------------------------------------------
+
+
+def test_a_credit_that_looks_at_the_end_alone_has_no_section(make_run):
+    page = read(make_run())
+    assert not page.with_class("strip")
+    assert "Which steps turned" not in page.text
+
+
+def test_trajectories_are_shown_with_what_they_earned(make_run):
+    """Those of the last iteration and of the first: images, rewards, increments, turning points."""
+    page = read(with_credit(make_run()))
+    assert "At iteration 12" in page.text
+    assert "At iteration 1 " in page.text
+    assert "At iteration 4" not in page.text
+    assert len(page.with_class("strip")) == 2 * 2
+    points = [a["alt"] for a in page.named("img") if a["alt"].startswith("image ")]
+    assert len(points) == 2 * 8
+    assert points[:4] == [
+        f"image {k} of “{CAPTIONS[1]}”, reward {reward}"
+        for k, reward in enumerate(("0.5", "0.25", "0.75", "0.812"))
+    ]
+    assert points[7].endswith("reward failed")
+    assert "0.5 0 → −0.25 0.25 1 ▲ +0.5 +0.56 0.75 2 → +0.062 0.812" in page.text
+    assert "1 → +1 1 2 → – failed" in page.text
+    assert len(page.with_class("rise")) == 2 * 2 + 1  # The step, its mark; the mark in the words.
+
+
+def test_a_strip_shows_the_images_of_its_rollout(make_run):
+    """Pixel by pixel as they were saved."""
+    page = read(with_credit(make_run()))
+    sources = [a["src"] for a in page.named("img") if a["alt"].startswith("image ")]
+    for source, image in zip(sources, trajectories().images.flatten(0, 1), strict=False):
+        opened = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+        found = torch.from_numpy(np.array(opened)).permute(2, 0, 1)
+        assert torch.equal(found, image)
+
+
+def test_the_map_is_sorted_by_prompt(make_run):
+    page = read(with_credit(make_run()))
+    maps = [go.Figure(f) for f in page.figures if "customdata" in f["data"][0]]
+    found = [f.data[0] for f in maps if f.data[0].type == "heatmap"]
+    assert len(found) == 2
+    # Rows are steps; the rollout of the first prompt is the second of the batch.
+    assert [list(row) for row in found[0].z] == [[-2, 0, 0], [0, 2, 0], [1, 0, 0]]
+    assert found[0].customdata[0][0] == f"a loss<br>{CAPTIONS[0]}"
+    assert found[0].customdata[2][0] == f"a gain, dropped<br>{CAPTIONS[0]}"
+    assert "0.250 at every iteration." in page.text
+    assert "0.500 at every iteration." in page.text
+
+
+def test_without_turning_points_it_says_what_steps_added(make_run):
+    folder = with_credit(make_run())
+    lines = folder.metrics()
+    write_text(folder.path / METRICS, "")
+    for line in lines:
+        none = {"credit/turning_points": 0.0, "credit/dropped": 0.0}
+        folder.append_metrics(line | (none if line["iteration"] else {}))
+    page = read(folder)
+    assert "What each step added" in page.text
+    assert (
+        "turning points"
+        not in page.text.partition("What each step added")[2]
+        .partition("Under the hood")[0]
+        .partition("Where the rollouts")[0]
+    )
+    assert "Plain and consistent" not in page.text
+
+
 # --- torn files -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "name",
-    ["recipe.yaml", "evaluation.json", "examples/00000012.json", "examples/00000012.png"],
+    [
+        "recipe.yaml",
+        "evaluation.json",
+        "examples/00000012.json",
+        "examples/00000012.png",
+        "trajectories/00000012.json",
+        "trajectories/00000012.png",
+    ],
 )
 @pytest.mark.parametrize("length", [0, 20, 200])
 def test_a_torn_file_is_one_clear_line(make_run, monkeypatch, capsys, name, length):
-    folder = make_run()
+    folder = with_credit(make_run())
     torn = folder.path / name
     assert torn.stat().st_size > 200 or name.startswith("examples")
     torn.write_bytes(torn.read_bytes()[: min(length, torn.stat().st_size - 20)])
@@ -661,7 +788,7 @@ def measured(report, width, tmp_path):
 
 @in_a_browser
 def test_a_browser_draws_every_figure(make_run, tmp_path):
-    folder = make_run()
+    folder = with_credit(make_run())
     figures = len(read(folder).figures)
     page, said = browsed(folder.path / "report.html", tmp_path / "profile")
     assert len(page.with_class("js-plotly-plot")) == figures
@@ -675,7 +802,7 @@ def test_a_browser_draws_every_figure(make_run, tmp_path):
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_sticks_out_of_the_page(make_run, tmp_path, width):
     """On a phone and on a desk: the page does not scroll sideways, and figures have room."""
-    folder = make_run()
+    folder = with_credit(make_run())
     figures = len(read(folder).figures)
     found = measured(folder.path / "report.html", width, tmp_path)
     assert found["window"] == width

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from entroflow.component import Component
 from entroflow.credit.normalise import group_advantages
+from entroflow.credit.trace import Trace
 from entroflow.errors import InputError
 from entroflow.rewards.base import Scores
-from entroflow.sampling.plan import FRESH, Plan, Role, with_children
+from entroflow.sampling.plan import Plan, Role, with_children
 from entroflow.sampling.rollouts import Rollouts
 
 Constraint = Literal["plain", "consistent"]
@@ -158,59 +159,57 @@ class TurningPoints(Component):
         is not.
         """
         plan = rollouts.plan
-        rows = (plan.role == Role.ROLLOUT).nonzero()[:, 0]
-        rewards = self.rewards(plan, scores)
-        earned = self.earned(rewards, plan.prompt[rows])
         table = torch.zeros(plan.std.shape, dtype=torch.float64)
         row, step = _stochastic(plan)
-        place = torch.full((plan.rows,), -1)
-        place[rows] = torch.arange(len(rows))
-        for k in range(earned.shape[1]):
-            per_row = group_advantages(
-                earned[:, k], plan.group[rows],
+        if not len(row):
+            return table
+        trace = self.trace(plan, scores)
+        own = trace.row[:, -1]
+        for k in range(trace.earned.shape[1]):
+            mine = _ordinal(plan, row, step) == k
+            table[row[mine], step[mine]] = group_advantages(
+                trace.earned[:, k], plan.group[own],
                 ddof=self.ddof, epsilon=self.epsilon, clip=self.advantage_clip,
             )  # fmt: skip
-            mine = _ordinal(plan, row, step) == k
-            table[row[mine], step[mine]] = per_row[place[row[mine]]]
         return table
 
-    def rewards(self, plan: Plan, scores: Scores) -> Tensor:
-        """[rollouts, n + 1] R_0, ..., R_n of every rollout, in the order of their rows."""
-        rows = (plan.role == Role.ROLLOUT).nonzero()[:, 0]
-        place = torch.full((plan.rows,), -1)
-        place[rows] = torch.arange(len(rows))
-        steps = int((plan.std > 0)[rows].sum(dim=1).max()) if len(rows) else 0
-        rewards = torch.full((len(rows), steps + 1), torch.nan, dtype=torch.float64)
-        child = ((plan.role == Role.COMPLETION) & (plan.parent != FRESH)).nonzero()[:, 0]
-        parent = plan.parent[child]
-        rewards[place[parent], _ordinal(plan, parent, plan.parent_step[child])] = scores.values[
-            child
-        ]
-        rewards[:, -1] = scores.values[rows]
-        return rewards
-
-    def earned(self, rewards: Tensor, prompt: Tensor) -> Tensor:
-        """[B, n] what every step earns, before it is compared within its group."""
-        whole = rewards[:, -1] - rewards[:, 0]
-        step = increments(rewards)
-        step = torch.where(whole.isnan()[:, None], torch.nan, step)
-        if not self.aggregate:
-            return step
-        return torch.where(self.turns(rewards, prompt), aggregated(rewards), step)
-
-    def turns(self, rewards: Tensor, prompt: Tensor) -> Tensor:
-        """[B, n] bool, the turning points that are left after balancing."""
-        found = turning_points(
-            rewards, self.constraint, first_step=self.first_step, dead_band=self.dead_band
+    def trace(self, plan: Plan, scores: Scores) -> Trace:
+        """What was seen of the rollouts; see `StepCredit.trace`."""
+        rows = _images(plan)
+        row, step = _stochastic(plan)
+        rewards = scores.values[rows]
+        return self.traced(
+            rows, plan.points[row, step].view(len(rows), -1), rewards, plan.prompt[rows[:, -1]]
         )
+
+    def traced(self, row: Tensor, step: Tensor, rewards: Tensor, prompt: Tensor) -> Trace:
+        """Turning points and what they earn, of rewards [R, n + 1]; the rest is handed on.
+
+        Args:
+            prompt: [R], for balancing.
+        """
+        plain, consistent = (
+            turning_points(rewards, kind, first_step=self.first_step, dead_band=self.dead_band)
+            for kind in ("plain", "consistent")
+        )
+        found = plain if self.constraint == "plain" else consistent
+        found = found & self.aggregate
         worth = aggregated(rewards)
+        turns = self._balanced(found, worth, prompt)
+        earned = torch.where(turns, worth, increments(rewards))
+        # Of a trajectory whose ends are not known nothing is: every sign hangs on them.
+        earned = torch.where(worth[:, :1].isnan(), torch.nan, earned)
+        return Trace(row, step, rewards, earned, plain, consistent, turns, found & ~turns)
+
+    def _balanced(self, found: Tensor, worth: Tensor, prompt: Tensor) -> Tensor:
         if self.balance == "batch":
             return balanced(found, worth)
+        turns = found.clone()
         if self.balance == "prompt":
             for number in prompt.unique():
                 mine = prompt == number
-                found[mine] = balanced(found[mine], worth[mine])
-        return found
+                turns[mine] = balanced(found[mine], worth[mine])
+        return turns
 
 
 def _stochastic(plan: Plan) -> tuple[Tensor, Tensor]:
@@ -218,6 +217,19 @@ def _stochastic(plan: Plan) -> tuple[Tensor, Tensor]:
     random = (plan.std > 0) & (plan.role == Role.ROLLOUT)[:, None]
     row, step = random.nonzero(as_tuple=True)
     return row, step
+
+
+def _images(plan: Plan) -> Tensor:
+    """[R, n + 1] rows whose images are those of y_0, ..., y_n of every rollout; last its own."""
+    own = (plan.role == Role.ROLLOUT).nonzero()[:, 0]
+    n = int((plan.std > 0)[own].sum(dim=1).max())
+    place = torch.full((plan.rows,), -1)
+    place[own] = torch.arange(len(own))
+    rows = own[:, None].repeat(1, n + 1)
+    child = (plan.role == Role.COMPLETION).nonzero()[:, 0]
+    parent = plan.parent[child]
+    rows[place[parent], _ordinal(plan, parent, plan.parent_step[child])] = child
+    return rows
 
 
 def _ordinal(plan: Plan, row: Tensor, step: Tensor) -> Tensor:

@@ -1,51 +1,37 @@
-"""The figures of the report, as plain plotly data.
-
-Colours are readable on white and on black; text and grid take theirs from the page.
-"""
+"""The figures of the report over iterations and over steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle, pairwise
 from typing import Any
 
-from entroflow.checkpoints import finite
 from entroflow.evaluation.base import Measure
-from entroflow.report.wording import Interval, number
+from entroflow.report.figures import (
+    BLUE,
+    BLUE_BAND,
+    GRAY,
+    ORANGE,
+    PURPLE,
+    TEAL,
+    Figure,
+    Metrics,
+    Panel,
+    constant,
+    figure_of,
+    has_a_line,
+    heat_map,
+    is_finite,
+    series,
+    trace_of,
+    trace_style,
+)
+from entroflow.report.wording import Interval
 
-Metrics = Sequence[Mapping[str, Any]]
-Figure = dict[str, Any]
-
-GRAY, BLUE, ORANGE, TEAL, PURPLE = "#8a919e", "#3b82f6", "#d97706", "#0d9488", "#a855f7"
-BLUE_BAND = "rgba(59, 130, 246, 0.18)"
-FAINT = "rgba(138, 145, 158, 0.12)"
 ROUNDING = 1e-7
 """Differences up to this, in numbers near 1, are rounding of float32, and not drawn."""
 SMALLEST_DEVIATION = 1e-9
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One figure with its title and how to read it; or a finding in words that needs no figure."""
-
-    title: str
-    reading: str
-    figure: Figure | None = None
-    finding: str = ""
-    wide: bool = False
-
-
-def series(metrics: Metrics, key: str) -> tuple[list[int], list[float]]:
-    """Iterations and values of one key, where it is there and finite."""
-    points = [(line["iteration"], line[key]) for line in metrics if is_finite(line.get(key))]
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def is_finite(value: object) -> bool:
-    """Whether this is a number that can be drawn."""
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 # --- score and reward -----------------------------------------------------------------------------
@@ -73,13 +59,13 @@ def _score(metrics: Metrics, measure: Measure, prompts: str) -> Panel | None:
             {"x": iterations, "y": low, **quiet},
             {"x": iterations, "y": high, **quiet, "fill": "tonexty", "fillcolor": BLUE_BAND},
         ]
-    traces.append(_line(metrics, "eval/score", f"{measure.name}, with 95% interval", BLUE))
-    if not _has_a_line(traces):
+    traces.append(trace_of(metrics, "eval/score", f"{measure.name}, with 95% interval", BLUE))
+    if not has_a_line(traces):
         return None
     return Panel(
         f"Score on {prompts}",
         f"Always the same {prompts} and noise, drawn with the averaged weights (EMA).",
-        _figure(traces, height=340, yaxis={"range": [-0.02, 1.02]} if measure.share else {}),
+        figure_of(traces, height=340, yaxis={"range": [-0.02, 1.02]} if measure.share else {}),
         wide=True,
     )
 
@@ -87,36 +73,36 @@ def _score(metrics: Metrics, measure: Measure, prompts: str) -> Panel | None:
 def _reward(metrics: Metrics, prompts: str) -> Panel | None:
     iterations, values = series(metrics, "reward/mean")
     window = len(values) // 10
-    raw = _line(metrics, "reward/mean", "training", GRAY if window > 1 else BLUE)
+    raw = trace_of(metrics, "reward/mean", "training", GRAY if window > 1 else BLUE)
     traces = [raw]
     if window > 1:
         raw |= {"mode": "markers", "marker": {"size": 4, "color": GRAY, "opacity": 0.6}}
-        smooth = _style(f"mean of {2 * window + 1} iterations", BLUE, len(values)) | {
+        smooth = trace_style(f"mean of {2 * window + 1} iterations", BLUE, len(values)) | {
             "mode": "lines"
         }
         traces += [{"x": iterations, "y": _moving_mean(values, window), **smooth}]
-    evaluated = _line(metrics, "eval/reward", prompts, ORANGE, dash="dot")
+    evaluated = trace_of(metrics, "eval/reward", prompts, ORANGE, dash="dot")
     traces += [evaluated] if evaluated["x"] else []
-    if not _has_a_line(traces[:1]):
+    if not has_a_line(traces[:1]):
         return None
     return Panel(
         "Reward",
         "What the training raises: the mean over an iteration's rollouts. Prompts change from "
         f"iteration to iteration, so single points scatter; images of {prompts} are sampled "
         "without step noise.",
-        _figure(traces),
+        figure_of(traces),
     )
 
 
 def _spread(metrics: Metrics) -> Panel | None:
-    trace = _line(metrics, "reward/std", "within-group std", PURPLE)
-    if not _has_a_line([trace]):
+    trace = trace_of(metrics, "reward/std", "within-group std", PURPLE)
+    if not has_a_line([trace]):
         return None
     return Panel(
         "Spread of the reward within a group",
         "Standard deviation among images of one group, averaged over groups. This contrast is all "
         "the training learns from: at 0 it has nothing left to learn.",
-        _figure([trace], yaxis={"rangemode": "tozero"}),
+        figure_of([trace], yaxis={"rangemode": "tozero"}),
     )
 
 
@@ -153,7 +139,7 @@ def by_skill(models: Mapping[str, Mapping[str, Interval]], measure: Measure) -> 
         for label, scores in models.items()
     ]
     axis = {"range": [0, 1.02]} if measure.share else {}
-    figure = _figure(traces, height=340, xaxis={"title": None}, yaxis=axis)
+    figure = figure_of(traces, height=340, xaxis={"title": None}, yaxis=axis)
     figure["layout"] |= {
         "barmode": "group",
         "bargap": 0.25,
@@ -206,7 +192,7 @@ def monitors(ratios: Ratios, names: Mapping[str, str]) -> Figure:
     """Monitors relative to iteration 0, and their limits as dashed lines."""
     colors = dict(zip(ratios, cycle((TEAL, ORANGE, PURPLE, BLUE)), strict=False))
     traces = [
-        {"x": list(x), "y": list(y), **_style(names[key], colors[key], len(x))}
+        {"x": list(x), "y": list(y), **trace_style(names[key], colors[key], len(x))}
         for key, (x, y) in ratios.items()
     ]
     reached = [value for _, values in ratios.values() for value in values if value > 0]
@@ -219,7 +205,7 @@ def monitors(ratios: Ratios, names: Mapping[str, str]) -> Figure:
         "ticktext": [f"{tick:g}" for tick in ticks],
         "title": {"text": "relative to iteration 0"},
     }
-    figure = _figure(traces, height=300, yaxis=axis)
+    figure = figure_of(traces, height=300, yaxis=axis)
     limits = [_level(LIMITS[key], colors[key], "dash") for key in LIMITS if key in ratios]
     figure["layout"]["shapes"] = [*limits, _level(1, GRAY, "dot")]
     return figure
@@ -299,20 +285,26 @@ DIVERGING = ("ratio", "loss")
 
 def under_the_hood(metrics: Metrics) -> list[Panel]:
     """Is the training sound? One panel per quantity over iterations."""
-    panels = [_ratio_deviation(metrics)]
-    for key, title, color, reading in OVER_ITERATIONS:
-        trace = _line(metrics, key, title, color)
+    deviation = _ratio_deviation(metrics)
+    return [*([deviation] if deviation else []), *over_iterations(metrics, OVER_ITERATIONS)]
+
+
+def over_iterations(metrics: Metrics, which: Sequence[tuple[str, str, str, str]]) -> list[Panel]:
+    """One panel per quantity that was measured: metric, title, colour, how to read it."""
+    panels = []
+    for key, title, color, reading in which:
+        trace = trace_of(metrics, key, title, color)
         if not trace["x"]:
             continue
-        finding = _constant(trace["y"], "iteration")
+        finding = constant(trace["y"], "iteration")
         axis: dict[str, Any] = {"rangemode": "tozero"}
         if all(isinstance(value, int) for value in trace["y"]):
             kept = {name: trace[name] for name in ("x", "y", "name", "hovertemplate")}
             trace = kept | {"type": "bar", "marker": {"color": color}}
             axis |= {"dtick": 1} if max(trace["y"]) <= 5 else {}
-        figure = None if finding else _figure([trace], yaxis=axis)
+        figure = None if finding else figure_of([trace], yaxis=axis)
         panels.append(Panel(title, reading, figure, finding))
-    return [panel for panel in panels if panel is not None]
+    return panels
 
 
 def _ratio_deviation(metrics: Metrics) -> Panel | None:
@@ -321,7 +313,7 @@ def _ratio_deviation(metrics: Metrics) -> Panel | None:
         "Largest |ratio − 1| before the first optimizer step, when rollout and training see the "
         "same weights. It should be 0 up to rounding; anything near the clip range is a fault.",
     )
-    trace = _line(metrics, "policy/ratio_max_deviation", "largest |ratio − 1|", ORANGE)
+    trace = trace_of(metrics, "policy/ratio_max_deviation", "largest |ratio − 1|", ORANGE)
     if not trace["x"]:
         return None
     if not any(trace["y"]):
@@ -338,15 +330,17 @@ def _ratio_deviation(metrics: Metrics) -> Panel | None:
         "tickvals": [10.0**power for power in powers],
         "ticktext": ["≤1e−9", *(f"1e−{-power}" for power in powers[1:-1]), "1"],
     }
-    return Panel(title, reading, _figure([trace], yaxis=axis))
+    return Panel(title, reading, figure_of([trace], yaxis=axis))
 
 
-def by_step(metrics: Metrics) -> list[Panel]:
-    """The same quantities for each denoising step: heat maps, step x iteration."""
+def by_step(
+    metrics: Metrics, which: Sequence[tuple[str, str, str, float]] = BY_STEP
+) -> list[Panel]:
+    """Quantities of each denoising step as heat maps, step x iteration; see `BY_STEP`."""
     lines = [line for line in metrics if line.get("by_step")]
     grid = (metrics[0].get("plan") or {}).get("grid", []) if metrics else []
     panels = []
-    for key, title, reading, zero in BY_STEP:
+    for key, title, reading, zero in which:
         values = [line["by_step"].get(key) or {} for line in lines]
         steps = sorted({int(step) for by in values for step in by})
         if not steps:
@@ -356,60 +350,16 @@ def by_step(metrics: Metrics) -> list[Panel]:
         if not flat:
             continue
         rounding = ROUNDING if key in DIVERGING else 0.0
-        finding = _constant(flat, "step and iteration", rounding)
+        finding = constant(flat, "step and iteration", rounding)
         iterations = [line["iteration"] for line in lines]
         labels = [f"{step} · {grid[step]:.2f}" if grid else str(step) for step in steps]
-        figure = None if finding else _heat_map(iterations, labels, rows, key in DIVERGING)
+        figure = None if finding else heat_map(iterations, labels, rows, key in DIVERGING)
         panels.append(Panel(title, reading, figure, finding))
     return panels
 
 
 def _shifted(value: object, zero: float) -> float | None:
     return float(value) - zero if is_finite(value) else None  # type: ignore[arg-type]
-
-
-def _heat_map(
-    iterations: Sequence[int], labels: Sequence[str], rows: Sequence[Any], diverging: bool
-) -> Figure:
-    trace: dict[str, Any] = {
-        "type": "heatmap",
-        "x": list(iterations),
-        "y": list(labels),
-        "z": rows,
-        "colorbar": {
-            "thickness": 8,
-            "len": 1.0,
-            "outlinewidth": 0,
-            "nticks": 5,
-            "exponentformat": "power",
-        },
-        "hovertemplate": "iteration %{x}, step %{y}: %{z:.3g}<extra></extra>",
-        "ygap": 1,
-    }
-    if diverging:
-        trace |= {"colorscale": [[0, ORANGE], [0.5, FAINT], [1, BLUE]], "zmid": 0}
-    else:
-        most = max(value for row in rows for value in row if value is not None)
-        trace |= {"colorscale": [[0, FAINT], [1, BLUE]], "zmin": 0, "zmax": most}
-    axis = {
-        "type": "category",
-        "autorange": "reversed",
-        "title": {"text": "step · sigma" if "·" in labels[0] else "step", "standoff": 16},
-        "showgrid": False,
-    }
-    height = min(420, 130 + 22 * len(labels))
-    # Few iterations would get ticks between them.
-    every = {"dtick": 1} if len(iterations) < 10 else {}
-    return _figure([trace], height=height, xaxis={"showgrid": False, **every}, yaxis=axis)
-
-
-def _constant(values: Sequence[float], per: str, rounding: float = 0.0) -> str:
-    """A sentence if all values are equal up to rounding, else nothing."""
-    if not values or max(values) - min(values) > rounding:
-        return ""
-    level = "0" if abs(values[0]) <= rounding else number(values[0])
-    exact = len(set(values)) == 1
-    return f"{level}{'' if exact else ' up to rounding'} at every {per}."
 
 
 # --- the plan of an iteration ---------------------------------------------------------------------
@@ -423,7 +373,7 @@ def plan_panels(metrics: Metrics) -> list[Panel]:
     plan = metrics[0].get("plan") if metrics else None
     if not plan or not plan.get("steps"):
         return []
-    entropies = _figure(
+    entropies = figure_of(
         [
             {
                 "type": "bar",
@@ -481,63 +431,9 @@ def _rows_drawn(plan: Mapping[str, Any]) -> Figure:
         "tickvals": list(range(len(kinds))), "ticktext": labels, "showgrid": False,
         "range": [len(kinds) - 0.4, -0.6], "zeroline": False,
     }  # fmt: skip
-    return _figure(
+    return figure_of(
         traces,
         height=min(520, 130 + 16 * len(kinds)),
         xaxis={"title": {"text": "step"}, "showgrid": False},
         yaxis=axis,
     )
-
-
-# --- drawing --------------------------------------------------------------------------------------
-
-
-def _line(metrics: Metrics, key: str, name: str, color: str, dash: str = "solid") -> dict[str, Any]:
-    x, y = series(metrics, key)
-    return {"x": x, "y": y, **_style(name, color, len(x), dash)}
-
-
-def _style(name: str, color: str, points: int, dash: str = "solid") -> dict[str, Any]:
-    return {
-        "name": name,
-        "mode": "lines+markers" if points <= 40 else "lines",
-        "line": {"color": color, "width": 2, "dash": dash},
-        "marker": {"color": color, "size": 5},
-        "hovertemplate": f"{name}: %{{y:.3~g}}<extra></extra>",
-    }
-
-
-def _has_a_line(traces: Sequence[Mapping[str, Any]]) -> bool:
-    return any(len(trace["x"]) > 1 for trace in traces)
-
-
-def _figure(
-    traces: Sequence[dict[str, Any]],
-    height: int = 230,
-    xaxis: dict[str, Any] | None = None,
-    yaxis: dict[str, Any] | None = None,
-) -> Figure:
-    named = [trace for trace in traces if trace.get("name") and trace.get("showlegend", True)]
-    clear = "rgba(0,0,0,0)"
-    axis = {"automargin": True, "zeroline": False, "exponentformat": "power"}
-    layout = {
-        "height": height,
-        "margin": {"l": 8, "r": 8, "t": 30 if len(named) > 1 else 8, "b": 8},
-        "paper_bgcolor": clear,
-        "plot_bgcolor": clear,
-        "font": {"size": 12, "family": "system-ui, sans-serif"},
-        "showlegend": len(named) > 1,
-        "legend": {
-            "orientation": "h",
-            "x": 0,
-            "y": 1,
-            "yanchor": "bottom",
-            "bgcolor": clear,
-            "traceorder": "normal",
-        },
-        "hovermode": "x",
-        "xaxis": axis | {"title": {"text": "iteration"}} | (xaxis or {}),
-        "yaxis": axis | (yaxis or {}),
-    }
-    # JSON has no NaN; a figure leaves out what is None.
-    return {"data": finite(list(traces)), "layout": layout}

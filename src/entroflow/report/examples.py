@@ -109,7 +109,7 @@ def _read(folder: Path, name: str) -> tuple[list[str], list[Example], int]:
         return [], [], 0
     examples = [
         Example(
-            source=_data_address(strip.crop((i * side, 0, (i + 1) * side, side))),
+            source=data_address(strip.crop((i * side, 0, (i + 1) * side, side))),
             passed=passed[i] if i < len(passed) else None,
         )
         for i in range(len(captions))
@@ -117,7 +117,8 @@ def _read(folder: Path, name: str) -> tuple[list[str], list[Example], int]:
     return captions, examples, side
 
 
-def _data_address(image: Image.Image) -> str:
+def data_address(image: Image.Image) -> str:
+    """An image as a `data:` address; a large one reduced."""
     buffer = io.BytesIO()
     if image.height > LARGEST:
         image = image.resize((LARGEST, LARGEST), Image.Resampling.LANCZOS)

@@ -8,15 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from entroflow.evaluation.base import Measure
-from entroflow.report.curves import (
-    LIMITS,
-    Metrics,
-    Ratios,
-    is_finite,
-    monitor_name,
-    monitor_names,
-    series,
-)
+from entroflow.report.curves import LIMITS, Ratios, monitor_name, monitor_names
+from entroflow.report.figures import Metrics, is_finite, series
 from entroflow.report.wording import Interval, count, duration, number
 
 
