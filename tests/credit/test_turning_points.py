@@ -394,11 +394,18 @@ def test_completions_of_one_index_and_prompt_are_a_group():
     assert not whole.trained[children].any()
 
 
-@pytest.mark.parametrize("exploration", [MergedSteps(merge=1), Window(size=1)])
-def test_one_stochastic_step_is_refused_with_the_reason(exploration):
+@pytest.mark.parametrize(
+    ("exploration", "kernel", "reason"),
+    [
+        (MergedSteps(merge=1), FlowSDE(), "gives them 1: choose another exploration"),
+        (Window(size=1), FlowSDE(), "gives them 1: choose another exploration, or a wider one"),
+        (EveryStep(), ODE(), "gives them 0: choose another kernel than ode"),
+    ],
+)
+def test_fewer_than_two_stochastic_steps_are_refused_with_the_reason(exploration, kernel, reason):
     policy = GaussianPolicy(0.3, 0.5, grid_shift=3.0)
-    with pytest.raises(InputError, match="every rollout needs two or more"):
-        TurningPoints().complete(plan_of(exploration, policy, 8))
+    with pytest.raises(InputError, match=reason):
+        TurningPoints().complete(plan_of(exploration, policy, 8, kernel=kernel))
 
 
 # --- advantages -----------------------------------------------------------------------------------

@@ -140,11 +140,18 @@ class TurningPoints(Component):
         number = (plan.std > 0).sum(dim=1)[plan.role == Role.ROLLOUT]
         if not len(number):
             return plan
-        if number.min() < 2 or number.min() != number.max():
+        fewest, most = int(number.min()), int(number.max())
+        if fewest < 2 or fewest != most:
+            given = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+            remedy = (
+                "choose another kernel than ode"
+                if most == 0
+                else "choose another exploration, or a wider one (merged_steps always gives 1)"
+            )
             raise InputError(
-                "credit turning_points compares the stochastic steps of a rollout with each other: "
-                f"every rollout needs two or more, and as many as the others, not {number.min()} "
-                f"to {number.max()}; choose another exploration (merged_steps has one a rollout)."
+                "credit turning_points compares the stochastic steps of a rollout with each other, "
+                "so every rollout needs two or more, and as many as the others; the plan "
+                f"gives them {given}: {remedy}."
             )
         groups = int(plan.group.max()) + 1
         return with_children(
