@@ -8,7 +8,9 @@ recipe is the one in the package, but for its budget and the learning rate.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from entroflow.credit.shuffled import Shuffled
 from entroflow.credit.terminal import Terminal
+from entroflow.credit.trace import Trace
+from entroflow.credit.turning_points import TurningPoints
 from entroflow.objectives.clipped import Clipped
 from entroflow.prompts import Prompt
 from entroflow.recipe import load_recipe, shipped_recipes
@@ -105,10 +109,24 @@ def test_strong_kl_holds_the_policy_back():
 # --- the control ----------------------------------------------------------------------------------
 
 
-def check_control(name: str = "quickstart") -> None:
+class ShuffledTrajectories(TurningPoints):
+    """`Shuffled` for whole trajectories: all but the first of a group have those of others."""
+
+    type: Literal["shuffled_trajectories"] = "shuffled_trajectories"  # type: ignore[assignment]
+
+    def traced(self, row: Tensor, step: Tensor, rewards: Tensor, prompt: Tensor) -> Trace:
+        rewards = rewards.clone()
+        for number in prompt.unique():
+            mine = (prompt == number).nonzero()[:, 0]
+            rewards[mine[1:]] = rewards[torch.roll(mine[1:], 1)]
+        return super().traced(row, step, rewards, prompt)
+
+
+def check_control(name: str = "quickstart", control: Sequence[str] | None = None) -> None:
     rises = []
     for seed in range(SEEDS):
-        rise, metrics = learnt(toy(name, *shuffled(name), seed=seed))
+        exchanged = shuffled(name) if control is None else control
+        rise, metrics = learnt(toy(name, *exchanged, seed=seed))
         rises.append(rise)
         assert metrics[0]["reward/std"] > 0.1
         assert metrics[0]["policy/gradient_norm"] > 0
@@ -126,6 +144,12 @@ def test_shuffled_rewards_do_not_move_the_expected_reward(name):
     falls, within 3 standard errors, each of them below 0.1 of what the steps could reach.
     """
     check_control(name)
+
+
+@pytest.mark.slow
+def test_shuffled_trajectories_do_not_move_it_either():
+    """The control of TP-GRPO: a rollout's steps earn what those of another changed."""
+    check_control("tp_grpo", [f"credit.type={__name__}.ShuffledTrajectories"])
 
 
 def check_expected_gradient(component: Terminal, is_zero: bool) -> None:
