@@ -186,6 +186,20 @@ def test_the_table_of_the_readme_is_that_of_the_raw_results():
         assert [cell.strip() for cell in cells.split("|")] == wanted, name
 
 
+def test_the_cost_of_completions_is_that_of_the_raw_results():
+    found = claims("completions")
+    page = " ".join((ROOT / "docs" / "credit.md").read_text(encoding="utf-8").split())
+    evaluations, time = found["weighted_evaluations_ratio"], found["time_ratio"]
+    assert (
+        f"takes {evaluations:.2f} times the weighted evaluations of one of `flow_grpo`, and "
+        f"{time:.2f} times as long without scoring and decoding" in page
+    )
+    turning = found["medians"]["tp_grpo"]
+    share = turning["scoring"] / turning["seconds"]
+    assert f"Scoring ten images a rollout instead of one added {share:.0%}." in page
+    assert found["time_over_evaluations"] < 1.15
+
+
 # --- blocks ---------------------------------------------------------------------------------------
 
 

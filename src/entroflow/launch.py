@@ -82,9 +82,11 @@ def resume(
         stop_after, watch: see `train`.
 
     Raises:
-        InputError: no run folder, no checkpoint, or a torn one; another policy or reward.
+        InputError: no run folder, no checkpoint, or a torn one; another policy or reward; a run
+            that an older version began.
     """
     folder = RunFolder.open(Path(run))
+    _refuse_older(folder)
     for override in overrides:
         if not override.startswith("run.") or override.startswith("run.seed"):
             raise InputError(
@@ -103,6 +105,17 @@ def resume(
         folder.cut_after(trainer.iteration)
         folder.write_recipe(recipe.to_yaml())
         return _run(folder, trainer, stop_after, watch)
+
+
+def _refuse_older(folder: RunFolder) -> None:
+    """A run is not continued in a language in which it was not begun."""
+    (start, *_) = folder.metrics() or [{"measure": None, "plan": None}]
+    if not {"measure", "plan"} <= start.keys():
+        raise InputError(
+            f"{folder.path} was begun by an older version ({start.get('version', 'unknown')}), whose "
+            "metrics have other names; go on with that one, or start a new run from its weights "
+            f"(policy.weights={folder.path}/checkpoints/.../ema.safetensors)."
+        )
 
 
 def new_folder(recipe: Recipe) -> Path:

@@ -54,6 +54,17 @@ def test_a_run_stopped_and_resumed_is_one_in_one_go(tmp_path, stop):
     assert [line["iteration"] for line in lines(whole)] == [0, 1, 2, 3, 4]
 
 
+def test_a_run_of_an_older_version_is_not_continued(tmp_path):
+    run = train(tmp_path / "run", stop_after=1)
+    start, *others = run.metrics()
+    del start["measure"]
+    run.cut_after(-1)
+    for line in [start, *others]:
+        run.append_metrics(line)
+    with pytest.raises(InputError, match=f"begun by an older version .{start['version']}"):
+        entroflow.resume(run.path, policy=PixelPolicy())
+
+
 def test_a_crash_is_made_good(tmp_path):
     """What was written after the last checkpoint is forgotten and written again."""
     sections = {"run": {"iterations": 5}}
