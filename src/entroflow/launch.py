@@ -111,8 +111,9 @@ def _refuse_older(folder: RunFolder) -> None:
     """A run is not continued in a language in which it was not begun."""
     (start, *_) = folder.metrics() or [{"measure": None, "plan": None}]
     if not {"measure", "plan"} <= start.keys():
+        version = start.get("version", "unknown")
         raise InputError(
-            f"{folder.path} was begun by an older version ({start.get('version', 'unknown')}), whose "
+            f"{folder.path} was begun by an older version ({version}), whose "
             "metrics have other names; go on with that one, or start a new run from its weights "
             f"(policy.weights={folder.path}/checkpoints/.../ema.safetensors)."
         )

@@ -114,8 +114,8 @@ class RewardEvaluation(HeldOutEvaluation):
         found = read_prompts(self.path, self.key)
         if len(found) < FEWEST:
             raise InputError(
-                f"evaluation.path: {self.path} has {len(found)} prompt{'s' * (len(found) != 1)}, but "
-                f"an evaluation needs at least {FEWEST}, half of them for the test."
+                f"evaluation.path: {self.path} has {len(found)} prompt{'s' * (len(found) != 1)}, "
+                f"but an evaluation needs at least {FEWEST}, half of them for the test."
             )
         return {"validation": found[::2], "test": found[1::2]}
 
