@@ -63,8 +63,11 @@ def test_half_precision_passes_too(examined, name, precision, rank):
     assert findings["parity"].verdict is findings["on-policy"].verdict is Verdict.OK
 
 
-def test_ten_recipes_for_two_models():
-    methods = {"flow_grpo", "flow_grpo_fast", "dance_grpo", "mix_grpo", "e_grpo"}
+def test_the_same_methods_for_both_models():
+    methods = {
+        "flow_grpo", "flow_grpo_fast", "dance_grpo", "mix_grpo", "e_grpo", "tp_grpo",
+        "tp_grpo_published",
+    }  # fmt: skip
     assert set(REAL) == {f"{model}_{method}" for model in ("sd35", "flux") for method in methods}
 
 
