@@ -622,11 +622,11 @@ def test_trajectories_are_shown_with_what_they_earned(make_run):
     assert len(points) == 2 * 8
     assert points[:4] == [
         f"image {k} of “{CAPTIONS[1]}”, reward {reward}"
-        for k, reward in enumerate(("0.5", "0.25", "0.75", "0.812"))
+        for k, reward in enumerate(("0.50", "0.25", "0.75", "0.81"))
     ]
     assert points[7].endswith("reward failed")
-    assert "0.5 0 → −0.25 0.25 1 ▲ +0.5 +0.56 0.75 2 → +0.062 0.812" in page.text
-    assert "1 → +1 1 2 → – failed" in page.text
+    assert "0.50 0 → −0.25 0.25 1 ▲ +0.5 +0.56 0.75 2 → +0.062 0.81" in page.text
+    assert "1 → +1 1.0 2 → – failed" in page.text
     assert len(page.with_class("rise")) == 2 * 2 + 1  # The step, its mark; the mark in the words.
 
 

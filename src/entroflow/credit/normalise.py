@@ -29,8 +29,9 @@ def group_advantages(
     ddof: int = 0,
     epsilon: float = 1e-4,
     clip: float = 5.0,
+    floor: float = 0.0,
 ) -> Tensor:
-    """A = clamp((R - mean of its group) / (std + epsilon), -clip, clip).
+    """A = clamp((R - mean of its group) / (max(std, floor) + epsilon), -clip, clip).
 
     Args:
         rewards: [n] values; NaN is masked: it counts in no statistic, and its advantage is NaN.
@@ -40,6 +41,7 @@ def group_advantages(
         ddof: 0 divides the variance by n, 1 by n - 1.
         epsilon: added to the std.
         clip: bound on |A|.
+        floor: least std to divide by, where a smaller one is the noise of the reward.
 
     Returns:
         [n] float64. A group of equal rewards, or of a single one, has advantages of exactly 0.
@@ -62,11 +64,11 @@ def group_advantages(
 
     if scale == "group":
         variance = per_group(centred.square()) / (count - ddof).clamp(min=1)
-        advantages = centred / (variance.sqrt() + epsilon)[index]
+        advantages = centred / (variance.sqrt().clamp(min=floor) + epsilon)[index]
     elif scale == "global":
         all_valid = values[valid]
         spread = all_valid.std(correction=ddof) if len(all_valid) > ddof else torch.zeros(())
-        advantages = centred / (spread + epsilon)
+        advantages = centred / (spread.clamp(min=floor) + epsilon)
     else:
         advantages = centred
     advantages = advantages.clamp(-clip, clip).masked_fill(tied[index], 0.0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +134,12 @@ def _shown(folder: Path, name: str, grid: Sequence[float]) -> Shown:
             (k * width, r * height, (k + 1) * width, (r + 1) * height)
             for k in range(len(row["rewards"]))
         ]
+        places = _places(row["rewards"])
         points = [
-            (data_address(sheet.crop(box)), "failed" if reward is None else _short(reward))
+            (
+                data_address(sheet.crop(box)),
+                "failed" if reward is None else f"{reward:.{places}f}".replace("-", "−"),
+            )
             for box, reward in zip(boxes, row["rewards"], strict=True)
         ]
         strips.append(Strip(row["caption"], points, _steps(row, grid)))
@@ -212,8 +218,11 @@ def _map(known: Mapping[str, Any], grid: Sequence[float]) -> Panel | None:
     )
 
 
-def _short(reward: float) -> str:
-    return f"{reward:.3g}".replace("-", "−")
+def _places(rewards: Sequence[float | None]) -> int:
+    """Decimals that show two digits of the largest increment."""
+    pairs = [(a, b) for a, b in pairwise(rewards) if a is not None and b is not None]
+    largest = max((abs(b - a) for a, b in pairs), default=0.0)
+    return min(6, max(0, 1 - math.floor(math.log10(largest)))) if largest else 2
 
 
 def _signed(change: float) -> str:
