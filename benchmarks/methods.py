@@ -25,19 +25,15 @@ from entroflow.show import comparison_progress
 ROOT = Path(__file__).parents[1]
 CLAIMS = ROOT / "docs" / "claims" / "methods.json"
 PAGE = ROOT / "docs" / "methods.md"
-SHARED = (
-    "reward.value=strict",
-    "evaluation.steps=10",
-    "run.evaluate_every=20",
-    "optimizer.ema=0.9",
-)
+SHARED = ("evaluation.steps=10", "run.evaluate_every=20", "optimizer.ema=0.9")
+STRICT, GRADED = "reward.value=strict", "reward.value=graded"
+"""Rewards. Turning points change nothing where a reward has two values (docs/credit.md)."""
 EXPLORE = (
     "dance_grpo", "e_grpo", "flow_grpo", "flow_grpo_fast", "grpo_guard", "mix_grpo", "quickstart",
 )  # fmt: skip
 """Recipes that differ in where randomness goes."""
 CREDIT = ("flow_grpo", "tp_grpo", "tp_grpo_plain", "incremental")
 """Recipes that differ in who gets the credit."""
-RECIPES = tuple(sorted({*EXPLORE, *CREDIT}))
 RATES = ("1e-4", "3e-4", "1e-3")
 SEEDS = range(3)
 BUDGET = {"budget": 300_000}
@@ -84,27 +80,29 @@ def chosen(recipe: str, results: Results) -> Arm | None:
 
 def tables(results: Results) -> dict[str, str]:
     """The tables of the page by their marks, of those comparisons that are complete."""
-    results, by_updates = ended(results, BUDGET), ended(results, UPDATES)
-    found = {"rates": rates(results)}
-    of = {recipe: chosen(recipe, results) for recipe in RECIPES}
-    explore, credit = ([of[recipe] for recipe in names] for names in (EXPLORE, CREDIT))
-    compared = {"methods": explore, "credit": credit}
-    if (own := of["e_grpo"]) is not None:
-        compared |= {"starts": [*starts(own)], "merging": [*merging(own)]}
-    for name, arms in compared.items():
-        per_arm = [_of(arm, results, SEEDS) for arm in arms if arm is not None]
+    strict, graded = made_with(results, STRICT, BUDGET), made_with(results, GRADED, BUDGET)
+    found = {"rates": rates(EXPLORE, strict), "credit_rates": rates(CREDIT, graded)}
+    explore = [chosen(recipe, strict) for recipe in EXPLORE]
+    credit = [chosen(recipe, graded) for recipe in CREDIT]
+    compared = {"methods": (explore, strict), "credit": (credit, graded)}
+    if (own := chosen("e_grpo", strict)) is not None:
+        compared |= {"starts": ([*starts(own)], strict), "merging": ([*merging(own)], strict)}
+    for name, (arms, among) in compared.items():
+        per_arm = [_of(arm, among, SEEDS) for arm in arms if arm is not None]
         if all(arms) and all(len(one) == len(SEEDS) for one in per_arm):
             found[name] = outcomes([result for one in per_arm for result in one])
+    by_updates = made_with(results, GRADED, UPDATES)
     per_arm = [_of(arm, by_updates, SEEDS[:1]) for arm in credit if arm is not None]
     if all(credit) and all(per_arm):
         found["credit_updates"] = at_equal_updates([result for (result,) in per_arm])
-    return found
+    return {name: table for name, table in found.items() if table}
 
 
-def ended(results: Results, end: Mapping[str, int]) -> Results:
-    """Those that ended with a given budget or number of updates."""
+def made_with(results: Results, reward: str, end: Mapping[str, int]) -> Results:
+    """Those trained on a reward that ended with a given budget or number of updates."""
     ((key, value),) = end.items()
-    return [result for result in results if f"run.{key}={value}" in result["overrides"]]
+    asked = {reward, f"run.{key}={value}"}
+    return [result for result in results if asked <= {*result["overrides"]}]
 
 
 def _of(arm: Arm, results: Results, seeds: Sequence[int]) -> Results:
@@ -157,16 +155,16 @@ def _score(result: Mapping[str, Any]) -> float:
     return float(result["test"]["models"]["tuned"]["scores"]["overall"]["value"])
 
 
-def rates(results: Results) -> str:
+def rates(recipes: Sequence[str], results: Results) -> str:
     """A Markdown table of the validation scores by which rates were chosen, from the first seed."""
     lines = ["| recipe | " + " | ".join(RATES) + " |", "|---|" + "---|" * len(RATES)]
-    for recipe in RECIPES:
+    for recipe in recipes:
         tried = [_of(arm, results, SEEDS[:1]) for arm in rates_of(recipe)]
         if all(tried):
             scores = [result["curve"][-1]["eval/score"] for (result,) in tried]
             shown = [f"**{s:.3f}**" if s == max(scores) else f"{s:.3f}" for s in scores]
             lines.append(f"| `{recipe}` | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def filled(page: str, tables: dict[str, str]) -> str:
@@ -193,11 +191,12 @@ def main() -> None:
         learning_rates: Sequence[str] = (),
         seeds: Sequence[int] = SEEDS,
         end: Mapping[str, float | str] = BUDGET,
+        reward: str = STRICT,
     ) -> Results:
         try:
             with comparison_progress() as progress:
                 results, failed = compare(
-                    arms, seeds, end, arguments.runs, shared=SHARED,
+                    arms, seeds, end, arguments.runs, shared=(reward, *SHARED),
                     learning_rates=learning_rates, at_once=arguments.at_once, progress=progress,
                 )  # fmt: skip
         finally:
@@ -208,12 +207,13 @@ def main() -> None:
         return results
 
     made([Arm(name) for name in EXPLORE], RATES)
-    own = chosen("e_grpo", ended(stored_results(arguments.runs), BUDGET))
+    own = chosen("e_grpo", made_with(stored_results(arguments.runs), STRICT, BUDGET))
     assert own is not None
     made(starts(own))
     made(merging(own))
-    credit = made([Arm(name) for name in CREDIT], RATES)
-    made(list(dict.fromkeys(Arm.parse(name_of(r)) for r in credit)), seeds=SEEDS[:1], end=UPDATES)
+    credit = made([Arm(name) for name in CREDIT], RATES, reward=GRADED)
+    best = list(dict.fromkeys(Arm.parse(name_of(result)) for result in credit))
+    made(best, seeds=SEEDS[:1], end=UPDATES, reward=GRADED)
     page = PAGE.read_text(encoding="utf-8")
     write_text(PAGE, filled(page, tables(stored_results(arguments.runs))))
 

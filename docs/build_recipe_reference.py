@@ -26,10 +26,14 @@ QUESTIONS = {
     "exploration": "Which steps are random, from which states, over which sigma interval?",
     "kernel": "From which Gaussian is the next state drawn?",
     "reward": "How good is each image?",
+    "judge": "Which of two images of a prompt is better? A part of `reward: {type: pairwise}`.",
     "credit": "Which transition earns how much?",
     "objective": "Which gradient follows?",
     "evaluation": "How good are the weights, on prompts that training never sees?",
 }
+
+INSIDE = {"judge": "reward"}
+"""Kind of part that is no section -> the section it stands in."""
 
 INTRODUCTION = """\
 # Recipes
@@ -101,25 +105,36 @@ recipe file, then in the current folder. The run's recipe holds the path that wa
 resumes from anywhere. What `dataset` names is left to `datasets.load_dataset`, which looks in the
 current folder.
 
-`sampling`, `optimizer` and `run` have no types. [Extending](extending.md) shows a working part of
-your own for each of the other sections that need one.
+`sampling`, `scoring`, `optimizer` and `run` have no types. [Extending](extending.md) shows a
+working part of your own for each of the other sections that need one.
 """
 
 
 def reference() -> str:
     """The page."""
     parts = [INTRODUCTION, _shipped(), "## Sections\n", _contents()]
-    for section in SECTIONS:
+    for section in _kinds():
         if section in PLAIN:
             parts.append(f"## {section}\n\n{_component(PLAIN[section])}")
             continue
         parts.append(f"## {section}\n\n{QUESTIONS[section]}\n")
+        if not COMPONENTS[section]:
+            parts.append("None is shipped: `type` is the dotted path of a class of yours.\n")
         for position, (name, path) in enumerate(COMPONENTS[section].items()):
             default = " (default)" if position == 0 else ""
             parts.append(f"### type: {name}{default}\n")
             parts.append(_component(_imported(path)))
     parts.append(_texts())
     return "\n".join(parts)
+
+
+def _kinds() -> list[str]:
+    """The sections, and after its section each kind of part that stands inside of one."""
+    kinds = list(SECTIONS)
+    for kind in COMPONENTS:
+        if kind not in kinds:
+            kinds.insert(kinds.index(INSIDE[kind]) + 1, kind)
+    return kinds
 
 
 def _shipped() -> str:
@@ -133,7 +148,7 @@ def _shipped() -> str:
 
 
 def _contents() -> str:
-    return _wrapped(" · ".join(f"[{section}](#{section})" for section in SECTIONS)) + "\n"
+    return _wrapped(" · ".join(f"[{section}](#{section})" for section in _kinds())) + "\n"
 
 
 def _texts() -> str:
@@ -159,8 +174,10 @@ def _component(component: type[BaseModel]) -> str:
     for key, found in schema["properties"].items():
         if key == "type":
             continue
-        default = "required" if key in required else _code(found["default"])
-        cells = (f"`{key}`", default, _values(found), found.get("description", ""))
+        nested = getattr(component, "parts", {}).get(key)
+        default = "required" if key in required or nested else _code(found.get("default", {}))
+        values = f"keys of a [{nested}](#{nested})" if nested else _values(found)
+        cells = (f"`{key}`", default, values, found.get("description", ""))
         table.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     if len(table) == 2:
         return f"{text}\n\nNo keys.\n"
@@ -181,17 +198,23 @@ def _values(schema: dict[str, Any]) -> str:
     if "const" in schema or "enum" in schema:
         return ", ".join(_code(value) for value in schema.get("enum", [schema.get("const")]))
     if schema["type"] == "array":
-        if "prefixItems" in schema:
-            each = _values(schema["prefixItems"][0])
-            return f"list of {len(schema['prefixItems'])}, each: {each}"
-        least = f", at least {schema['minItems']}" if schema.get("minItems") else ""
-        return f"list of {_values(schema['items'])}s{least}"
+        return _list_values(schema)
+    if "additionalProperties" in schema:
+        return f"names, each with a {_values(schema['additionalProperties'])}"
     if schema["type"] == "null":
         return "`null`"
     kind = "path" if schema.get("format") == "path" else schema["type"]
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [f"{sign} {schema[name]:g}" for name, sign in bounds.items() if name in schema]
     return " ".join([kind, ", ".join(limits)]).strip()
+
+
+def _list_values(schema: dict[str, Any]) -> str:
+    if "prefixItems" in schema:
+        each = _values(schema["prefixItems"][0])
+        return f"list of {len(schema['prefixItems'])}, each: {each}"
+    least = f", at least {schema['minItems']}" if schema.get("minItems") else ""
+    return f"list of {_values(schema['items'])}s{least}"
 
 
 def _code(value: object) -> str:

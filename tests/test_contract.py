@@ -111,7 +111,8 @@ def run():
     policy = GaussianPolicy(mean=0.3, variance=0.5)
     trainer = Trainer(recipe, policy, SumReward())
     prompts = recipe.prompts.batch(0, 0)
-    rollouts, scores = trainer._roll_out(prompts, trainer._encode(prompts))
+    rollouts, found = trainer._roll_out(prompts, trainer._encode(prompts))
+    scores = found["reward"]
     transitions = transitions_of(rollouts, recipe.credit.advantages(rollouts, scores))
     return trainer, policy, prompts, rollouts, scores, transitions
 
@@ -254,11 +255,11 @@ def test_scores_of_completions_alone_are_no_rewards(run):
     """With nothing but those, every advantage would be masked: the run stops and says so."""
     trainer, _, _, rollouts, scores, _ = run
     rollout = rollouts.plan.role == Role.ROLLOUT
-    trainer._refuse_without_rewards(rollouts, scores)
+    trainer._advantages(rollouts, {"reward": scores})
     scores = replace(scores, values=scores.values.masked_fill(rollout, torch.nan))
     assert scores.values.isfinite().any()
     with pytest.raises(InputError, match="every reward of iteration 1 failed"):
-        trainer._refuse_without_rewards(rollouts, scores)
+        trainer._advantages(rollouts, {"reward": scores})
 
 
 def _flow_sde(shift, x, sigma, sigma_next, room, a=0.7, mean=0.3, variance=0.5):

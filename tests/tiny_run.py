@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 import entroflow
@@ -10,6 +12,7 @@ from entroflow.credit.terminal import Terminal
 from entroflow.evaluation.base import Evaluated, Score
 from entroflow.recipe import build_recipe
 from entroflow.rewards.base import Scores, Status
+from entroflow.rewards.pairwise import Answers
 from entroflow.runs import RunFolder
 from gaussian_policy import GaussianPolicy
 
@@ -74,6 +77,26 @@ class Brightness:
     def score(self, images, prompts):
         values = images.double().flatten(1).mean(dim=1)
         return Scores(values, (Status.OK,) * len(images))
+
+
+class ByBrightness:
+    """Prefers the brighter image; remembers what it was asked."""
+
+    def __init__(self, always_first: bool = False, fails: int = 0, status: str = "error") -> None:
+        self.always_first, self.fails, self.status = always_first, fails, Status(status)
+        self.asked: list[tuple[list[list[int]], list[str]]] = []
+
+    def compare(self, images, sides, prompts):
+        self.asked.append((sides.tolist(), [prompt.text for prompt in prompts]))
+        level = images.flatten(1).mean(dim=1)
+        first, second = sides.unbind(1)
+        points = 0.5 + 0.5 * (level[first] - level[second]).sign().double()
+        if self.always_first:
+            points = torch.ones(len(sides), dtype=torch.float64)
+        statuses = [Status.OK] * len(sides)
+        for i in range(self.fails):
+            points[i], statuses[i] = math.nan, self.status
+        return Answers(points, tuple(statuses))
 
 
 def recipe(**sections):

@@ -27,6 +27,8 @@ from entroflow.prompts import Prompt
 from entroflow.recipe import Recipe, changed
 from entroflow.report.wording import count, duration, size
 from entroflow.rewards.base import FunctionReward
+from entroflow.rewards.mixture import rewards_of
+from entroflow.rewards.scoring import score_images
 from entroflow.sampling.kernels import ODE
 from entroflow.sampling.noise import Stream, gaussian
 from entroflow.sampling.solver import integrate
@@ -196,22 +198,30 @@ class _Patient:
         return said
 
     def reward(self) -> str:
-        """Images of two prompts have one."""
-        recipe, prompts = self.recipe, self._batch()[:2]
+        """Two images of one prompt have one."""
+        recipe, prompts = self.recipe, self._batch()[:1]
         with torch.no_grad():
             images = draw(
-                self._built(), prompts, torch.ones(len(prompts), dtype=torch.long),
+                self._built(), prompts, torch.tensor([2]),
                 steps=recipe.sampling.steps, guidance=recipe.sampling.guidance,
                 seed=recipe.run.seed, batch_size=recipe.sampling.batch_size,
             ).images  # fmt: skip
         start = perf_counter()
-        scores = recipe.reward.score(images, prompts)
-        each = self.reward_seconds = (perf_counter() - start) / len(prompts)
-        if scores.values.isnan().any():
-            statuses = ", ".join(status.value for status in scores.statuses)
-            raise InputError(f"not every image has a reward ({statuses}); the warnings say why.")
-        values = ", ".join(f"{value:.4g}" for value in scores.values.tolist())
-        return f"{values} for two images, {1000 * each:.3g} ms each"
+        found = {
+            name: score_images(reward, images, prompts[0])
+            for name, reward in rewards_of(recipe.reward).items()
+        }
+        each = self.reward_seconds = (perf_counter() - start) / len(images)
+        said = []
+        for name, scores in found.items():
+            if scores.values.isnan().any():
+                statuses = ", ".join(status.value for status in scores.statuses)
+                raise InputError(
+                    f"not every image has a {name} ({statuses}); the warnings say why."
+                )
+            values = ", ".join(f"{value:.4g}" for value in scores.values.tolist())
+            said.append(f"{name}: {values}" if len(found) > 1 else values)
+        return f"{'; '.join(said)} for two images of a prompt, {1000 * each:.3g} ms each"
 
     def batches(self) -> str:
         """Rollouts and trained states fill their batches, and groups the devices."""

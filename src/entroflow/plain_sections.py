@@ -41,6 +41,22 @@ class Sampling(Component):
     )
 
 
+class Scoring(Component):
+    """What becomes of images that could not be scored."""
+
+    on_failure: Literal["mask", "raise"] = Field(
+        "mask",
+        description="mask: they are left out, and counted; raise: the run stops at the first",
+    )
+    most_masked: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="share of an iteration's images that may be masked; of more nothing is learnt, "
+        "and the run goes on",
+    )
+
+
 class Optimizer(Component):
     """AdamW over the trainable weights, and their moving average."""
 

@@ -23,7 +23,7 @@ from ruamel.yaml.error import YAMLError
 
 from entroflow.component import Component
 from entroflow.errors import RecipeError
-from entroflow.plain_sections import ENDS, Optimizer, Run, Sampling
+from entroflow.plain_sections import ENDS, Optimizer, Run, Sampling, Scoring
 from entroflow.users_code import home_of, imported, raised, refuse_shadowed, search_beside
 from entroflow.wrong_keys import explained, hint
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from entroflow.objectives.base import Objective
     from entroflow.policies.base import PolicyConfig
     from entroflow.prompts import PromptSource
-    from entroflow.rewards.base import Reward
+    from entroflow.rewards.base import AnyReward
     from entroflow.sampling.kernels import Kernel
 
 COMPONENTS: dict[str, dict[str, str]] = {
@@ -68,7 +68,10 @@ COMPONENTS: dict[str, dict[str, str]] = {
     "reward": {
         "shapes": "entroflow.rewards.shapes.ShapesReward",
         "jpeg_size": "entroflow.rewards.jpeg_size.JPEGSize",
+        "pairwise": "entroflow.rewards.pairwise.Pairwise",
+        "mixture": "entroflow.rewards.mixture.Mixture",
     },
+    "judge": {},
     "credit": {
         "terminal": "entroflow.credit.terminal.Terminal",
         "turning_points": "entroflow.credit.turning_points.TurningPoints",
@@ -83,28 +86,34 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "reward": "entroflow.evaluation.reward.RewardEvaluation",
     },
 }
-"""Section -> type -> where the component lives; imported only when a recipe names it."""
+"""Section (or kind of part inside of one) -> type -> where it lives; imported when it is named."""
 
 PROTOCOLS = {
-    "policy": "entroflow.policies.base.PolicyConfig",
-    "prompts": "entroflow.prompts.PromptSource",
-    "allocation": "entroflow.allocation.base.Allocation",
-    "exploration": "entroflow.exploration.base.Exploration",
-    "kernel": "entroflow.sampling.kernels.Kernel",
-    "reward": "entroflow.rewards.base.Reward",
-    "credit": "entroflow.credit.base.Credit",
-    "objective": "entroflow.objectives.base.Objective",
-    "evaluation": "entroflow.evaluation.base.Evaluation",
+    "policy": ("entroflow.policies.base.PolicyConfig",),
+    "prompts": ("entroflow.prompts.PromptSource",),
+    "allocation": ("entroflow.allocation.base.Allocation",),
+    "exploration": ("entroflow.exploration.base.Exploration",),
+    "kernel": ("entroflow.sampling.kernels.Kernel",),
+    "reward": ("entroflow.rewards.base.Reward", "entroflow.rewards.base.GroupReward"),
+    "judge": ("entroflow.rewards.pairwise.Judge",),
+    "credit": ("entroflow.credit.base.Credit",),
+    "objective": ("entroflow.objectives.base.Objective",),
+    "evaluation": ("entroflow.evaluation.base.Evaluation",),
 }
-"""Section -> what its components must have."""
+"""Section -> what its components must have: one of these."""
 
 ComponentT = TypeVar("ComponentT", bound=Component)
 
 
-PLAIN: dict[str, type[Component]] = {"sampling": Sampling, "optimizer": Optimizer, "run": Run}
+PLAIN: dict[str, type[Component]] = {
+    "sampling": Sampling,
+    "scoring": Scoring,
+    "optimizer": Optimizer,
+    "run": Run,
+}
 SECTIONS = (
     "policy", "prompts", "allocation", "sampling", "exploration", "kernel",
-    "reward", "credit", "objective", "optimizer", "evaluation", "run",
+    "reward", "scoring", "credit", "objective", "optimizer", "evaluation", "run",
 )  # fmt: skip
 TEXTS = ("title", "paper", "notes")
 FOUND_IN = "found_in"
@@ -125,7 +134,8 @@ class Recipe:
     sampling: Sampling
     exploration: Exploration
     kernel: Kernel
-    reward: Reward
+    reward: AnyReward
+    scoring: Scoring
     credit: Credit
     objective: Objective
     optimizer: Optimizer
@@ -141,6 +151,8 @@ class Recipe:
         Keys that have their default are left out: a new key changes no recipe that does without.
         """
         content = {section: _set(section, self.resolved[section]) for section in SECTIONS}
+        if not content["scoring"]:
+            del content["scoring"]
         run = self.resolved["run"]
         ends = {key: run[key] for key in ENDS if run.get(key) is not None}
         content["run"] = {"iterations": run["iterations"], **ends}
@@ -166,12 +178,35 @@ def _set(section: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     if known is None and (path := COMPONENTS[section].get(fields.get("type", ""))):
         known = imported(path, section)
     # Of a component of the user's, which a report does not import, every key counts.
-    defaults = {} if known is None else known.model_construct().model_dump(mode="json")
-    return {
+    if known is None:
+        return dict(fields)
+    nested = known.parts
+    defaults = known.model_construct().model_dump(mode="json", exclude={*nested})
+    chosen = {
         key: value
         for key, value in fields.items()
-        if key == "type" or key not in defaults or defaults[key] != value
+        if key not in nested and (key == "type" or key not in defaults or defaults[key] != value)
     }
+    for key, kind in nested.items():
+        if _many(known, key):
+            chosen[key] = {name: _set(kind, part) for name, part in fields[key].items()}
+        else:
+            chosen[key] = _set(kind, fields[key])
+    return chosen
+
+
+def _many(component: type[BaseModel], key: str) -> bool:
+    """Whether a field for parts holds several, by name."""
+    default = component.model_fields[key].get_default(call_default_factory=True)
+    return isinstance(default, Mapping)
+
+
+def _names_own(resolved: Any) -> bool:
+    """Whether a part, or a part of one, is named by a dotted path."""
+    if not isinstance(resolved, Mapping):
+        return False
+    kind = resolved.get("type")
+    return (isinstance(kind, str) and "." in kind) or any(map(_names_own, resolved.values()))
 
 
 SHIPPED = Path(str(resources.files("entroflow") / "recipes"))
@@ -228,7 +263,7 @@ def load_recipe(
         _apply_override(mapping, override)
     search_beside(_of_users(folder))
     recipe = build_recipe(mapping, name, given, folder)
-    own = any("." in recipe.resolved[section].get("type", "") for section in SECTIONS)
+    own = any(_names_own(recipe.resolved[section]) for section in SECTIONS)
     return replace(recipe, found_in=_of_users(folder)) if own else recipe
 
 
@@ -253,7 +288,7 @@ def load_component(name_or_path: str | Path, section: str) -> Any:
     mapping = _parse_yaml(text, name)
     folder = _home_folder(mapping, folder)
     search_beside(_of_users(folder))
-    return _build(section, dict(mapping.get(section) or {}), name, folder)[0]
+    return _build(section, dict(mapping.get(section) or {}), f"{name}: {section}", folder)[0]
 
 
 def changed(component: ComponentT, fields: Mapping[str, Any], where: str) -> ComponentT:
@@ -306,7 +341,9 @@ def build_recipe(
         fields = {} if mapping.get(section) is None else mapping[section]
         if not isinstance(fields, Mapping):
             raise RecipeError(f"{name}: {section} must hold keys and values, not {fields!r}.")
-        parts[section], resolved[section] = _build(section, dict(fields), name, folder)
+        parts[section], resolved[section] = _build(
+            section, dict(fields), f"{name}: {section}", folder
+        )
     return Recipe(name=name, **parts, resolved=resolved)
 
 
@@ -366,40 +403,49 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
 
 
 def _build(
-    section: str, fields: dict[str, Any], name: str, folder: Path | None
+    section: str, fields: dict[str, Any], where: str, folder: Path | None
 ) -> tuple[Any, dict[str, Any]]:
-    """The component of a section, and its fields with defaults written out."""
+    """A component of the kind of a section, and its fields with defaults written out.
+
+    Args:
+        where: what errors call it.
+    """
     if section in PLAIN:
-        return _validated(PLAIN[section], fields, f"{name}: {section}", folder)
+        return _validated(PLAIN[section], fields, where, folder)
     known = COMPONENTS[section]
-    kind = fields.pop("type", next(iter(known)))
+    kind = fields.pop("type", next(iter(known), None))
+    if kind is None:
+        raise RecipeError(f"{where}.type is missing: the dotted path of a class of yours.")
     if not isinstance(kind, str):
-        raise RecipeError(f"{name}: {section}.type must be a name, not {kind!r}.")
+        raise RecipeError(f"{where}.type must be a name, not {kind!r}.")
     if kind in known:
-        chosen = imported(known[kind], f"{name}: {section}.type")
-        return _validated(chosen, {"type": kind, **fields}, f"{name}: {section}", folder)
+        chosen = imported(known[kind], f"{where}.type")
+        return _validated(chosen, {"type": kind, **fields}, where, folder)
     if "." not in kind:
-        raise RecipeError(f"{name}: {section}.type: unknown type {kind!r}{hint(kind, list(known))}")
-    return _users(section, kind, fields, name, folder)
+        raise RecipeError(f"{where}.type: unknown type {kind!r}{hint(kind, list(known))}")
+    return _users(section, kind, fields, where, folder)
 
 
 def _users(
-    section: str, kind: str, fields: dict[str, Any], name: str, folder: Path | None
+    section: str, kind: str, fields: dict[str, Any], where: str, folder: Path | None
 ) -> tuple[Any, dict[str, Any]]:
     """A component of the user's, by dotted path."""
-    where = f"{name}: {section}"
     chosen = imported(kind, f"{where}.type")
     refuse_shadowed(kind.rpartition(".")[0], folder, f"{where}.type")
     component, resolved = _made(section, kind, chosen, fields, where, folder)
-    protocol = imported(PROTOCOLS[section], where)
-    needed = {**vars(protocol), **protocol.__annotations__}
-    missing = [key for key in needed if key[0] != "_" and not hasattr(component, key)]
-    if missing:
+    protocols = [imported(path, where) for path in PROTOCOLS[section]]
+    lacking = [_missing(component, protocol) for protocol in protocols]
+    if all(lacking):
         raise RecipeError(
-            f"{where}.type: {kind} is not for {section}: it has no {', '.join(missing)} (an object "
-            "that was passed from Python can be used from Python only)."
+            f"{where}.type: {kind} is not for {section}: it has no {', '.join(lacking[0])} (an "
+            "object that was passed from Python can be used from Python only)."
         )
     return component, resolved
+
+
+def _missing(component: Any, protocol: Any) -> list[str]:
+    needed = {**vars(protocol), **protocol.__annotations__}
+    return [key for key in needed if key[0] != "_" and not hasattr(component, key)]
 
 
 def _made(
@@ -438,15 +484,46 @@ def _validated(
         for key in fields:
             if key not in names and key not in aliases:
                 raise RecipeError(f"{where}: unknown key {key!r}{hint(key, names)}")
+    nested = getattr(chosen, "parts", {})
+    built: dict[str, Any] = {}
+    written: dict[str, Any] = {}
+    for key, section in nested.items():
+        build = _named_parts if _many(chosen, key) else _part
+        built[key], written[key] = build(section, fields.get(key), f"{where}.{key}", folder)
+    plain = {key: value for key, value in fields.items() if key not in nested}
     try:
         # JSON rules: lists may become tuples and strings paths, but "8" is no number.
-        component = chosen.model_validate_json(json.dumps(fields, default=str), strict=True)
+        component = chosen.model_validate_json(json.dumps(plain, default=str), strict=True)
     except ValidationError as error:
         raise RecipeError(explained(error, chosen, where)) from None
     found = {key: _located(path, folder) for key, path in component if isinstance(path, Path)}
-    component = component.model_copy(update=found)
-    resolved = component.model_dump(mode="json")
-    return component, dict(sorted(resolved.items(), key=lambda item: item[0] != "type"))
+    resolved = component.model_copy(update=found).model_dump(mode="json", exclude={*nested})
+    component = component.model_copy(update={**found, **built})
+    if check := getattr(component, "check_parts", None):
+        try:
+            check()
+        except ValueError as error:
+            raise RecipeError(f"{where}: {error}.") from None
+    return component, dict(sorted({**resolved, **written}.items(), key=lambda kv: kv[0] != "type"))
+
+
+def _part(section: str, fields: Any, where: str, folder: Path | None) -> tuple[Any, dict[str, Any]]:
+    """A component inside of another one."""
+    fields = {} if fields is None else fields
+    if not isinstance(fields, Mapping):
+        raise RecipeError(f"{where} must hold keys and values, not {fields!r}.")
+    return _build(section, dict(fields), where, folder)
+
+
+def _named_parts(
+    section: str, named: Any, where: str, folder: Path | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Components inside of another one, by name."""
+    named = {} if named is None else named
+    if not isinstance(named, Mapping):
+        raise RecipeError(f"{where} must hold names, each with keys and values, not {named!r}.")
+    built = {n: _part(section, fields, f"{where}.{n}", folder) for n, fields in named.items()}
+    return {n: part for n, (part, _) in built.items()}, {n: w for n, (_, w) in built.items()}
 
 
 def _located(path: Path, folder: Path | None) -> Path:

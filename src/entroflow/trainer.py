@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict
 from time import perf_counter
@@ -21,6 +21,7 @@ from entroflow.checkpoints import (
     read_tensors,
 )
 from entroflow.credit.base import StepCredit
+from entroflow.credit.mixed import mixed_advantages
 from entroflow.credit.normalise import is_tied
 from entroflow.credit.trace import Trace, Trajectories, trace_metrics, trajectories_of
 from entroflow.errors import InputError
@@ -32,7 +33,9 @@ from entroflow.objectives.update import UpdateStatistics, update
 from entroflow.policies.base import Condition, Policy
 from entroflow.prompts import Prompt
 from entroflow.recipe import Recipe
-from entroflow.rewards.base import Reward, Scores, join_scores, score
+from entroflow.rewards.base import AnyReward, Scores
+from entroflow.rewards.mixture import Mixture, rewards_of, total
+from entroflow.rewards.scoring import join_scores, score
 from entroflow.runs import RunFolder, package_version, spent
 from entroflow.sampling.plan import Plan, Role
 from entroflow.sampling.rollouts import Rollouts, Transitions, join_rollouts, transitions_of
@@ -47,11 +50,11 @@ class Trainer:
     """One run: a recipe, the policy it changes, and how far it has come."""
 
     def __init__(
-        self, recipe: Recipe, policy: Policy | None = None, reward: Reward | None = None
+        self, recipe: Recipe, policy: Policy | None = None, reward: AnyReward | None = None
     ) -> None:
         self.recipe = recipe
         self.policy: Policy = recipe.policy.build() if policy is None else policy
-        self.reward: Reward = recipe.reward if reward is None else reward
+        self.reward: AnyReward = recipe.reward if reward is None else reward
         self.dimensions = math.prod(self.policy.latent_shape)
         self.base_grid = self.policy.sigmas(recipe.sampling.steps)
         self.iteration = 0
@@ -92,12 +95,11 @@ class Trainer:
         prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
         cond = self._encode(prompts)
         rollouts, scores = self._roll_out(prompts, cond)
-        self._refuse_without_rewards(rollouts, scores)
-        advantages = self.recipe.credit.advantages(rollouts, scores)
+        advantages = self._advantages(rollouts, scores)
         transitions = transitions_of(rollouts, advantages)
         with self.ledger.timed("update"):
             statistics = self._update(transitions, cond, share_done)
-        trace = self._trace(rollouts.plan, scores)
+        trace = self._trace(rollouts.plan, total(self.reward, scores))
         self.trajectories = None if trace is None else trajectories_of(rollouts, trace)
         self.iteration += 1
         self.seconds += perf_counter() - start
@@ -106,11 +108,13 @@ class Trainer:
     def _encode(self, prompts: list[Prompt]) -> Condition:
         return self.policy.encode([prompt.text for prompt in prompts])
 
-    def _roll_out(self, prompts: list[Prompt], cond: Condition) -> tuple[Rollouts, Scores]:
+    def _roll_out(
+        self, prompts: list[Prompt], cond: Condition
+    ) -> tuple[Rollouts, dict[str, Scores]]:
         """Sample and score, round by round, until the allocation hands out no more."""
         recipe = self.recipe
         rounds: list[Rollouts] = []
-        scores: list[Scores] = []
+        scores: list[dict[str, Scores]] = []
         spent = torch.zeros(len(prompts), dtype=torch.long)
         while (sizes := recipe.allocation.sizes(len(prompts), rounds)) is not None:
             plan = self._plan(prompts, sizes, spent)
@@ -127,7 +131,12 @@ class Trainer:
                 ledger=self.ledger,
             )  # fmt: skip
             with self.ledger.timed("rollout"):
-                scores.append(score(self.reward, rollouts, finished, self.ledger))
+                found = score(
+                    rewards_of(self.reward), rollouts, finished, self.ledger,
+                    seed=recipe.run.seed, iteration=self.iteration,
+                    on_failure=recipe.scoring.on_failure,
+                )  # fmt: skip
+            scores.append(found)
             rounds.append(rollouts)
             spent = spent + sizes
         return join_rollouts(rounds), join_scores(scores)
@@ -150,13 +159,32 @@ class Trainer:
         credit = self.recipe.credit
         return credit.trace(plan, scores) if isinstance(credit, StepCredit) else None
 
-    def _refuse_without_rewards(self, rollouts: Rollouts, scores: Scores) -> None:
-        """Stop where every reward failed: most likely they will again."""
-        if scores.values[rated_rollouts(rollouts.plan)].isnan().all():
+    def _advantages(self, rollouts: Rollouts, scores: Mapping[str, Scores]) -> Tensor:
+        """[B, S]; all NaN where too many images were masked to learn from the rest.
+
+        Raises:
+            InputError: no rollout of the run has ever had a reward; most likely none will.
+        """
+        plan = rollouts.plan
+        failed = total(self.reward, scores).values.isnan()
+        missing, all_missing = failed[plan.scored], failed[rated_rollouts(plan)].all()
+        advantages = mixed_advantages(self.recipe.credit, self.reward, rollouts, scores)
+        if not missing.any():
+            return advantages
+        if all_missing and self.iteration == 0:
             raise InputError(
-                f"every reward of iteration {self.iteration + 1} failed; the warnings say why "
-                "(the last checkpoint is unharmed: mend the reward and go on with --resume)."
+                "every reward of iteration 1 failed; the warnings say why (mend the reward, and "
+                "try it alone with: entroflow doctor)."
             )
+        share, most = missing.double().mean().item(), self.recipe.scoring.most_masked
+        if share <= most and not all_missing:
+            return advantages
+        log.warning(
+            "iteration %d: %.0f%% of the images have no reward, more than scoring.most_masked (%g) "
+            "allows, so nothing is learnt from it.",
+            self.iteration + 1, 100 * share, most,
+        )  # fmt: skip
+        return torch.full_like(advantages, torch.nan)
 
     def _update(
         self, transitions: Transitions, cond: Condition, share_done: float
@@ -210,16 +238,11 @@ class Trainer:
     def _metrics(
         self,
         rollouts: Rollouts,
-        scores: Scores,
+        scores: Mapping[str, Scores],
         transitions: Transitions,
         statistics: UpdateStatistics,
         trace: Trace | None,
     ) -> Metrics:
-        rated = rated_rollouts(rollouts.plan)
-        values, group = scores.values[rated], rollouts.plan.group[rated]
-        valid = ~values.isnan()
-        groups = [values[(group == g) & valid] for g in group.unique()]
-        spread = torch.stack([g.std(correction=0) for g in groups if len(g)])
         terms = statistics.terms
         credit = {"by_step": {}} if trace is None else trace_metrics(trace)
         by_step = {
@@ -228,10 +251,7 @@ class Trainer:
         }
         return {
             **self._taken(),
-            "reward/mean": values[valid].mean().item(),
-            "reward/std": spread.mean().item(),
-            "reward/failed": int(scores.values[rollouts.plan.scored].isnan().sum()),
-            "reward/tied_groups": sum(is_tied(g) for g in groups if len(g) > 1),
+            **self._reward_metrics(rollouts.plan, scores),
             "policy/loss": terms.get("loss"),
             "policy/ratio_max_deviation": statistics.ratio_deviation,
             "policy/clip_fraction": terms.get("clipped"),
@@ -242,6 +262,15 @@ class Trainer:
             **credit,
             "by_step": by_step | credit["by_step"],
         }
+
+    def _reward_metrics(self, plan: Plan, scores: Mapping[str, Scores]) -> Metrics:
+        """Of the mixture, and of each of its rewards; and what they say of their own judging."""
+        metrics = reward_metrics(plan, total(self.reward, scores), "reward")
+        for name, found in scores.items():
+            if isinstance(self.reward, Mixture):
+                metrics |= reward_metrics(plan, found, f"reward/{name}")
+            metrics |= {f"judge/{name}/{fact}": value for fact, value in found.facts.items()}
+        return metrics
 
     def expected(self) -> Metrics:
         """What an iteration is about to do, by its plan: that of the present iteration.
@@ -260,7 +289,7 @@ class Trainer:
         return {
             "network_evaluations": ledger.network_evaluations,
             "weighted_evaluations": ledger.weighted_evaluations,
-            "reward_calls": int(plan.scored.sum()),
+            "reward_calls": len(rewards_of(self.reward)) * int(plan.scored.sum()),
             **summary_of(plan),
         }
 
@@ -344,6 +373,21 @@ class Trainer:
 def rated_rollouts(plan: Plan) -> Tensor:
     """[rows] bool: the rollouts that are scored, without anchors and completions."""
     return plan.scored & (plan.role == Role.ROLLOUT)
+
+
+def reward_metrics(plan: Plan, scores: Scores, prefix: str) -> Metrics:
+    """Mean, spread within groups, failures and ties of a reward; None where nothing has one."""
+    rated = rated_rollouts(plan)
+    values, group = scores.values[rated], plan.group[rated]
+    valid = ~values.isnan()
+    groups = [values[(group == g) & valid] for g in group.unique()]
+    spread = [g.std(correction=0).item() for g in groups if len(g)]
+    return {
+        f"{prefix}/mean": values[valid].mean().item() if valid.any() else None,
+        f"{prefix}/std": _mean(spread),
+        f"{prefix}/failed": int(scores.values[plan.scored].isnan().sum()),
+        f"{prefix}/tied_groups": sum(is_tied(g) for g in groups if len(g) > 1),
+    }
 
 
 def evaluation_metrics(found: Evaluated) -> Metrics:

@@ -31,7 +31,8 @@ from entroflow.exploration.window import Window
 from entroflow.ledger import Ledger
 from entroflow.prompts import Prompt
 from entroflow.recipe import load_recipe
-from entroflow.rewards.base import FunctionReward, Scores, Status, score
+from entroflow.rewards.base import FunctionReward, Scores, Status
+from entroflow.rewards.scoring import score
 from entroflow.sampling.kernels import ODE, FlowSDE
 from entroflow.sampling.plan import Role, fresh_rows
 from entroflow.sampling.rollouts import Rollouts
@@ -251,6 +252,20 @@ def test_what_is_dropped_earns_its_increment_again():
     assert earned[:, 1].tolist() == [6, 2, 4, -5]
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from([-0.5, 2.0]), min_size=2, max_size=11),
+    st.sampled_from(["plain", "consistent"]),
+)
+def test_of_a_reward_with_two_values_nothing_turns(R, constraint):
+    """What follows a turning point is its increment, so all three choices are one."""
+    prompt = torch.zeros(1, dtype=torch.long)
+    turning = traced(TurningPoints(constraint=constraint, balance="off"), table(R), prompt)
+    assert torch.equal(turning.earned, increments(table(R)))
+    later = turning.turns[:, 1:]
+    assert not (constraint == "consistent" and later.any())
+
+
 def test_increments_alone_are_the_third_choice():
     R = torch.tensor([[0, -1, 2, 1, 3.0]], dtype=torch.float64)
     earned = earned_by(TurningPoints(aggregate=False), R, torch.zeros(1, dtype=torch.long))
@@ -294,7 +309,8 @@ def run(plan, policy, kernel=None, credit=None, reward=nonlinear, ledger=None):
             policy, kernel or FlowSDE(noise_level=0.7), collected, cond, seed=0, iteration=0,
             batch_size=7, ledger=ledger,
         )  # fmt: skip
-        scores = score(FunctionReward(reward), collected, finished, ledger)
+        rewards = {"reward": FunctionReward(reward)}
+        scores = score(rewards, collected, finished, ledger)["reward"]
     return collected, scores, credit.trace(whole, scores).rewards
 
 

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from entroflow.errors import InputError
+from entroflow.ledger import Ledger
 from entroflow.prompts import Prompt
-from entroflow.rewards.base import FunctionReward, Scores, Status, score
+from entroflow.rewards.base import FunctionReward, Scores, Status
+from entroflow.rewards.scoring import score
 from entroflow.sampling.grid import shifted_grid
 from entroflow.sampling.kernels import ODE
+from entroflow.sampling.noise import Stream, generator
 from entroflow.sampling.plan import fresh_rows
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.sampling.solver import sample
@@ -32,13 +35,17 @@ class Fixed:
 
 
 def scored(reward, batch_size=2):
+    return scored_all({"reward": reward}, batch_size)["reward"]
+
+
+def scored_all(rewards, batch_size=2, **options):
     policy, grid = GaussianPolicy(mean=0.3, variance=0.5), shifted_grid(2, 1.0)
     sizes, none = torch.tensor([ROWS]), torch.tensor([0])
     plan = fresh_rows([Prompt("a ring")], sizes, none, grid, torch.zeros(2))
     rollouts = Rollouts.empty(plan, policy.latent_shape)
     cond = policy.encode(rollouts.plan.texts)
     finished = sample(policy, ODE(), rollouts, cond, seed=0, iteration=0, batch_size=batch_size)
-    return score(reward, rollouts, finished)
+    return score(rewards, rollouts, finished, **options)
 
 
 def test_values_land_on_their_rows():
@@ -81,3 +88,80 @@ def test_the_warning_of_a_failed_function_names_the_kind_of_error(caplog):
     found = scored(FunctionReward(reward), batch_size=ROWS)
     assert found.values.isnan().all()
     assert "KeyError: 'level'" in caplog.text
+
+
+# --- rewards that compare -------------------------------------------------------------------------
+
+
+class Places:
+    """The place of each image in the group, and who was asked about what."""
+
+    def __init__(self):
+        self.groups = []
+
+    def score_group(self, images, prompt, source):
+        self.groups.append((prompt.text, images.clone(), source.integers(0, 2**60)))
+        values = torch.arange(len(images), dtype=torch.float64)
+        return Scores(values, (Status.OK,) * len(images), facts={"size": float(len(images))})
+
+    def score_against(self, images, others, prompts, source):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
+def test_a_group_is_compared_when_it_is_whole(batch_size):
+    """Whatever the batches: the images of a group in the order of their rows, once."""
+    policy, grid = GaussianPolicy(mean=0.3, variance=0.5), shifted_grid(2, 1.0)
+    prompts = [Prompt("a ring"), Prompt("a cross")]
+    plan = fresh_rows(prompts, torch.tensor([3, 2]), torch.tensor([0, 0]), grid, torch.zeros(2))
+    rollouts = Rollouts.empty(plan, policy.latent_shape)
+    cond, ledger = policy.encode(plan.texts), Ledger()
+    finished = sample(policy, ODE(), rollouts, cond, seed=0, iteration=4, batch_size=batch_size)
+    reward = Places()
+    found = score({"places": reward}, rollouts, finished, ledger, seed=7, iteration=4)["places"]
+    assert found.values.tolist() == [0, 1, 2, 0, 1]
+    assert [text for text, *_ in reward.groups] == ["a ring", "a cross"]
+    assert torch.equal(torch.cat([images for _, images, _ in reward.groups]), rollouts.images)
+    drawn = [generator(7, Stream.JUDGE, 4, group).integers(0, 2**60) for group in (0, 1)]
+    assert [number for *_, number in reward.groups] == drawn
+    assert found.facts == {"size": 2.5}
+    assert ledger.reward_calls == 5
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+class Raising:
+    def __init__(self, error):
+        self.error = error
+
+    def score(self, images, prompts):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("no"), Status.ERROR), (TimeoutError("late"), Status.TIMEOUT)],
+)
+def test_what_an_object_raises_is_masked(error, status, caplog):
+    found = scored(Raising(error))
+    assert found.values.isnan().all()
+    assert found.statuses == (status,) * ROWS
+    assert f"{type(error).__name__}: {error}" in caplog.text
+
+
+def test_one_reward_that_fails_leaves_the_other():
+    rewards = {"bad": Raising(ValueError("no")), "good": Fixed([1, 2, 3, 4, 5], [Status.OK] * ROWS)}
+    found = scored_all(rewards)
+    assert found["bad"].values.isnan().all()
+    assert found["good"].values.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_failures_can_end_the_run_in_one_line():
+    with pytest.raises(InputError, match=r"Raising failed on 2 images: ValueError: no"):
+        scored_all({"reward": Raising(ValueError("no"))}, on_failure="raise")
+    shy = Fixed([1, 2, math.nan, 4, 5], [Status.OK] * ROWS)
+    with pytest.raises(
+        InputError, match=r"shy: an image of the prompt 'a ring' has none .unparsed."
+    ):
+        scored_all({"shy": shy}, on_failure="raise")

@@ -33,7 +33,8 @@ def sampled(reward, **sections):
     """One iteration up to the advantages: scores, advantages of the rows, and the trainer."""
     trainer = Trainer(recipe(**sections), PixelPolicy(), FunctionReward(reward))
     prompts = trainer.recipe.prompts.batch(0, 0)
-    rollouts, scores = trainer._roll_out(prompts, trainer._encode(prompts))
+    rollouts, found = trainer._roll_out(prompts, trainer._encode(prompts))
+    (scores,) = found.values()
     return trainer, scores, trainer.recipe.credit.advantages(rollouts, scores)[:, 0]
 
 
@@ -165,3 +166,51 @@ def test_an_object_with_a_score_is_a_reward(tmp_path):
     )
     assert line["reward/mean"] == pytest.approx(same["reward/mean"], rel=1e-6)
     assert f"type: {HERE}.Brightness" in (folder.path / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(("share", "learns"), [(0.5, True), (0.75, False)])
+def test_of_an_iteration_with_too_many_failures_nothing_is_learnt(share, learns, caplog):
+    """scoring.most_masked is a half by default; the run goes on either way."""
+    count = iter(range(10_000))
+
+    def reward(images, prompts, metadata):
+        levels = brightness(images, prompts, metadata)
+        return [math.nan if next(count) % 4 < 4 * share else level for level in levels]
+
+    trainer = Trainer(recipe(), PixelPolicy(), FunctionReward(reward))
+    metrics = trainer.step()
+    assert metrics["reward/failed"] == share * ROLLOUTS
+    assert bool(trainer.policy.shift.detach().any()) == learns
+    assert ("scoring.most_masked (0.5) allows" in caplog.text) == (not learns)
+    assert trainer.step()["iteration"] == 2
+
+
+def test_a_reward_that_breaks_down_later_does_not_end_the_run(caplog):
+    """Every image of the second iteration fails: no update, and on it goes."""
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append(len(images))
+        if ROLLOUTS < sum(calls) <= 2 * ROLLOUTS:
+            raise ConnectionError("the judge is down")
+        return brightness(images, prompts, metadata)
+
+    trainer = Trainer(recipe(), PixelPolicy(), FunctionReward(reward))
+    first, second, third = trainer.step(), trainer.step(), trainer.step()
+    assert second["reward/failed"] == ROLLOUTS
+    assert second["reward/mean"] is None
+    assert second["ledger/optimizer_steps"] == first["ledger/optimizer_steps"] == 2
+    assert third["ledger/optimizer_steps"] == 4
+    assert "ConnectionError: the judge is down" in caplog.text
+    json.dumps(second, allow_nan=False)
+
+
+def test_raise_stops_at_the_first_failure():
+    def reward(images, prompts, metadata):
+        raise ConnectionError("the judge is down")
+
+    trainer = Trainer(
+        recipe(scoring={"on_failure": "raise"}), PixelPolicy(), FunctionReward(reward)
+    )
+    with pytest.raises(InputError, match=r"ConnectionError: the judge is down .scoring.on_failure"):
+        trainer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -31,4 +32,4 @@ class Shuffled(Terminal):
             # The first keeps its own. A group's advantages sum to 0: if none were its own, those of
             # the others would lean against each image, and the policy would learn the opposite.
             values[mine[1:]] = scores.values[torch.roll(mine[1:], 1)]
-        return super().advantages(rollouts, Scores(values, scores.statuses))
+        return super().advantages(rollouts, replace(scores, values=values))

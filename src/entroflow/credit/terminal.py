@@ -42,5 +42,6 @@ class Terminal(Component):
             ddof=self.ddof,
             epsilon=self.epsilon,
             clip=self.advantage_clip,
+            floor=scores.floor,
         )
         return per_row[:, None].expand(plan.std.shape)

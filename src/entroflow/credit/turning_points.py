@@ -176,7 +176,7 @@ class TurningPoints(Component):
             mine = _ordinal(plan, row, step) == k
             table[row[mine], step[mine]] = group_advantages(
                 trace.earned[:, k], plan.group[own],
-                ddof=self.ddof, epsilon=self.epsilon, clip=self.advantage_clip,
+                ddof=self.ddof, epsilon=self.epsilon, clip=self.advantage_clip, floor=scores.floor,
             )  # fmt: skip
         return table
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from entroflow.component import Component
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
-from entroflow.rewards.base import Reward
+from entroflow.rewards.base import AnyReward
 from entroflow.shapes.grammar import Split
 
 
@@ -91,7 +91,7 @@ class Evaluation(Protocol):
         *,
         seed: int,
         batch_size: int,
-        reward: Reward | None = None,
+        reward: AnyReward | None = None,
         ledger: Ledger | None = None,
     ) -> Evaluated:
         """Sample held-out prompts without step noise and judge the images."""
@@ -139,7 +139,7 @@ class HeldOutEvaluation(Component):
         *,
         seed: int,
         batch_size: int,
-        reward: Reward | None = None,
+        reward: AnyReward | None = None,
         ledger: Ledger | None = None,
     ) -> Evaluated:
         """See `Evaluation.run`."""

@@ -18,7 +18,7 @@ from entroflow.evaluation.base import (
 )
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
-from entroflow.rewards.base import Reward
+from entroflow.rewards.base import AnyReward
 
 
 def try_guidance(
@@ -27,7 +27,7 @@ def try_guidance(
     *,
     seed: int,
     batch_size: int,
-    reward: Reward | None = None,
+    reward: AnyReward | None = None,
     ledger: Ledger | None = None,
 ) -> dict[float, Score]:
     """Overall scores by guidance scale, on validation prompts and a quarter of the images.
@@ -53,7 +53,7 @@ def compare_with_base(
     *,
     seed: int,
     batch_size: int,
-    reward: Reward | None = None,
+    reward: AnyReward | None = None,
     with_tuned: bool = True,
     ledger: Ledger | None = None,
 ) -> tuple[dict[str, Any], dict[str, Evaluated]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
-from entroflow.rewards.base import Reward, score
+from entroflow.rewards.base import AnyReward, GroupReward, Scores
+from entroflow.rewards.mixture import rewards_of, total
+from entroflow.rewards.scoring import score
 from entroflow.sampling.kernels import ODE
 from entroflow.sampling.noise import Stream
 from entroflow.sampling.plan import fresh_rows
@@ -37,7 +39,7 @@ def draw(
     guidance: float,
     seed: int,
     batch_size: int,
-    reward: Reward | None = None,
+    reward: AnyReward | None = None,
     ledger: Ledger | None = None,
 ) -> Drawn:
     """Follow the ODE from fresh noise, under the weights that are active.
@@ -57,7 +59,7 @@ def draw(
     )  # fmt: skip
     rewards = torch.full((plan.rows,), torch.nan, dtype=torch.float64)
     if reward is not None:
-        rewards = score(reward, rollouts, finished, ledger).values
+        rewards = _values(reward, score(one_by_one(reward), rollouts, finished, ledger), plan.rows)
     for _ in finished:
         pass
     assert rollouts.images is not None
@@ -67,3 +69,16 @@ def draw(
 def shares(total: int, parts: int) -> Tensor:
     """`total` images over `parts` prompts, as even as can be."""
     return torch.tensor([total // parts + (i < total % parts) for i in range(parts)])
+
+
+def one_by_one(reward: AnyReward) -> dict[str, AnyReward]:
+    """The rewards that judge an image by itself: others have the same mean in every group."""
+    parts = rewards_of(reward)
+    return {name: part for name, part in parts.items() if not isinstance(part, GroupReward)}
+
+
+def _values(reward: AnyReward, scores: Mapping[str, Scores], rows: int) -> Tensor:
+    """[rows] what is trained on, of the rewards that could be scored; NaN where there is none."""
+    if not scores:
+        return torch.full((rows,), torch.nan, dtype=torch.float64)
+    return total(reward, scores).values

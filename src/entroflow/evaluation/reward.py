@@ -22,7 +22,7 @@ from entroflow.evaluation.images import draw, shares
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt, read_prompts
-from entroflow.rewards.base import Reward
+from entroflow.rewards.base import AnyReward
 from entroflow.shapes.grammar import Split
 
 FEWEST = 4
@@ -59,7 +59,7 @@ class RewardEvaluation(HeldOutEvaluation):
         *,
         seed: int,
         batch_size: int,
-        reward: Reward | None = None,
+        reward: AnyReward | None = None,
         ledger: Ledger | None = None,
     ) -> Evaluated:
         """See `Evaluation.run`.

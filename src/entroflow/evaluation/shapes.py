@@ -16,7 +16,7 @@ from entroflow.evaluation.images import draw, shares
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
-from entroflow.rewards.base import Reward
+from entroflow.rewards.base import AnyReward
 from entroflow.shapes import blind_spots, grammar
 from entroflow.shapes.scoring import score
 
@@ -44,7 +44,7 @@ class ShapesEvaluation(HeldOutEvaluation):
         *,
         seed: int,
         batch_size: int,
-        reward: Reward | None = None,
+        reward: AnyReward | None = None,
         ledger: Ledger | None = None,
     ) -> Evaluated:
         """See `Evaluation.run`."""

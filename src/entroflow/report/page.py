@@ -148,6 +148,9 @@ def _read_recipe(path: Path) -> tuple[Recipe, str, Run]:
         resolved = YAML(typ="safe", pure=True).load(text)
     except (YAMLError, UnicodeDecodeError):
         raise RunError(f"{path} is torn: it is not YAML.") from None
+    if isinstance(resolved, dict):
+        # A section that runs of older versions don't have.
+        resolved.setdefault("scoring", {})
     for section in SECTIONS:
         if not isinstance(resolved, dict) or not isinstance(resolved.get(section), dict):
             raise RunError(f"{path} is torn: it has no section {section!r}.")

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from entroflow.errors import InputError
-from entroflow.ledger import Ledger
 from entroflow.prompts import Prompt
-from entroflow.sampling.rollouts import Rollouts
-
-log = logging.getLogger(__name__)
 
 
 class Status(StrEnum):
@@ -26,14 +21,25 @@ class Status(StrEnum):
     OK = "ok"
     ERROR = "error"
     UNPARSED = "unparsed"
+    TIMEOUT = "timeout"
+    SKIPPED = "skipped"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Values [n] in float64, NaN where the status is not ok, and a status per image."""
+    """What a reward says of n images.
+
+    Attributes:
+        values: [n] in float64, NaN where the status is not ok.
+        statuses: [n].
+        floor: a standard deviation within a group below this is the noise of the reward.
+        facts: by name, numbers about the judging itself; of groups, their means.
+    """
 
     values: Tensor
     statuses: tuple[Status, ...]
+    floor: float = 0.0
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Reward(Protocol):
@@ -44,13 +50,39 @@ class Reward(Protocol):
         ...
 
 
+@runtime_checkable
+class GroupReward(Protocol):
+    """Scores the images of a group against each other."""
+
+    def score_group(self, images: Tensor, prompt: Prompt, source: np.random.Generator) -> Scores:
+        """Scores of images [n, 3, H, W] in [0, 1] of one prompt.
+
+        Args:
+            source: for whatever is drawn, as who is shown first; a function of the address of the
+                group (stream `JUDGE`).
+        """
+        ...
+
+    def score_against(
+        self,
+        images: Tensor,
+        others: Tensor,
+        prompts: Sequence[Prompt],
+        source: np.random.Generator,
+    ) -> Scores:
+        """Scores of images [n, 3, H, W], each against its counterpart in `others`, as a base's."""
+        ...
+
+
+AnyReward = Reward | GroupReward
+
 RewardFunction = Callable[[Tensor, Sequence[str], Sequence[object]], Sequence[float]]
 """A user's reward: (images [n, 3, H, W] in [0, 1], prompts, metadata) -> n numbers."""
 
 
 @dataclass(frozen=True)
 class FunctionReward:
-    """A plain function as a reward. What it raises, or returns that is not finite, is masked."""
+    """A plain function as a reward. What it returns that is not finite is masked."""
 
     function: RewardFunction
 
@@ -60,20 +92,10 @@ class FunctionReward:
         Raises:
             InputError: the function returned the wrong number of values: a bug, not a failure.
         """
-        name = getattr(self.function, "__qualname__", repr(self.function))
-        try:
-            with torch.no_grad():
-                returned = self.function(
-                    images, [p.text for p in prompts], [dict(p.metadata) for p in prompts]
-                )
-        except Exception as error:
-            log.warning(
-                "reward %s failed on %d images: %s: %s",
-                name, len(images), type(error).__name__, error,
-            )  # fmt: skip
-            return Scores(
-                torch.full((len(images),), torch.nan, dtype=torch.float64),
-                (Status.ERROR,) * len(images),
+        name = name_of(self)
+        with torch.no_grad():
+            returned = self.function(
+                images, [p.text for p in prompts], [dict(p.metadata) for p in prompts]
             )
         try:
             values = torch.as_tensor(returned, dtype=torch.float64)
@@ -91,52 +113,13 @@ class FunctionReward:
         return Scores(values.where(finite, torch.nan), statuses)
 
 
-def score(
-    reward: Reward, rollouts: Rollouts, finished: Iterable[Tensor], ledger: Ledger | None = None
-) -> Scores:
-    """Consume a stream of finished rows and score their images as they come.
-
-    Args:
-        finished: row numbers, as `sampling.sample` yields them while it fills `rollouts`.
-
-    Returns:
-        Scores [B] of all rows of the plan; NaN for rows that are not scored. A value that is not
-        finite, or whose status is not ok, is NaN whatever the reward put there.
-
-    Raises:
-        InputError: the reward returned the wrong number of values or statuses.
-    """
-    plan = rollouts.plan
-    values = torch.full((plan.rows,), torch.nan, dtype=torch.float64)
-    statuses = [Status.OK] * plan.rows
-    for rows in finished:
-        assert rollouts.images is not None
-        images = rollouts.images[rollouts.image_of(rows)]
-        prompts = [plan.prompts[p] for p in plan.prompt[rows].tolist()]
-        if ledger is None:
-            scores = reward.score(images, prompts)
-        else:
-            with ledger.timed("score"):
-                scores = reward.score(images, prompts)
-            ledger.reward_calls += len(rows)
-        if scores.values.shape != (len(rows),) or len(scores.statuses) != len(rows):
-            raise InputError(
-                f"reward {type(reward).__name__} must return one value and one status per image: "
-                f"{len(rows)} images, but values of shape {tuple(scores.values.shape)} and "
-                f"{len(scores.statuses)} statuses."
-            )
-        for row, value, status in zip(
-            rows.tolist(), scores.values.tolist(), scores.statuses, strict=True
-        ):
-            good = status == Status.OK and math.isfinite(value)
-            values[row] = value if good else math.nan
-            statuses[row] = Status.UNPARSED if status == Status.OK and not good else status
-    return Scores(values, tuple(statuses))
+def name_of(reward: AnyReward) -> str:
+    """What messages call a reward."""
+    if isinstance(reward, FunctionReward):
+        return getattr(reward.function, "__qualname__", repr(reward.function))
+    return type(reward).__name__
 
 
-def join_scores(rounds: Sequence[Scores]) -> Scores:
-    """The scores of several rounds as one."""
-    return Scores(
-        torch.cat([scores.values for scores in rounds]),
-        tuple(status for scores in rounds for status in scores.statuses),
-    )
+def failed(count: int, status: Status) -> Scores:
+    """Scores of images of which none has one."""
+    return Scores(torch.full((count,), torch.nan, dtype=torch.float64), (status,) * count)

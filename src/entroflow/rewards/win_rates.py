@@ -6,6 +6,7 @@ it better than. All indices are places within one group of n images.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
@@ -154,7 +155,8 @@ def trust(
         there, back = answers[: len(pairs)], 1 - answers[len(pairs) :]
         opposed = (there - 0.5) * (back - 0.5) < 0
     triads, circles = _triads(n, pairs, points)
-    spread = rates[~rates.isnan()].std(correction=1).item()
+    known_rates = rates[~rates.isnan()]
+    spread = known_rates.std(correction=1).item() if len(known_rates) > 1 else math.nan
     return Trust(
         spread=spread,
         discriminability=discriminability(
@@ -163,7 +165,7 @@ def trust(
         ties=_share((points == 0.5) & ~opposed, known),
         disagreements=_share(opposed, known),
         failed=_share(~answered, torch.ones_like(answered)),
-        first=answers[answered].mean().item(),
+        first=answers[answered].mean().item() if answered.any() else math.nan,
         triads=triads,
         intransitive=circles,
     )
@@ -178,11 +180,11 @@ def discriminability(spread: float, n: int, k: float, answers_per_pair: int = 1)
     """
     scale = n / (n - 1)
     coins, strict = scale / (4 * k * answers_per_pair), scale * (k + 2) / (12 * k)
-    return (spread**2 - coins) / (strict - coins) if strict > coins else float("nan")
+    return (spread**2 - coins) / (strict - coins) if strict > coins else math.nan
 
 
 def _share(some: Tensor, of: Tensor) -> float:
-    return (some & of).sum().item() / of.sum().item() if of.any() else float("nan")
+    return (some & of).sum().item() / of.sum().item() if of.any() else math.nan
 
 
 def _triads(n: int, pairs: Tensor, points: Tensor) -> tuple[int, int]:
