@@ -71,7 +71,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "pairwise": "entroflow.rewards.pairwise.Pairwise",
         "mixture": "entroflow.rewards.mixture.Mixture",
     },
-    "judge": {},
+    "judge": {"openai": "entroflow.rewards.served_judge.ServedJudge"},
     "credit": {
         "terminal": "entroflow.credit.terminal.Terminal",
         "turning_points": "entroflow.credit.turning_points.TurningPoints",

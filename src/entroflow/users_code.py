@@ -13,6 +13,9 @@ from typing import Any
 from entroflow.errors import RecipeError
 from entroflow.wrong_keys import hint
 
+EXTRAS = {"entroflow.policies.diffusers.": "diffusers", "entroflow.rewards.served_judge": "judge"}
+"""Beginning of a module's name -> the extra that brings what it imports."""
+
 
 def search_beside(folder: Path | None) -> None:
     """A user's components live beside the recipe that names them, or in the current folder.
@@ -77,9 +80,10 @@ def imported(path: str, where: str) -> Any:
                 f"{where}: can't import {module_name!r} ({error}); it must be installed, or lie "
                 "beside the recipe or in the current folder."
             ) from None
-        if absent is not None and module_name.startswith("entroflow.policies.diffusers."):
+        extra = next((e for home, e in EXTRAS.items() if module_name.startswith(home)), None)
+        if absent is not None and extra is not None:
             raise RecipeError(
-                f"{where}: it needs the extra: pip install 'entroflow[diffusers]' ({error})."
+                f"{where}: it needs the extra: pip install 'entroflow[{extra}]' ({error})."
             ) from None
         raise RecipeError(f"{where}: the import of {module_name!r} {raised(error)}.") from error
     if not hasattr(module, attribute):

@@ -1,0 +1,113 @@
+"""What is read out of a judge's answer, and what is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from entroflow.rewards.verdicts import PAIR_FORMATS, answer, better, final_score, shares, winner
+
+THOUGHT = "<think>1. Image 2 is better in style: 8 vs 7 ...</think>"
+
+
+@pytest.mark.parametrize(
+    ("text", "points"),
+    [
+        (f"{THOUGHT}<answer>Image 1 is better</answer>", 1),
+        (f"{THOUGHT}<answer>\n  Image 2 is better\n</answer>\nThank you.", 0),
+        ("<answer>image 1 is BETTER</answer>", 1),
+        ("<answer>Video 2 is better</answer>", 0),
+        ("<answer>Both images are equally good</answer>", 0.5),
+        ("<answer>图像1更好：Image 1 is better</answer>", 1),
+        ("<answer>Image 2 is better</answer><answer>Image 2 is better</answer>", 0),
+        # Missing, contradictory, twice, cut off, or off the format.
+        (THOUGHT, None),
+        ("Image 1 is better", None),
+        ("<answer>Image 1 is better than expected, but Image 2 is better</answer>", None),
+        ("<answer>Image 1 is better</answer><answer>Image 2 is better</answer>", None),
+        ("<answer>Image 1 is better</answer><answer>hm</answer>", None),
+        ("<think>so long that <answer>Image 1 is bet", None),
+        ("<answer>图像1更好</answer>", None),
+        ("<answer>1</answer>", None),
+        ("<answer>Image 12 is better</answer>", None),
+        ("", None),
+    ],
+)
+def test_an_answer_in_its_tag(text, points):
+    assert answer(text) == points
+
+
+@pytest.mark.parametrize(
+    ("text", "points"),
+    [
+        ("Image 1 is better.", 1),
+        ("I think image 2 is better, because ...", 0),
+        ("Both images are equally good", 0.5),
+        ("Image 1 is better. Image 1 is better.", 1),
+        ("Image 1 is better, no, Image 2 is better", None),
+        ("Neither.", None),
+    ],
+)
+def test_a_sentence(text, points):
+    assert better(text) == points
+
+
+@pytest.mark.parametrize(
+    ("text", "points"),
+    [
+        ('{"winner": "Image 1"}', 1),
+        ('```json\n{"categories": [{"cat_winner": "Image 1"}], "winner": "Image 2",}\n```', 0),
+        ('{"winner": "video 2 wins"}', 0),
+        ('{"winner": "Tie"}', 0.5),
+        ('{"winner": "equal"}', 0.5),
+        ('caption {x} aside: {"note": "a } and a \\" quote {", "winner": "image 1", }', 1),
+        ('{"winner": "Image 1 or Image 2"}', None),
+        ('{"winner": 1}', None),
+        ('{"best": "Image 1"}', None),
+        ('{"winner": "Image 1"', None),
+        ("[1, 2]", None),
+        ("Image 1", None),
+    ],
+)
+def test_a_winner_in_json(text, points):
+    assert winner(text) == points
+
+
+@pytest.mark.parametrize(
+    ("text", "points"),
+    [
+        ('{"alignment": [0.7, 0.3], "style": [0.4, 0.6], "coherence": [1, 0]}', 0.7),
+        ('{"alignment": [0.72, 0.3]}', 0.72 / 1.02),
+        ('{"alignment": [NaN, 0.3]}', None),
+        ('{"alignment": [0.9, 0.3]}', None),
+        ('{"alignment": [-0.2, 1.2]}', None),
+        ('{"alignment": [0.5]}', None),
+        ('{"alignment": ["a", "b"]}', None),
+        ("{}", None),
+    ],
+)
+def test_shares_of_1(text, points):
+    assert shares(text) == pytest.approx(points)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("Final Score: 4", 0.8),
+        ("... final score: **4.5/5**", 0.9),
+        ("Final Score: 1.0 / 5", 0.2),
+        ("Final Score: 2, no: Final Score: 3", 0.6),
+        ("Final Score: 6", None),
+        ("Final Score: 0", None),
+        ("Final Score: 45", None),
+        ("Final Score: high", None),
+        ("Score: 4", None),
+    ],
+)
+def test_a_final_score(text, value):
+    assert final_score(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("name", PAIR_FORMATS)
+@pytest.mark.parametrize("text", ["", "{", "<answer>", "\0", "{" * 5000, "}" * 50, "🙂"])
+def test_no_answer_makes_it_raise(name, text):
+    assert PAIR_FORMATS[name](text) is None
