@@ -671,6 +671,48 @@ def test_without_turning_points_it_says_what_steps_added(make_run):
     assert "Plain and consistent" not in page.text
 
 
+# --- rewards that compare, and mixtures -----------------------------------------------------------
+
+
+def with_judge(folder, mixed):
+    name = "preference" if mixed else "reward"
+    lines = folder.metrics()
+    write_text(folder.path / METRICS, "")
+    for line in lines:
+        i = line["iteration"]
+        if i:
+            line |= {
+                f"judge/{name}/discriminability": 0.6 - 0.01 * i, f"judge/{name}/spread": 0.3,
+                f"judge/{name}/first": 0.55, f"judge/{name}/ties": 0.01 * i,
+                f"judge/{name}/failed": None, f"judge/{name}/questions": 56.0,
+            }  # fmt: skip
+        if i and mixed:
+            line |= {"reward/preference/mean": 0.5, "reward/shapes/mean": 0.01 * i}
+        folder.append_metrics(line)
+    return folder
+
+
+def test_a_judge_is_shown_with_what_it_can_tell_apart(make_run):
+    page = read(with_judge(make_run(), mixed=False))
+    assert "How far to trust the judge" in page.text
+    assert "The rewards of the mixture" not in page.text
+    by_name = {trace["name"]: trace for f in page.figures for trace in f["data"] if "name" in trace}
+    assert by_name["discriminability"]["y"][-1] == pytest.approx(0.48)
+    assert by_name["ties"]["y"][0] == pytest.approx(0.01)
+    assert "Circles" not in page.text
+    assert "Time per group" not in page.text
+    assert "How far to trust" not in read(make_run(last=7)).text
+
+
+def test_the_rewards_of_a_mixture_have_a_panel_each(make_run):
+    page = read(with_judge(make_run(), mixed=True))
+    assert "The rewards of the mixture" in page.text
+    assert "How far to trust the judge" in page.text
+    means = [t["y"] for f in page.figures for t in f["data"] if t.get("name") == "mean"]
+    assert len(means) == 2
+    assert means[1][-1] == pytest.approx(0.12)
+
+
 # --- torn files -----------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ import entroflow
 from entroflow.checkpoints import CheckpointError, read_state, write_text
 from entroflow.plain_sections import ENDS, Run
 from entroflow.recipe import SECTIONS, TEXTS, Recipe
-from entroflow.report import curves, examples, outcome, trajectories
+from entroflow.report import curves, examples, judging, outcome, trajectories
 from entroflow.report.wording import count
 from entroflow.runs import EVALUATION, RECIPE, REPORT, RunError, RunFolder, read_object, spent
 
@@ -106,6 +106,8 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         ),
         "warnings": outcome.warnings(relative),
         "credit": trajectories.credit(folder, metrics, done),
+        "rewards": judging.mixture(metrics),
+        "judges": judging.judges(metrics),
         "under_the_hood": curves.under_the_hood(metrics),
         "plan": curves.plan_panels(metrics),
         "by_step": curves.by_step(metrics),
