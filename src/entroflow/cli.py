@@ -302,7 +302,8 @@ def doctor(
     It loads the model, compares it with its own pipeline, scores two images, and makes one small
     iteration. Nothing is written. Memory is computed before any weights are loaded.
     """
-    from entroflow.doctor import Verdict, examine
+    from entroflow.doctor import examine
+    from entroflow.findings import Verdict
     from entroflow.recipe import load_recipe
     from entroflow.show import print_finding, working
 
@@ -321,6 +322,52 @@ def doctor(
         failed += [finding.check] if finding.verdict == Verdict.FAILED else []
     if failed:
         raise InputError(f"not ready to run: {', '.join(failed)}.")
+
+
+rewards = typer.Typer(no_args_is_help=True, help="Look into a reward before training on it.")
+app.add_typer(rewards, name="reward")
+
+
+@rewards.command(
+    "test",
+    epilog="Examples: `entroflow reward test shapes` · `entroflow reward test my_reward.blue` · "
+    "`entroflow reward test my_recipe.yaml reward.weights.style=0`",
+)
+def try_reward(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME [SECTION.KEY=VALUE]...",
+            help="A type of reward, the dotted path of your own, or a recipe; and changes to it.",
+        ),
+    ],
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts whose images are scored.")] = 4,
+    images: Annotated[int, typer.Option(min=2, help="Images of each.")] = 4,
+) -> None:
+    """Try a reward on images of the untrained model: is it fit to be trained on?
+
+    Whether every image has one, whether it is the same when asked again and in other batches,
+    whether it tells images from noise and from each other, and what it takes.
+    """
+    from entroflow.findings import Verdict
+    from entroflow.recipe import COMPONENTS, load_recipe, shipped_recipes
+    from entroflow.rewards.examination import examine_recipe
+    from entroflow.show import print_finding
+
+    names = [argument for argument in arguments if "=" not in argument]
+    if len(names) != 1:
+        raise InputError("name one reward, or a recipe.")
+    (name,) = names
+    changes = [argument for argument in arguments if "=" in argument]
+    own = "." in name and not Path(name).exists() and not name.endswith((".yaml", ".yml"))
+    if own or (name in COMPONENTS["reward"] and name not in shipped_recipes()):
+        name, changes = "quickstart", [f"reward.type={name}", *changes]
+    failed = []
+    for finding in examine_recipe(load_recipe(name, changes), prompts, images):
+        print_finding(finding)
+        failed += [finding.check] if finding.verdict == Verdict.FAILED else []
+    if failed:
+        raise InputError(f"not fit to be trained on: {', '.join(failed)}.")
 
 
 @app.command(

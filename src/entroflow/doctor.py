@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,13 +21,14 @@ from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.evaluation.images import draw
 from entroflow.exploration.summary import summary_of
+from entroflow.findings import DoubtfulError, Finding, NotPossibleError, Verdict, finding_of
 from entroflow.plain_sections import ENDS
 from entroflow.prompts import Prompt
 from entroflow.recipe import Recipe, changed
 from entroflow.report.wording import count, duration, size
 from entroflow.rewards.base import FunctionReward
+from entroflow.rewards.examination import examine_reward
 from entroflow.rewards.mixture import rewards_of
-from entroflow.rewards.scoring import score_images
 from entroflow.sampling.kernels import ODE
 from entroflow.sampling.noise import Stream, gaussian
 from entroflow.sampling.solver import integrate
@@ -47,32 +47,6 @@ FULL = 0.9
 """Share of the memory beyond which allocator and kernels may want more than there is."""
 
 
-class Verdict(StrEnum):
-    """How a check ended."""
-
-    OK = "ok"
-    WARNING = "warning"
-    FAILED = "failed"
-    SKIPPED = "skipped"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found, in a line or two."""
-
-    check: str
-    verdict: Verdict
-    said: str
-
-
-class _DoubtfulError(Exception):
-    """Ends a check with a warning."""
-
-
-class _NotPossibleError(Exception):
-    """Ends a check that can't be made."""
-
-
 def examine(recipe: Recipe, devices: int = 1) -> Iterator[Finding]:
     """Check a recipe before a long run, with as little work as it takes; findings as they come.
 
@@ -88,17 +62,7 @@ def examine(recipe: Recipe, devices: int = 1) -> Iterator[Finding]:
         patient.cost,
     ):  # fmt: skip
         name = check.__name__.rstrip("_").replace("_", "-")
-        try:
-            yield Finding(name, Verdict.OK, check())
-        except _NotPossibleError as reason:
-            yield Finding(name, Verdict.SKIPPED, str(reason))
-        except _DoubtfulError as warning:
-            yield Finding(name, Verdict.WARNING, str(warning))
-        except InputError as error:
-            yield Finding(name, Verdict.FAILED, str(error))
-        except Exception as error:
-            # Whatever a model, a reward or a device may raise is what a doctor is asked to find.
-            yield Finding(name, Verdict.FAILED, f"{type(error).__name__}: {error}")
+        yield finding_of(name, check)
 
 
 @dataclass
@@ -106,7 +70,7 @@ class _Patient:
     """The recipe under examination, and what the checks have built of it so far.
 
     Every check returns what it found in a line. It raises InputError for what would make the run
-    fail, `_DoubtfulError` for what would make it worse than it could be.
+    fail, `DoubtfulError` for what would make it worse than it could be.
     """
 
     recipe: Recipe
@@ -128,7 +92,7 @@ class _Patient:
         """Computed from the configuration of the model, held against what the device has."""
         compute = getattr(self.recipe.policy, "memory", None)
         if compute is None:
-            raise _NotPossibleError("not computed for a policy of this kind")
+            raise NotPossibleError("not computed for a policy of this kind")
         found = compute(
             guidance=self.recipe.sampling.guidance,
             batch_size=self.recipe.sampling.batch_size,
@@ -144,7 +108,7 @@ class _Patient:
         if found.peak > there:
             raise InputError(f"{said} {SMALLER}")
         if found.peak > FULL * there:
-            raise _DoubtfulError(f"{said} The allocator needs some of it, too. {SMALLER}")
+            raise DoubtfulError(f"{said} The allocator needs some of it, too. {SMALLER}")
         return said
 
     # --- with the model ------------------------------------------------------------------------
@@ -174,7 +138,7 @@ class _Patient:
         """A rollout without noise is the pipeline's own image, from the same latents."""
         recipe, policy = self.recipe, self._built()
         if not hasattr(policy, "by_pipeline"):
-            raise _NotPossibleError("there is no other program that samples from this policy")
+            raise NotPossibleError("there is no other program that samples from this policy")
         prompts = [prompt.text for prompt in self._batch()[:1]]
         steps, guidance = recipe.sampling.steps, recipe.sampling.guidance
         none = torch.zeros(1, dtype=torch.long)
@@ -198,7 +162,7 @@ class _Patient:
         return said
 
     def reward(self) -> str:
-        """Two images of one prompt have one."""
+        """Images of one prompt have one that can be trained on; see `rewards.examination`."""
         recipe, prompts = self.recipe, self._batch()[:1]
         with torch.no_grad():
             images = draw(
@@ -207,21 +171,18 @@ class _Patient:
                 seed=recipe.run.seed, batch_size=recipe.sampling.batch_size,
             ).images  # fmt: skip
         start = perf_counter()
-        found = {
-            name: score_images(reward, images, prompts[0])
-            for name, reward in rewards_of(recipe.reward).items()
-        }
-        each = self.reward_seconds = (perf_counter() - start) / len(images)
-        said = []
-        for name, scores in found.items():
-            if scores.values.isnan().any():
-                statuses = ", ".join(status.value for status in scores.statuses)
-                raise InputError(
-                    f"not every image has a {name} ({statuses}); the warnings say why."
-                )
-            values = ", ".join(f"{value:.4g}" for value in scores.values.tolist())
-            said.append(f"{name}: {values}" if len(found) > 1 else values)
-        return f"{'; '.join(said)} for two images of a prompt, {1000 * each:.3g} ms each"
+        said: list[str] = []
+        doubts: list[str] = []
+        for name, reward in rewards_of(recipe.reward).items():
+            for found in examine_reward(reward, [images], prompts):
+                text = found.said if name == "reward" else f"{name}: {found.said}"
+                if found.verdict is Verdict.FAILED:
+                    raise InputError(f"{text} The warnings say why.")
+                (doubts if found.verdict is Verdict.WARNING else said).append(text)
+        self.reward_seconds = (perf_counter() - start) / (4 * len(images))
+        if doubts:
+            raise DoubtfulError("; ".join(doubts))
+        return "; ".join(said)
 
     def batches(self) -> str:
         """Rollouts and trained states fill their batches, and groups the devices."""
@@ -251,7 +212,7 @@ class _Patient:
         if groups % self.devices:
             odd.append(f"{groups} groups do not divide by {self.devices} devices")
         if odd:
-            raise _DoubtfulError(f"{said}; {'; '.join(odd)}")
+            raise DoubtfulError(f"{said}; {'; '.join(odd)}")
         return said if self.devices == 1 else f"{said}; {groups // self.devices} groups a device"
 
     def disk(self) -> str:
@@ -300,7 +261,7 @@ class _Patient:
         if off > clip or kl > clip:
             raise InputError(f"{said}: rollout and training must agree; the warning says in what.")
         if off > 0.1 * clip or kl > 0.1 * clip:
-            raise _DoubtfulError(f"{said}: more than a tenth of it is lost to rounding.")
+            raise DoubtfulError(f"{said}: more than a tenth of it is lost to rounding.")
         return said
 
     def cost(self) -> str:
@@ -336,13 +297,13 @@ class _Patient:
 
     def _built(self) -> Any:
         if self.policy is None:
-            raise _NotPossibleError("needs the model")
+            raise NotPossibleError("needs the model")
         return self.policy
 
     def _planned(self) -> Trainer:
         if self.trainer is None:
             self._built()
-            raise _NotPossibleError("needs the plan")
+            raise NotPossibleError("needs the plan")
         return self.trainer
 
 

@@ -25,8 +25,8 @@ from rich.table import Table
 
 from entroflow.compare import Job
 from entroflow.compared import Row, smallest_difference
-from entroflow.doctor import Finding, Verdict
 from entroflow.evaluation.base import Evaluated
+from entroflow.findings import Finding, Verdict
 from entroflow.plain_sections import ENDS, Run
 from entroflow.recipe import Recipe
 from entroflow.report.wording import Interval

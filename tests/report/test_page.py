@@ -685,6 +685,7 @@ def with_judge(folder, mixed):
                 f"judge/{name}/discriminability": 0.6 - 0.01 * i, f"judge/{name}/spread": 0.3,
                 f"judge/{name}/first": 0.55, f"judge/{name}/ties": 0.01 * i,
                 f"judge/{name}/failed": None, f"judge/{name}/questions": 56.0,
+                f"judge/{name}/intransitive": 0.0,
             }  # fmt: skip
         if i and mixed:
             line |= {"reward/preference/mean": 0.5, "reward/shapes/mean": 0.01 * i}
@@ -699,7 +700,8 @@ def test_a_judge_is_shown_with_what_it_can_tell_apart(make_run):
     by_name = {trace["name"]: trace for f in page.figures for trace in f["data"] if "name" in trace}
     assert by_name["discriminability"]["y"][-1] == pytest.approx(0.48)
     assert by_name["ties"]["y"][0] == pytest.approx(0.01)
-    assert "Circles" not in page.text
+    assert "a quarter for coins. 0 at every iteration." in page.text
+    assert "0.550 at every iteration." in page.text
     assert "Time per group" not in page.text
     assert "How far to trust" not in read(make_run(last=7)).text
 
@@ -709,8 +711,9 @@ def test_the_rewards_of_a_mixture_have_a_panel_each(make_run):
     assert "The rewards of the mixture" in page.text
     assert "How far to trust the judge" in page.text
     means = [t["y"] for f in page.figures for t in f["data"] if t.get("name") == "mean"]
-    assert len(means) == 2
-    assert means[1][-1] == pytest.approx(0.12)
+    assert len(means) == 1
+    assert means[0][-1] == pytest.approx(0.12)
+    assert "in the units of the reward. 0.500 at every iteration." in page.text
 
 
 # --- torn files -----------------------------------------------------------------------------------

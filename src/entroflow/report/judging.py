@@ -13,12 +13,15 @@ from entroflow.report.figures import (
     TEAL,
     Metrics,
     Panel,
+    constant,
     figure_of,
     has_a_line,
     series,
     trace_style,
 )
 
+ROUNDING = 1e-9
+"""Differences up to this are rounding: win rates have the same mean in every group."""
 COLORS = (BLUE, ORANGE, TEAL, PURPLE, GRAY)
 
 FACTS = (
@@ -103,4 +106,14 @@ def _panel(
         x, y = series(metrics, prefix + fact)
         if x:
             traces.append({"x": x, "y": y, **trace_style(fact, color, len(x))})
-    return Panel(title, reading, figure_of(traces)) if has_a_line(traces) else None
+    if not has_a_line(traces):
+        return None
+    if all(constant(trace["y"], "iteration", ROUNDING) for trace in traces):
+        found = [(t["name"], constant(t["y"], "iteration", ROUNDING)) for t in traces]
+        alone = len(found) == 1
+        return Panel(
+            title,
+            reading,
+            finding=found[0][1] if alone else " ".join(f"{n}: {s}" for n, s in found),
+        )
+    return Panel(title, reading, figure_of(traces, yaxis={"rangemode": "tozero"}))
