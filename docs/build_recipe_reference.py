@@ -118,8 +118,6 @@ def reference() -> str:
             parts.append(f"## {section}\n\n{_component(PLAIN[section])}")
             continue
         parts.append(f"## {section}\n\n{QUESTIONS[section]}\n")
-        if not COMPONENTS[section]:
-            parts.append("None is shipped: `type` is the dotted path of a class of yours.\n")
         for position, (name, path) in enumerate(COMPONENTS[section].items()):
             default = " (default)" if position == 0 else ""
             parts.append(f"### type: {name}{default}\n")

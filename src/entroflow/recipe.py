@@ -413,9 +413,7 @@ def _build(
     if section in PLAIN:
         return _validated(PLAIN[section], fields, where, folder)
     known = COMPONENTS[section]
-    kind = fields.pop("type", next(iter(known), None))
-    if kind is None:
-        raise RecipeError(f"{where}.type is missing: the dotted path of a class of yours.")
+    kind = fields.pop("type", next(iter(known)))
     if not isinstance(kind, str):
         raise RecipeError(f"{where}.type must be a name, not {kind!r}.")
     if kind in known:

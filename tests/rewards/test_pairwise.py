@@ -210,7 +210,7 @@ def with_reward(fields):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"type": "pairwise"}, "mine: reward.judge.type is missing"),
+        ({"type": "pairwise"}, "mine: reward.judge: key 'model' is missing"),
         ({"type": "pairwise", "judge": 3}, "mine: reward.judge must hold keys and values, not 3"),
         (
             {"type": "pairwise", "judge": {"type": f"{MINE}.nobody"}},
