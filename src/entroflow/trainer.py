@@ -26,6 +26,7 @@ from entroflow.credit.normalise import is_tied
 from entroflow.credit.trace import Trace, Trajectories, trace_metrics, trajectories_of
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, measure_of
+from entroflow.evaluation.images import one_by_one
 from entroflow.exploration.base import Request, refuse_undefined
 from entroflow.exploration.summary import summary_of
 from entroflow.ledger import Ledger
@@ -235,6 +236,15 @@ class Trainer:
                 ledger=self.evaluation_ledger,
             )
 
+    def standing(self, metrics: Metrics) -> float:
+        """What the best checkpoint is chosen by; -inf if that is no number.
+
+        The held-out reward; or the score of the evaluation, where all rewards compare the images of
+        a group and so have the same mean whatever the images are.
+        """
+        found = metrics.get("eval/reward" if one_by_one(self.reward) else "eval/score")
+        return float(found) if found is not None and math.isfinite(found) else -math.inf
+
     def _metrics(
         self,
         rollouts: Rollouts,
@@ -434,9 +444,9 @@ def train_in(
     def keep(line: Metrics) -> None:
         """Save where it is due."""
         n = trainer.iteration
-        if _standing(line) > folder.best_score():
+        if trainer.standing(line) > folder.best_score():
             save()
-            folder.mark_best(n, _standing(line))
+            folder.mark_best(n, trainer.standing(line))
             folder.prune(settings.keep_checkpoints)
         if n % settings.checkpoint_every == 0 or at_end():
             save()
@@ -479,19 +489,13 @@ def _evaluated(trainer: Trainer, line: Metrics) -> Evaluated | None:
     spent = trainer.evaluation_ledger
     line["ledger/held_out_network_evaluations"] = spent.network_evaluations
     line["ledger/held_out_reward_calls"] = spent.reward_calls
-    if _standing(line) == -math.inf:
+    if trainer.standing(line) == -math.inf:
         log.warning(
             "iteration %d: no held-out image has a reward, so this checkpoint can't be marked the "
             "best.",
             n,
         )
     return found
-
-
-def _standing(metrics: Metrics) -> float:
-    """What the best checkpoint is chosen by: the held-out reward, or -inf if that is no number."""
-    reward = metrics.get("eval/reward")
-    return float(reward) if reward is not None and math.isfinite(reward) else -math.inf
 
 
 def _mean(values: list[float]) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -172,6 +174,18 @@ def test_images_of_two_prompts_never_meet():
     assert metrics["judge/reward/questions"] == GROUP * (GROUP - 1)
     assert metrics["ledger/reward_calls"] == PROMPTS * GROUP
     assert metrics["policy/gradient_norm"] > 0
+
+
+def test_the_best_checkpoint_is_that_of_the_best_score():
+    """Held-out images have no win rate, but the evaluation has a score."""
+    judge = {"type": f"{HERE}.ByBrightness"}
+    compares = {"type": "pairwise", "judge": judge}
+    both = {"type": "mixture", "rewards": {"a": compares, "b": {"type": f"{HERE}.brightness"}}}
+    line = {"eval/reward": 0.2, "eval/score": 0.3}
+    for reward, expected in ((compares, 0.3), (both, 0.2), ({"type": f"{HERE}.brightness"}, 0.2)):
+        trainer = Trainer(recipe(reward=reward), PixelPolicy())
+        assert trainer.standing(line) == expected
+        assert trainer.standing({"eval/reward": None, "eval/score": None}) == -math.inf
 
 
 def test_win_rates_raise_what_the_judge_prefers():
