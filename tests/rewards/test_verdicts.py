@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from entroflow.rewards.verdicts import PAIR_FORMATS, answer, better, final_score, shares, winner
+from entroflow.rewards.verdicts import PAIR_FORMATS, answer, better, shares, winner
 
 THOUGHT = "<think>1. Image 2 is better in style: 8 vs 7 ...</think>"
 
@@ -87,24 +87,6 @@ def test_a_winner_in_json(text, points):
 )
 def test_shares_of_1(text, points):
     assert shares(text) == pytest.approx(points)
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("Final Score: 4", 0.8),
-        ("... final score: **4.5/5**", 0.9),
-        ("Final Score: 1.0 / 5", 0.2),
-        ("Final Score: 2, no: Final Score: 3", 0.6),
-        ("Final Score: 6", None),
-        ("Final Score: 0", None),
-        ("Final Score: 45", None),
-        ("Final Score: high", None),
-        ("Score: 4", None),
-    ],
-)
-def test_a_final_score(text, value):
-    assert final_score(text) == pytest.approx(value)
 
 
 @pytest.mark.parametrize("name", PAIR_FORMATS)

@@ -12,15 +12,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-SCALE = 5.0
-"""Best of the scores that a pointwise judge gives; the worst is 1."""
-
 _WINNER = re.compile(r"\b(?:image|video)\s*([12])\b", re.IGNORECASE)
 _BETTER = re.compile(r"\b(?:image|video)\s*([12])\s+is\s+better\b", re.IGNORECASE)
 _EQUAL = re.compile(r"\bboth\s+(?:images|videos)\s+are\s+equally\s+good\b", re.IGNORECASE)
 _TIE = re.compile(r"\b(?:tie|tied|draw|equal|equally good)\b", re.IGNORECASE)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_FINAL = re.compile(r"final score:\s*\**\s*([0-9]+(?:\.[0-9]+)?)\s*(?:/\s*5\b)?", re.IGNORECASE)
 
 
 def better(text: str) -> float | None:
@@ -76,12 +72,6 @@ def shares(text: str) -> float | None:
             return None
         first.append(pair[0] / sum(pair))
     return sum(first) / len(first)
-
-
-def final_score(text: str) -> float | None:
-    """A score of one image in [0.2, 1], by `Final Score: x` with x from 1 to 5; the last counts."""
-    found = [float(number) for number in _FINAL.findall(text)]
-    return found[-1] / SCALE if found and 1 <= found[-1] <= SCALE else None
 
 
 PAIR_FORMATS: dict[str, Callable[[str], float | None]] = {
