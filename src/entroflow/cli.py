@@ -303,25 +303,21 @@ def doctor(
     iteration. Nothing is written. Memory is computed before any weights are loaded.
     """
     from entroflow.doctor import examine
-    from entroflow.findings import Verdict
     from entroflow.recipe import load_recipe
-    from entroflow.show import print_finding, working
+    from entroflow.show import print_findings
 
-    names = [argument for argument in arguments if "=" not in argument]
-    if len(names) != 1:
-        raise InputError("name one recipe; `entroflow recipes` lists them.")
-    recipe = load_recipe(names[0], [argument for argument in arguments if "=" in argument])
-    failed = []
-    findings = examine(recipe, devices)
-    while True:
-        with working("examining"):
-            finding = next(findings, None)
-        if finding is None:
-            break
-        print_finding(finding)
-        failed += [finding.check] if finding.verdict == Verdict.FAILED else []
+    name, changes = _one_name(arguments, "name one recipe; `entroflow recipes` lists them.")
+    failed = print_findings(examine(load_recipe(name, changes), devices))
     if failed:
         raise InputError(f"not ready to run: {', '.join(failed)}.")
+
+
+def _one_name(arguments: list[str], otherwise: str) -> tuple[str, list[str]]:
+    """The one argument that is no `section.key=value`, and those that are."""
+    names = [argument for argument in arguments if "=" not in argument]
+    if len(names) != 1:
+        raise InputError(otherwise)
+    return names[0], [argument for argument in arguments if "=" in argument]
 
 
 rewards = typer.Typer(no_args_is_help=True, help="Look into a reward before training on it.")
@@ -349,23 +345,15 @@ def try_reward(
     Whether every image has one, whether it is the same when asked again and in other batches,
     whether it tells images from noise and from each other, and what it takes.
     """
-    from entroflow.findings import Verdict
     from entroflow.recipe import COMPONENTS, load_recipe, shipped_recipes
     from entroflow.rewards.examination import examine_recipe
-    from entroflow.show import print_finding
+    from entroflow.show import print_findings
 
-    names = [argument for argument in arguments if "=" not in argument]
-    if len(names) != 1:
-        raise InputError("name one reward, or a recipe.")
-    (name,) = names
-    changes = [argument for argument in arguments if "=" in argument]
+    name, changes = _one_name(arguments, "name one reward, or a recipe.")
     own = "." in name and not Path(name).exists() and not name.endswith((".yaml", ".yml"))
     if own or (name in COMPONENTS["reward"] and name not in shipped_recipes()):
         name, changes = "quickstart", [f"reward.type={name}", *changes]
-    failed = []
-    for finding in examine_recipe(load_recipe(name, changes), prompts, images):
-        print_finding(finding)
-        failed += [finding.check] if finding.verdict == Verdict.FAILED else []
+    failed = print_findings(examine_recipe(load_recipe(name, changes), prompts, images))
     if failed:
         raise InputError(f"not fit to be trained on: {', '.join(failed)}.")
 

@@ -280,11 +280,18 @@ MARKS = {
 }
 
 
-def print_finding(finding: Finding) -> None:
-    """Print what a check of the doctor found."""
-    row = Table.grid(padding=(0, 2))
-    row.add_row(MARKS[finding.verdict], f"{finding.check:<9}", escape(finding.said))
-    console.print(row, highlight=False)
+def print_findings(findings: Iterator[Finding]) -> list[str]:
+    """Print findings as they come; returns the checks that failed."""
+    failed: list[str] = []
+    while True:
+        with working("examining"):
+            finding = next(findings, None)
+        if finding is None:
+            return failed
+        row = Table.grid(padding=(0, 2))
+        row.add_row(MARKS[finding.verdict], f"{finding.check:<9}", escape(finding.said))
+        console.print(row, highlight=False)
+        failed += [finding.check] if finding.verdict is Verdict.FAILED else []
 
 
 def print_table(table: Table) -> None:

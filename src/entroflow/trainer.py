@@ -175,15 +175,16 @@ class Trainer:
         if all_missing and self.iteration == 0:
             raise InputError(
                 "every reward of iteration 1 failed; the warnings say why (mend the reward, and "
-                "try it alone with: entroflow doctor)."
+                "try it alone with: entroflow reward test)."
             )
         share, most = missing.double().mean().item(), self.recipe.scoring.most_masked
         if share <= most and not all_missing:
             return advantages
         log.warning(
-            "iteration %d: %.0f%% of the images have no reward, more than scoring.most_masked (%g) "
-            "allows, so nothing is learnt from it.",
-            self.iteration + 1, 100 * share, most,
+            "iteration %d: %.0f%% of the images have no reward%s, so nothing is learnt from it.",
+            self.iteration + 1, 100 * share,
+            ", and no rollout has one" if all_missing
+            else f", more than scoring.most_masked ({most:g}) allows",
         )  # fmt: skip
         return torch.full_like(advantages, torch.nan)
 

@@ -9,7 +9,7 @@ from entroflow.errors import InputError
 from entroflow.ledger import Ledger
 from entroflow.prompts import Prompt
 from entroflow.rewards.base import FunctionReward, Scores, Status
-from entroflow.rewards.scoring import score
+from entroflow.rewards.scoring import join_scores, score
 from entroflow.sampling.grid import shifted_grid
 from entroflow.sampling.kernels import ODE
 from entroflow.sampling.noise import Stream, generator
@@ -126,6 +126,14 @@ def test_a_group_is_compared_when_it_is_whole(batch_size):
     assert [number for *_, number in reward.groups] == drawn
     assert found.facts == {"size": 2.5}
     assert ledger.reward_calls == 5
+
+
+def test_a_round_in_which_everything_failed_leaves_the_facts_of_others():
+    known = Scores(torch.ones(1), (Status.OK,), facts={"size": 4.0})
+    none = Scores(torch.ones(1), (Status.ERROR,))
+    for rounds in ([known, none], [none, known]):
+        joined = join_scores([{"places": scores} for scores in rounds])["places"]
+        assert joined.facts == {"size": 4.0}
 
 
 # --- failures -------------------------------------------------------------------------------------

@@ -16,9 +16,8 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from judge_server import JudgeServer
 
-from entroflow.errors import InputError
+from entroflow.errors import InputError, RecipeError
 from entroflow.prompts import Prompt
 from entroflow.recipe import build_recipe
 from entroflow.rewards import asking
@@ -27,8 +26,11 @@ from entroflow.rewards.base import Status
 from entroflow.rewards.pairwise import Pairwise
 from entroflow.rewards.served_judge import ServedJudge
 from entroflow.sampling.noise import Stream, generator
+from judge_server import JudgeServer
 
 PROMPT = Prompt("a red ring")
+JUDGE = {"type": "openai", "model": "judge"}
+PAIRWISE = {"type": "pairwise", "judge": JUDGE}
 
 
 @pytest.fixture
@@ -94,8 +96,10 @@ def test_a_template_of_ones_own(serve, tmp_path):
             path.write_text(content)
         else:
             path.unlink()
-        with pytest.raises(InputError, match=said):
-            asked(serve(template=path)[1])
+        with pytest.raises(RecipeError, match=f"mine: reward.judge: template.* {said}"):
+            build_recipe(
+                {"reward": {**PAIRWISE, "judge": {**JUDGE, "template": str(path)}}}, "mine"
+            )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +157,7 @@ def test_what_passes_is_tried_again(serve, status):
     found = asked(judge)
     assert found.points.tolist() == [0]
     assert found.statuses == (Status.OK,)
-    assert len(server.bodies) == judge._asker.attempts == 3
+    assert len(server.bodies) == 3
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 422])

@@ -155,7 +155,6 @@ class Asker:
         self._free = asyncio.Semaphore(limits.in_flight)
         self._pace = None if limits.per_second is None else Pace(limits.per_second)
         self._breaker = Breaker()
-        self.attempts = 0
         thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="asker")
         thread.start()
         self._end = weakref.finalize(self, _ended, self._loop, self._client, thread)
@@ -211,7 +210,6 @@ class Asker:
     async def _posted(self, body: Mapping[str, Any]) -> Any:
         if self._pace is not None:
             await self._pace.turn()
-        self.attempts += 1
         response = await self._client.post(self._url, json=dict(body))
         response.raise_for_status()
         return response.json()

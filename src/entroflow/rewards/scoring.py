@@ -132,7 +132,7 @@ class _Collected:
                     f"{self._rollouts.plan.texts[int(self._rollouts.plan.prompt[row])]!r} has none "
                     f"({self._statuses[row].value}), and scoring.on_failure is raise."
                 )
-        self._floor = scores.floor
+        self._floor = max(self._floor, scores.floor)
         for name, fact in scores.facts.items():
             self._facts.setdefault(name, []).append(fact)
 
@@ -195,8 +195,9 @@ def join_scores(rounds: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
             tuple(status for scores in rounds for status in scores[name].statuses),
             rounds[0][name].floor,
             {
-                fact: _mean([scores[name].facts[fact] for scores in rounds])
-                for fact in rounds[0][name].facts
+                # A round in which everything failed has none.
+                fact: _mean([s[name].facts[fact] for s in rounds if fact in s[name].facts])
+                for fact in dict.fromkeys(f for scores in rounds for f in scores[name].facts)
             },
         )
         for name in rounds[0]

@@ -112,6 +112,14 @@ class ServedJudge(Component):
         values = [math.nan if points[key] is None else points[key] for key in keys]
         return Answers(torch.tensor(values, dtype=torch.float64), tuple(statuses))
 
+    def check_parts(self) -> None:
+        """Read the template, so that a wrong one shows when the recipe is loaded.
+
+        Raises:
+            InputError: it can't be read, or has no place for the prompt.
+        """
+        assert self._words
+
     @cached_property
     def _asker(self) -> Asker:
         key = os.environ.get(self.key_variable)
@@ -132,9 +140,9 @@ class ServedJudge(Component):
         try:
             words = self.template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"judge.template: can't read {self.template} ({error}).") from None
+            raise InputError(f"template: can't read {self.template} ({error})") from None
         if PLACE not in words:
-            raise InputError(f"judge.template: {self.template} has no {PLACE} for the prompt.")
+            raise InputError(f"template: {self.template} has no {PLACE} for the prompt")
         return words
 
     def _question(self, pictures: Sequence[str], prompt: Prompt) -> dict[str, Any]:
