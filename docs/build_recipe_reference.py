@@ -85,8 +85,8 @@ assert recipe.optimizer.learning_rate == 3e-5
 - The value is YAML: `null`, `true`, `1e-4`, `[0.9, 0.95]`. Quote it where the shell would split it.
 - A new `type` clears what the file says of the other keys of its section. Types are set first,
   wherever they stand, so keys of the new type can be set beside it.
-- `entroflow train --resume RUN` takes overrides of `run` only, and not of `run.seed`: any other key
-  would make it another run.
+- `entroflow train --resume RUN` takes overrides of `run`, but not of `run.seed`, and of
+  `monitors`: any other key would make it another run.
 
 ## Dotted paths
 
@@ -105,8 +105,8 @@ recipe file, then in the current folder. The run's recipe holds the path that wa
 resumes from anywhere. What `dataset` names is left to `datasets.load_dataset`, which looks in the
 current folder.
 
-`sampling`, `scoring`, `optimizer` and `run` have no types. [Extending](extending.md) shows a
-working part of your own for each of the other sections that need one.
+`sampling`, `scoring`, `optimizer`, `monitors` and `run` have no types. [Extending](extending.md)
+shows a working part of your own for each of the other sections that need one.
 """
 
 

@@ -40,12 +40,22 @@ def verdicts(findings):
     return {check: found.verdict for check, found in findings.items()}
 
 
+def own_rewards(name, clip, url):
+    """What a recipe's user sets: where the judge is, and a folder for the CLIP model."""
+    return {
+        "flux_pref_grpo": [f"reward.judge.url={url}", f"monitors.rewards.clip.model={clip}"],
+        "flux_pref_grpo_published": [
+            f"reward.rewards.preference.judge.url={url}", f"reward.rewards.clip.model={clip}"
+        ],
+    }.get(name, [])  # fmt: skip
+
+
 REAL = [*shipped_recipes("sd3"), *shipped_recipes("flux")]
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_the_recipes_of_real_models_pass_on_stand_ins(examined, name):
-    findings = examined(name)
+def test_the_recipes_of_real_models_pass_on_stand_ins(examined, name, clip_folder, judge_server):
+    findings = examined(name, *own_rewards(name, clip_folder, judge_server.url))
     assert list(findings) == CHECKS
     wrong = {c: f.said for c, f in findings.items() if f.verdict is not Verdict.OK}
     assert wrong == {}
@@ -68,7 +78,8 @@ def test_the_same_methods_for_both_models():
         "flow_grpo", "flow_grpo_fast", "dance_grpo", "mix_grpo", "e_grpo", "tp_grpo",
         "tp_grpo_published",
     }  # fmt: skip
-    assert set(REAL) == {f"{model}_{method}" for model in ("sd35", "flux") for method in methods}
+    both = {f"{model}_{method}" for model in ("sd35", "flux") for method in methods}
+    assert set(REAL) == both | {"flux_pref_grpo", "flux_pref_grpo_published"}
 
 
 FAST = ("sampling.steps=4", "exploration.size=2", "exploration.last_start=0", "evaluation.steps=1")

@@ -49,6 +49,10 @@ CHANGES = {
     },
     "kernel": {"noise_level": 0.9},
     "reward": {"value": "strict"},
+    "monitors": {
+        "rewards": {"size": {"type": "jpeg_size"}}, "best": "score", "on_hacking": "stop",
+        "band": 3.0,
+    },
     "scoring": {"on_failure": "raise", "most_masked": 0.1},
     "credit": {"scale": "none", "ddof": 1, "epsilon": 0.0, "advantage_clip": 4.0},
     "objective": {
@@ -117,6 +121,18 @@ def test_a_shipped_recipe_reads_back_as_it_is(name, tmp_path):
     assert reread(recipe, tmp_path).to_yaml() == recipe.to_yaml()
 
 
+def assert_arrived(resolved, stated, folder):
+    for key, value in stated.items():
+        arrived = resolved[key]
+        if isinstance(value, dict):
+            assert_arrived(arrived, value, folder)
+            continue
+        if key == "path":
+            assert Path(arrived).is_file()
+            arrived = str(Path(arrived).relative_to(folder))
+        assert arrived == value, key
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_key_of_a_shipped_file_arrives(name):
     """Nothing is dropped or converted; and every other key is written out with its default."""
@@ -124,13 +140,7 @@ def test_every_key_of_a_shipped_file_arrives(name):
     stated = YAML(typ="safe").load(shipped_recipes()[name].read_text())
     for section, fields in stated.items():
         if section in SECTIONS:
-            resolved = recipe.resolved[section]
-            for key, value in fields.items():
-                arrived = resolved[key]
-                if key == "path":
-                    assert Path(arrived).is_file()
-                    arrived = str(Path(arrived).relative_to(shipped_recipes()[name].parent))
-                assert arrived == value, (section, key)
+            assert_arrived(recipe.resolved[section], fields, shipped_recipes()[name].parent)
         else:
             assert recipe.resolved[section] == getattr(recipe, section) == fields
     for section in SECTIONS:

@@ -446,6 +446,31 @@ def pretrain_shapes(
     typer.echo(f"use them: entroflow train policy.weights={folder / 'base.safetensors'}")
 
 
+@pretrain_app.command("preferences", epilog="Example: `entroflow pretrain preferences`")
+def pretrain_preferences(
+    folder: Annotated[Path, typer.Option(help="Where the weights are written.")] = Path(
+        "runs/pretrain-preferences"
+    ),
+    seed: Seed = 0,
+) -> None:
+    """Learn the preferences that come with the package anew, from noisy comparisons.
+
+    Some minutes on one core. Writes the weights of the score and of the judge, and how often they
+    are right about held-out pairs.
+    """
+    from entroflow.rewards.preferences.learn import Learning, make
+    from entroflow.show import steps_progress
+
+    found = make(Learning(seed=seed), folder, steps_progress)
+    for kind, shares in found.items():
+        typer.echo(f"{kind}: right about {shares['order']:.1%} of the held-out pairs")
+    typer.echo(f"weights  {folder}")
+    typer.echo(
+        "use them: entroflow train pointwise_preference "
+        f"reward.weights={folder / 'pointwise.safetensors'}"
+    )
+
+
 DISK = (
     errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EACCES,
     errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,

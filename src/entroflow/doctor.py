@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -26,7 +26,7 @@ from entroflow.plain_sections import ENDS
 from entroflow.prompts import Prompt
 from entroflow.recipe import Recipe, changed
 from entroflow.report.wording import count, duration, size
-from entroflow.rewards.base import FunctionReward
+from entroflow.rewards.base import AnyReward, FunctionReward
 from entroflow.rewards.examination import examine_reward
 from entroflow.rewards.mixture import rewards_of
 from entroflow.sampling.kernels import ODE
@@ -162,7 +162,10 @@ class _Patient:
         return said
 
     def reward(self) -> str:
-        """Images of one prompt have one that can be trained on; see `rewards.examination`."""
+        """Images of one prompt have one that can be trained on, and all monitors.
+
+        See `rewards.examination`.
+        """
         recipe, prompts = self.recipe, self._batch()[:1]
         with torch.no_grad():
             images = draw(
@@ -170,16 +173,21 @@ class _Patient:
                 steps=recipe.sampling.steps, guidance=recipe.sampling.guidance,
                 seed=recipe.run.seed, batch_size=recipe.sampling.batch_size,
             ).images  # fmt: skip
-        start = perf_counter()
         said: list[str] = []
         doubts: list[str] = []
-        for name, reward in rewards_of(recipe.reward).items():
-            for found in examine_reward(reward, [images], prompts):
-                text = found.said if name == "reward" else f"{name}: {found.said}"
-                if found.verdict is Verdict.FAILED:
-                    raise InputError(f"{text} The warnings say why.")
-                (doubts if found.verdict is Verdict.WARNING else said).append(text)
+
+        def look(rewards: Mapping[str, AnyReward]) -> None:
+            for name, reward in rewards.items():
+                for found in examine_reward(reward, [images], prompts):
+                    text = found.said if name == "reward" else f"{name}: {found.said}"
+                    if found.verdict is Verdict.FAILED:
+                        raise InputError(f"{text} The warnings say why.")
+                    (doubts if found.verdict is Verdict.WARNING else said).append(text)
+
+        start = perf_counter()
+        look(rewards_of(recipe.reward))
         self.reward_seconds = (perf_counter() - start) / (4 * len(images))
+        look({f"monitor {name}": each for name, each in recipe.monitors.rewards.items()})
         if doubts:
             raise DoubtfulError("; ".join(doubts))
         return "; ".join(said)

@@ -20,7 +20,8 @@ from entroflow.policies.base import Policy
 from entroflow.recipe import Recipe, chosen_type, load_recipe
 from entroflow.report.events import Events
 from entroflow.report.page import write_report
-from entroflow.rewards.base import FunctionReward, Reward, RewardFunction
+from entroflow.rewards.base import AnyReward, FunctionReward, GroupReward, Reward, RewardFunction
+from entroflow.rewards.mixture import Mixture
 from entroflow.runs import EVALUATION, RECIPE, RunFolder
 from entroflow.trainer import Metrics, Trainer, train_in
 
@@ -32,7 +33,7 @@ def train(
     overrides: Sequence[str] = (),
     *,
     policy: Policy | None = None,
-    reward: Reward | RewardFunction | None = None,
+    reward: AnyReward | RewardFunction | None = None,
     run: Path | str | None = None,
     stop_after: int | None = None,
     watch: Callable[[Metrics, Evaluated | None], None] | None = None,
@@ -43,8 +44,9 @@ def train(
         recipe: the name of a shipped recipe, or a file.
         overrides: `section.key=value`, as on the command line.
         policy: a policy of your own instead of the recipe's.
-        reward: a reward of your own instead of the recipe's: an object with `score`, or a plain
-            function (images [n, 3, H, W] in [0, 1], prompts, metadata) -> n numbers.
+        reward: a reward of your own instead of the recipe's: an object (`Reward`, `GroupReward` or
+            `Mixture`), or a plain function (images [n, 3, H, W] in [0, 1], prompts, metadata) ->
+            n numbers.
         run: folder, `runs/<recipe>-<time>` if None; never overwritten.
         stop_after: stop after this iteration, as if interrupted there.
         watch: called with the metrics (and evaluation, if there was one) of every iteration.
@@ -68,7 +70,7 @@ def resume(
     overrides: Sequence[str] = (),
     *,
     policy: Policy | None = None,
-    reward: Reward | RewardFunction | None = None,
+    reward: AnyReward | RewardFunction | None = None,
     stop_after: int | None = None,
     watch: Callable[[Metrics, Evaluated | None], None] | None = None,
 ) -> RunFolder:
@@ -76,8 +78,8 @@ def resume(
 
     Args:
         run: the run folder.
-        overrides: of the section `run` only, as `run.iterations=200`; other keys would make it
-            another run.
+        overrides: of the sections `run` and `monitors` only, as `run.iterations=200`; other keys
+            would make it another run.
         policy, reward: needed again where the run was started with objects of your own.
         stop_after, watch: see `train`.
 
@@ -88,10 +90,10 @@ def resume(
     folder = RunFolder.open(Path(run))
     _refuse_older(folder)
     for override in overrides:
-        if not override.startswith("run.") or override.startswith("run.seed"):
+        if not override.startswith(("run.", "monitors.")) or override.startswith("run.seed"):
             raise InputError(
-                f"a resumed run can change keys of 'run' except the seed, not {override!r}; "
-                "start a new run for another recipe."
+                f"a resumed run can change keys of 'run' except the seed, and of 'monitors', not "
+                f"{override!r}; start a new run for another recipe."
             )
     given = _given(policy, reward)
     recipe = load_recipe(folder.path / RECIPE, overrides, given)
@@ -133,13 +135,14 @@ def new_folder(recipe: Recipe) -> Path:
             place = place.with_name(f"{name}-{number}")
 
 
-def _given(policy: Policy | None, reward: Reward | RewardFunction | None) -> dict[str, Any]:
+def _given(policy: Policy | None, reward: AnyReward | RewardFunction | None) -> dict[str, Any]:
     """The caller's objects by section."""
     given: dict[str, Any] = {}
     if policy is not None:
         given["policy"] = policy
     if reward is not None:
-        given["reward"] = reward if hasattr(reward, "score") else FunctionReward(reward)
+        kinds = (Reward, GroupReward, Mixture)
+        given["reward"] = reward if isinstance(reward, kinds) else FunctionReward(reward)
     return given
 
 
@@ -172,7 +175,7 @@ def _run(
         events.close()
     write_report(folder)
     comparable = isinstance(trainer.recipe.evaluation, HeldOutEvaluation)
-    if comparable and trainer.share_done >= 1:
+    if comparable and trainer.at_end:
         try:
             with _signals_call(_interrupt):
                 if stopping():
@@ -204,6 +207,7 @@ def _compare(folder: RunFolder, trainer: Trainer) -> None:
             seed=recipe.run.test_seed,
             batch_size=recipe.sampling.batch_size,
             reward=trainer.reward,
+            monitors=recipe.monitors.rewards,
             ledger=cost,
         )
     known = {"iteration": trainer.iteration, "recipe_hash": recipe.hash, "cost": cost.state()}

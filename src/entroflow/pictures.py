@@ -17,7 +17,7 @@ LARGE = 128
 def to_png(image: Tensor) -> bytes:
     """One image [3, H, W] in [0, 1] as PNG."""
     buffer = io.BytesIO()
-    _pillow(image, 1).save(buffer, format="PNG", optimize=True)
+    to_pil(image).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -67,9 +67,14 @@ def save(picture: Image.Image, path: Path) -> None:
     temporary.replace(path)
 
 
-def _pillow(image: Tensor, scale: int) -> Image.Image:
+def to_pil(image: Tensor) -> Image.Image:
+    """One image [3, H, W] in [0, 1], rounded to 8 bits."""
     pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
-    picture = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def _pillow(image: Tensor, scale: int) -> Image.Image:
+    picture = to_pil(image)
     if scale == 1:
         return picture
     size = (picture.width * scale, picture.height * scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -55,6 +55,49 @@ class Scoring(Component):
         description="share of an iteration's images that may be masked; of more nothing is learnt, "
         "and the run goes on",
     )
+
+
+class Monitors(Component):
+    """What is watched on held-out images and never trained on.
+
+    Reward hacking shows there first: the reward rises, while statistics of the images leave the
+    range of the base's, or another reward falls.
+    """
+
+    parts: ClassVar[Mapping[str, str]] = {"rewards": "reward"}
+
+    rewards: Any = Field(
+        default_factory=dict,
+        description="by name, each with its type and keys, as in the section reward",
+    )
+    best: str | None = Field(
+        None,
+        description="what the best checkpoint is chosen by: score, or the name of a reward here; "
+        "null: the reward that is trained on, over the held-out images",
+    )
+    on_hacking: Literal["warn", "stop"] = Field(
+        "warn", description="what to do where the reward seems to be hacked; stop ends the run"
+    )
+    band: float = Field(
+        1.5,
+        gt=0,
+        description="how far a statistic may move, in standard deviations of the base's images",
+    )
+
+    def check_parts(self) -> None:
+        """Refuse what does not fit together.
+
+        Raises:
+            ValueError: a mixture, a name that is taken, or `best` names nothing.
+        """
+        for name, reward in self.rewards.items():
+            if name in ("reward", "score", "win_rate"):
+                raise ValueError(f"rewards.{name}: the name is taken; choose another")
+            if hasattr(reward, "rewards"):
+                raise ValueError(f"rewards.{name} is a mixture; name its rewards here")
+        known = ["score", *self.rewards]
+        if self.best is not None and self.best not in known:
+            raise ValueError(f"best is {self.best!r}, which is none of: {', '.join(known)}")
 
 
 class Optimizer(Component):

@@ -23,7 +23,7 @@ from ruamel.yaml.error import YAMLError
 
 from entroflow.component import Component
 from entroflow.errors import RecipeError
-from entroflow.plain_sections import ENDS, Optimizer, Run, Sampling, Scoring
+from entroflow.plain_sections import ENDS, Monitors, Optimizer, Run, Sampling, Scoring
 from entroflow.users_code import home_of, imported, raised, refuse_shadowed, search_beside
 from entroflow.wrong_keys import explained, hint
 
@@ -67,11 +67,16 @@ COMPONENTS: dict[str, dict[str, str]] = {
     },
     "reward": {
         "shapes": "entroflow.rewards.shapes.ShapesReward",
+        "shapes_preference": "entroflow.rewards.preferences.models.ShapesPreference",
+        "clip": "entroflow.rewards.clip.CLIPScore",
         "jpeg_size": "entroflow.rewards.jpeg_size.JPEGSize",
         "pairwise": "entroflow.rewards.pairwise.Pairwise",
         "mixture": "entroflow.rewards.mixture.Mixture",
     },
-    "judge": {"openai": "entroflow.rewards.served_judge.ServedJudge"},
+    "judge": {
+        "shapes_preference": "entroflow.rewards.preferences.models.ShapesJudge",
+        "openai": "entroflow.rewards.served_judge.ServedJudge",
+    },
     "credit": {
         "terminal": "entroflow.credit.terminal.Terminal",
         "turning_points": "entroflow.credit.turning_points.TurningPoints",
@@ -109,12 +114,15 @@ PLAIN: dict[str, type[Component]] = {
     "sampling": Sampling,
     "scoring": Scoring,
     "optimizer": Optimizer,
+    "monitors": Monitors,
     "run": Run,
 }
 SECTIONS = (
     "policy", "prompts", "allocation", "sampling", "exploration", "kernel",
-    "reward", "scoring", "credit", "objective", "optimizer", "evaluation", "run",
+    "reward", "scoring", "credit", "objective", "optimizer", "evaluation", "monitors", "run",
 )  # fmt: skip
+LATER_SECTIONS = ("scoring", "monitors")
+"""Sections that runs of older versions lack; their defaults are what those did."""
 TEXTS = ("title", "paper", "notes")
 FOUND_IN = "found_in"
 """Key of a run's recipe: the folder of the recipe file, where components of the user's may lie."""
@@ -140,6 +148,7 @@ class Recipe:
     objective: Objective
     optimizer: Optimizer
     evaluation: Evaluation
+    monitors: Monitors
     run: Run
     resolved: Mapping[str, Any]
     found_in: Path | None = None
@@ -151,8 +160,9 @@ class Recipe:
         Keys that have their default are left out: a new key changes no recipe that does without.
         """
         content = {section: _set(section, self.resolved[section]) for section in SECTIONS}
-        if not content["scoring"]:
-            del content["scoring"]
+        for later in LATER_SECTIONS:
+            if not any(content[later].values()):
+                del content[later]
         run = self.resolved["run"]
         ends = {key: run[key] for key in ENDS if run.get(key) is not None}
         content["run"] = {"iterations": run["iterations"], **ends}
@@ -189,7 +199,8 @@ def _set(section: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     }
     for key, kind in nested.items():
         if _many(known, key):
-            chosen[key] = {name: _set(kind, part) for name, part in fields[key].items()}
+            named = fields.get(key) or {}
+            chosen[key] = {name: _set(kind, part) for name, part in named.items()}
         else:
             chosen[key] = _set(kind, fields[key])
     return chosen

@@ -89,12 +89,11 @@ class TrainingProgress:
         if evaluated is not None:
             self._score = metrics["eval/score"]
             score = Interval(self._score, metrics["eval/score_low"], metrics["eval/score_high"])
-            monitors = "".join(f"{name} {v:.3g}  " for name, v in evaluated.monitors.items())
+            shown = "".join(f"{each}  " for each in _watched(metrics, evaluated.monitor_means()))
             console.print(
                 f"iteration {metrics['iteration']:>4}  "
                 f"score [bold]{_decimals(self._score, 3)}[/] {escape(score.reach)}  "
-                f"reward {_decimals(metrics['eval/reward'], 3)}  "
-                f"{monitors}"
+                f"{shown}"
                 f"{compact(metrics['ledger/weighted_evaluations'])} weighted evaluations  "
                 f"{metrics['seconds']:.0f} s",
                 highlight=False,
@@ -140,6 +139,27 @@ def expectation(plan: Mapping[str, Any]) -> str:
     )
 
 
+def _watched(metrics: Metrics, monitors: Mapping[str, float]) -> list[str]:
+    """What an evaluation says besides its score: of the drifts only the farthest."""
+    drifts = {k.removeprefix("drift/"): v for k, v in metrics.items() if k.startswith("drift/")}
+    rewards = {
+        key.removeprefix("eval/").replace("_", " "): metrics[key]
+        for key in metrics
+        if key == "eval/reward" or key.startswith("eval/win_rate")
+    }
+    known = {
+        name: value
+        for name, value in rewards.items()
+        if value is not None and not math.isnan(value)
+    }
+    known |= {name: value for name, value in monitors.items() if name not in drifts}
+    shown = [f"{name} {value:.3g}" for name, value in known.items()]
+    if drifts and metrics["iteration"]:
+        farthest = max(drifts, key=lambda name: abs(drifts[name]))
+        shown.append(f"{farthest} {drifts[farthest]:+.1f} sd")
+    return shown
+
+
 def evaluation_table(summary: dict[str, Any]) -> Table:
     """Score by skill with 95% intervals, a column per model, then reward and monitors."""
     titles = {
@@ -171,6 +191,10 @@ def evaluation_table(summary: dict[str, Any]) -> Table:
     for monitor in models["base"]["monitors"]:
         values = [model["monitors"][monitor] for model in models.values()]
         table.add_row(monitor, *(_decimals(value, 4) for value in values))
+    for name in models["base"].get("win_rates", {}):
+        rates = [Interval.of(model["win_rates"][name]) for model in models.values()]
+        label = "win rate" if name == "reward" else f"win rate, {name}"
+        table.add_row(label, *(f"{_decimals(r.value, 3)} {escape(r.reach)}" for r in rates))
     if "gain" in summary:
         if (iteration := summary.get("iteration")) is not None:
             table.title = f"{table.title}\ntuned: after iteration {iteration}"

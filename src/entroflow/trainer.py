@@ -25,8 +25,9 @@ from entroflow.credit.mixed import mixed_advantages
 from entroflow.credit.normalise import is_tied
 from entroflow.credit.trace import Trace, Trajectories, trace_metrics, trajectories_of
 from entroflow.errors import InputError
-from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, measure_of
-from entroflow.evaluation.images import one_by_one
+from entroflow.evaluation.base import Drawn, Evaluated, HeldOutEvaluation, measure_of
+from entroflow.evaluation.sentinel import Sentinel
+from entroflow.evaluation.watching import compares, watched
 from entroflow.exploration.base import Request, refuse_undefined
 from entroflow.exploration.summary import summary_of
 from entroflow.ledger import Ledger
@@ -62,6 +63,9 @@ class Trainer:
         self.seconds = 0.0
         self.ledger, self.evaluation_ledger = Ledger(), Ledger()
         self.trajectories: Trajectories | None = None
+        self.sentinel = Sentinel(recipe.monitors.band)
+        self.stopped = False
+        self._base: Drawn | None = None
         weights = self.policy.weights
         weights.keep_reference()
         weights.keep("ema")
@@ -73,6 +77,11 @@ class Trainer:
             betas=settings.betas,
             weight_decay=settings.weight_decay,
         )
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the run is complete: it has come to its end, or was stopped for hacking."""
+        return self.share_done >= 1 or self.stopped
 
     @property
     def share_done(self) -> float:
@@ -227,23 +236,55 @@ class Trainer:
 
     def evaluate(self) -> Evaluated:
         """Evaluate the moving average of the weights."""
-        recipe = self.recipe
-        with self.policy.weights("ema"), self.evaluation_ledger.timed("evaluate"):
-            return recipe.evaluation.run(
-                self.policy,
-                seed=recipe.run.seed,
-                batch_size=recipe.sampling.batch_size,
-                reward=self.reward,
+        monitors = self.recipe.monitors.rewards
+        with self.evaluation_ledger.timed("evaluate"):
+            found = self._evaluated("ema")
+            first = self.iteration == 0
+            if compares(self.reward, monitors) and self._base is None:
+                # A run that is resumed has to draw them again.
+                base = found if first else self._evaluated("reference")
+                self._base = base.drawn
+            return watched(
+                self.recipe.evaluation, found, self.reward, monitors, None if first else self._base,
+                seed=self.recipe.run.seed, batch_size=self.recipe.sampling.batch_size,
                 ledger=self.evaluation_ledger,
-            )
+            )  # fmt: skip
+
+    def _evaluated(self, weights: str) -> Evaluated:
+        recipe = self.recipe
+        with self.policy.weights(weights):
+            return recipe.evaluation.run(
+                self.policy, seed=recipe.run.seed, batch_size=recipe.sampling.batch_size,
+                reward=self.reward, ledger=self.evaluation_ledger,
+            )  # fmt: skip
+
+    def watch(self, found: Evaluated) -> Metrics:
+        """What the sentinel says of an evaluation; it warns, and stops the run if it is to."""
+        settings = self.recipe.monitors
+        vectors = {n: v for n, v in found.monitors.items() if isinstance(v, Tensor) and v.ndim}
+        sighting = self.sentinel.look(
+            torch.full((1,), torch.nan) if found.drawn is None else found.drawn.rewards,
+            {name: values for name, values in vectors.items() if name not in settings.rewards},
+            {name: values for name, values in vectors.items() if name in settings.rewards},
+        )
+        drifts = {f"drift/{name}": moved for name, moved in sighting.drifts.items()}
+        if not sighting.alarms:
+            return drifts
+        self.stopped = settings.on_hacking == "stop"
+        log.warning(
+            "iteration %d: the reward rises, but %s. Look at the images: the policy may cheat its "
+            "reward%s.",
+            self.iteration, " and ".join(sighting.alarms.values()),
+            "; the run stops here (monitors.on_hacking)" if self.stopped else "",
+        )  # fmt: skip
+        return {**drifts, "hacking": sighting.alarms}
 
     def standing(self, metrics: Metrics) -> float:
         """What the best checkpoint is chosen by; -inf if that is no number.
 
-        The held-out reward; or the score of the evaluation, where all rewards compare the images of
-        a group and so have the same mean whatever the images are.
+        What `monitors.best` says; else the held-out reward.
         """
-        found = metrics.get("eval/reward" if one_by_one(self.reward) else "eval/score")
+        found = metrics.get(f"eval/{self.recipe.monitors.best or 'reward'}")
         return float(found) if found is not None and math.isfinite(found) else -math.inf
 
     def _metrics(
@@ -353,6 +394,8 @@ class Trainer:
             "ledger": self.ledger.state(),
             "evaluation_ledger": self.evaluation_ledger.state(),
             "reference": self.policy.weights.digest("reference"),
+            "sentinel": self.sentinel.state(),
+            "stopped": self.stopped,
             "components": {
                 name: component.state() for name, component in self._components_with_memory()
             },
@@ -373,6 +416,8 @@ class Trainer:
         self.ledger.load_state(state["ledger"])
         self.evaluation_ledger.load_state(state["evaluation_ledger"])
         self.iteration, self.seconds = state["iteration"], state["seconds"]
+        self.sentinel.load_state(state.get("sentinel", {}))
+        self.stopped = state.get("stopped", False) and self.recipe.monitors.on_hacking == "stop"
         for name, component in self._components_with_memory():
             component.load_state(state["components"][name])
 
@@ -405,13 +450,19 @@ def evaluation_metrics(found: Evaluated) -> Metrics:
     """An evaluation as keys of `metrics.jsonl`."""
     overall = found.scores["overall"]
     by_skill = {f"eval/score/{k}": s.value for k, s in found.scores.items() if k != "overall"}
+    alone = len(found.win_rates) == 1
+    wins = {
+        "eval/win_rate" if alone else f"eval/win_rate/{name}": values.nanmean().item()
+        for name, values in found.win_rates.items()
+    }
     return {
         "eval/score": overall.value,
         "eval/score_low": overall.low,
         "eval/score_high": overall.high,
         **by_skill,
         "eval/reward": found.reward,
-        **{f"eval/{name}": value for name, value in found.monitors.items()},
+        **wins,
+        **{f"eval/{name}": value for name, value in found.monitor_means().items()},
     }
 
 
@@ -430,9 +481,7 @@ def train_in(
     saved = -1
 
     def at_end() -> bool:
-        return trainer.share_done >= 1 or (
-            stop_after is not None and trainer.iteration >= stop_after
-        )
+        return trainer.at_end or (stop_after is not None and trainer.iteration >= stop_after)
 
     def save() -> None:
         nonlocal saved
@@ -462,7 +511,7 @@ def train_in(
     try:
         if lines:
             (line,), saved = lines, trainer.iteration
-            if trainer.share_done >= 1 and "eval/score" not in line:
+            if trainer.at_end and "eval/score" not in line:
                 # The run was cut short to where it stands: what was no end is one now.
                 found = _evaluated(trainer, line)
                 folder.replace_metrics(line)
@@ -486,7 +535,7 @@ def _evaluated(trainer: Trainer, line: Metrics) -> Evaluated | None:
     if n % trainer.recipe.run.evaluate_every and trainer.share_done < 1:
         return None
     found = trainer.evaluate()
-    line |= evaluation_metrics(found)
+    line |= {**evaluation_metrics(found), **trainer.watch(found)}
     spent = trainer.evaluation_ledger
     line["ledger/held_out_network_evaluations"] = spent.network_evaluations
     line["ledger/held_out_reward_calls"] = spent.reward_calls

@@ -13,7 +13,11 @@ from typing import Any
 from entroflow.errors import RecipeError
 from entroflow.wrong_keys import hint
 
-EXTRAS = {"entroflow.policies.diffusers.": "diffusers", "entroflow.rewards.served_judge": "judge"}
+EXTRAS = {
+    "entroflow.policies.diffusers.": "diffusers",
+    "entroflow.rewards.clip": "diffusers",
+    "entroflow.rewards.served_judge": "judge",
+}
 """Beginning of a module's name -> the extra that brings what it imports."""
 
 

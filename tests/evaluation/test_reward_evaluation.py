@@ -12,6 +12,7 @@ from scipy import stats
 
 from entroflow.errors import InputError, RecipeError
 from entroflow.evaluation.base_and_tuned import compare_with_base
+from entroflow.evaluation.image_statistics import statistics
 from entroflow.evaluation.reward import EXAMPLES, RewardEvaluation
 from entroflow.ledger import Ledger
 from entroflow.recipe import load_recipe
@@ -90,7 +91,7 @@ def test_examples_are_one_image_of_the_first_prompts(tmp_path):
     assert list(found.captions) == [f"word {2 * number}" for number in range(EXAMPLES)]
     assert len(found.images) == len(found.passed) == EXAMPLES
     assert set(found.passed) == {None}
-    assert set(found.monitors) == {"diversity", "brightness", "contrast", "saturation", "detail"}
+    assert set(found.monitors) == set(statistics(found.drawn.images, found.drawn.prompt))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_few_images_are_pairs_of_fewer_prompts(prompts, images, drawn):
     assert len(found.by_prompt) == len(drawn)
     known = found.by_prompt[~found.by_prompt.isnan()].tolist()
     assert known == drawn[: min(images, len(drawn))]
-    assert math.isnan(found.monitors["diversity"]) == (images == 1)
+    assert math.isnan(found.monitor_means()["diversity"]) == (images == 1)
 
 
 def test_jsonl_prompts_keep_their_metadata(tmp_path):

@@ -97,10 +97,10 @@ def test_a_perfect_policy_scores_1():
     assert found.reward == 1
     assert all(found.passed)
     # Every image of a prompt is the same one here, and scenes have no texture.
-    assert list(found.monitors) == ["diversity", "texture", "contrast"]
-    assert found.monitors["diversity"] < 1e-6
-    assert found.monitors["texture"] < 1e-6
-    assert found.monitors["contrast"] > 0.1
+    assert list(found.monitors)[-3:] == ["diversity", "texture", "contrast"]
+    assert found.monitor_means()["diversity"] < 1e-6
+    assert found.monitor_means()["texture"] < 1e-6
+    assert found.monitor_means()["contrast"] > 0.1
     assert ledger.network_evaluations == 2 * 48
     assert ledger.decodes == 48
 
@@ -114,7 +114,7 @@ def test_a_policy_that_draws_nothing_scores_0():
         assert score.high > 0
     assert not any(found.passed)
     assert math.isnan(found.reward)
-    assert math.isnan(found.monitors["contrast"])
+    assert math.isnan(found.monitor_means()["contrast"])
 
 
 @torch.no_grad()
@@ -300,7 +300,7 @@ def test_images_are_shared_evenly_by_the_prompts(images):
 def plain(found):
     """The numbers of an evaluation in a list."""
     numbers = [value for score in found.scores.values() for value in vars(score).values()]
-    return [*numbers, found.reward, *found.monitors.values()]
+    return [*numbers, found.reward, *found.monitor_means().values()]
 
 
 @torch.no_grad()
@@ -321,8 +321,10 @@ def test_batches_change_nothing_but_rounding_through_the_network():
     one, other = (evaluated(policy, batch_size=size, **settings) for size in (12, 5))
     torch.testing.assert_close(other.images, one.images, rtol=0, atol=1e-4)
     assert other.captions == one.captions
-    assert other.monitors["diversity"] == pytest.approx(one.monitors["diversity"], abs=1e-4)
-    assert one.monitors["diversity"] > 0.05
+    assert other.monitor_means()["diversity"] == pytest.approx(
+        one.monitor_means()["diversity"], abs=1e-4
+    )
+    assert one.monitor_means()["diversity"] > 0.05
     assert other.reward == pytest.approx(one.reward, abs=0.02)
 
 
@@ -376,7 +378,7 @@ def test_the_tuned_weights_stand_beside_the_base():
     assert found["base_guided"] is found["base"]
     assert {name for name, _ in summary.items()} >= {"split", "steps", "seed", "best_guidance"}
     assert (summary["split"], summary["steps"], summary["seed"]) == ("test", 1, 1)
-    assert list(summary["models"]["tuned"]["monitors"]) == ["diversity", "texture", "contrast"]
+    assert list(summary["models"]["tuned"]["monitors"])[-3:] == ["diversity", "texture", "contrast"]
 
 
 def test_equal_weights_gain_nothing():

@@ -111,6 +111,9 @@ def metrics_line(iteration, **changed):
             "eval/diversity": 0.2 - 0.01 * iteration,
             "eval/texture": 0.005 * (1 + iteration / 10),
             "eval/contrast": 0.5,
+            "drift/diversity": -0.1 * iteration,
+            "drift/texture": 0.2 * iteration,
+            "drift/contrast": 0.0,
         }
     if iteration == 0:
         line["measure"] = MEASURE
@@ -326,7 +329,7 @@ def test_the_figures_are_valid_and_hold_the_numbers(make_run):
     tuned = by_name["tuned"]
     assert tuned.x == ("overall", "colors")
     assert tuned.error_y.array[0] == pytest.approx(0.03)
-    assert by_name["diversity within a prompt"].y[-1] == pytest.approx(0.4)
+    assert by_name["diversity within a prompt"].y[-1] == pytest.approx(-1.2)
     # A KL per dimension is small in a large model, but no rounding.
     assert by_name["KL to the reference"].y[-1] == pytest.approx(1.2e-7)
     heat_maps = [f.data[0] for f in figures if f.data[0].type == "heatmap"]
@@ -341,14 +344,45 @@ def test_what_never_changes_is_said_not_drawn(make_run):
     assert "0.800 at every step and iteration." in findings  # advantage
 
 
-def test_a_reader_is_warned_of_what_the_reward_cannot_see(make_run):
-    folder = make_run()
-    assert "Diversity has fallen to 40% of the base" in read(folder).text
-    assert "Background texture is" not in read(folder).text
-    folder.append_metrics(metrics_line(LAST, **{"eval/texture": 0.02, "eval/diversity": 0.2}))
+def test_alarms_are_shown_where_the_latest_evaluation_has_them(make_run):
+    folder = make_run(last=LAST - EVERY)
+    assert not read(folder).with_class("warning")[1:], "that of a browser without scripts"
+    words = "texture is +2.4 standard deviations from the base's"
+    folder.append_metrics(metrics_line(LAST, hacking={"texture": words}))
     page = read(folder)
-    assert "Background texture is 4.0 times that of the base" in page.text
-    assert len(page.with_class("warning")) == 2  # With the one of a browser without scripts.
+    assert f"Warning. The reward rises, but {words}." in page.text
+    assert len(page.with_class("warning")) == 2
+    folder.append_metrics(metrics_line(LAST + EVERY, hacking={"texture": words}))
+    assert f"but {words}, since iteration {LAST}." in read(folder).text
+    folder.append_metrics(metrics_line(LAST + 2 * EVERY))
+    assert "The reward rises" not in read(folder).text
+
+
+def test_how_far_images_have_moved_is_drawn_with_its_band(make_run):
+    """The farthest first and in colour, then the others in gray."""
+    page = read(make_run(monitors={"band": 2.5}))
+    (figure,) = [f for f in page.figures if f["data"][0].get("name") == "background texture"]
+    shown = [trace["name"] for trace in figure["data"]]
+    assert shown == ["background texture", "diversity within a prompt", "contrast"]
+    assert figure["data"][1]["y"] == pytest.approx([-0.1 * n for n in range(0, LAST + 1, EVERY)])
+    levels = sorted(shape["y0"] for shape in figure["layout"]["shapes"])
+    assert levels == [-2.5, 0, 2.5]
+
+
+def test_monitors_and_win_rates_have_panels(make_run):
+    rewards = {"taste": {"type": "jpeg_size"}}
+    folder = make_run(monitors={"rewards": rewards})
+    write_text(folder.path / METRICS, "")
+    for n in (0, 2, 4):
+        more = {"eval/win_rate": 0.5 + 0.1 * n, "eval/taste": -1 - 0.1 * n}
+        folder.append_metrics(metrics_line(n, **more))
+    page = read(folder)
+    assert "Win rate over the base How often" in page.text
+    assert "Monitor: taste A reward that nothing trains on" in page.text
+    drawn = {trace.get("name"): trace["y"] for f in page.figures for trace in f["data"]}
+    assert drawn["Win rate over the base"] == pytest.approx([0.5, 0.7, 0.9])
+    assert drawn["Monitor: taste"] == pytest.approx([-1, -1.2, -1.4])
+    assert "win rate 0" not in page.text, "it is no monitor"
 
 
 def test_a_run_at_its_start(make_run):
@@ -469,7 +503,7 @@ def test_prompts_and_guidance_are_those_of_the_recipe_and_the_comparison(make_ru
     text = read(folder).text
     for said in (
         "Score on validation prompts Always the same validation prompts and noise",
-        "Monitors on validation prompts",
+        "Statistics of the images for validation prompts",
         "Each row is one of the validation prompts",
         "Score by skill on test prompts",
         "captions that neither training nor any choice has seen",
@@ -498,7 +532,7 @@ def test_evaluations_on_other_prompts_are_named(make_run, sections, prompts):
     folder = make_run(**sections)
     text = read(folder).text
     assert f"Score on {prompts} Always the same {prompts} and noise" in text
-    assert f"Monitors on {prompts}" in text
+    assert f"Statistics of the images for {prompts}" in text
     assert "has seen" not in text
     (folder.path / EVALUATION).unlink()
     assert f"Strict score on {prompts} iteration 0 0.50" in read(folder).text
@@ -567,20 +601,18 @@ def test_the_comparison_is_among_the_costs(make_run):
 
 
 def test_monitors_of_ones_own_are_shown(make_run):
-    """Without the limits of the shapes world's."""
+    """Single numbers without a spread, so there is no telling how far they have moved."""
     folder = make_run()
     write_text(folder.path / METRICS, "")
     for iteration in (0, 2, 4):
         line = metrics_line(iteration, **{"eval/word_errors": 0.1 * (iteration + 1)})
         for name in ("diversity", "texture", "contrast"):
-            del line[f"eval/{name}"]
+            del line[f"eval/{name}"], line[f"drift/{name}"]
         folder.append_metrics(line)
     page = read(folder)
     assert "word errors 0.100 0.500 × 5.00" in page.text
     assert "shows here first." in page.text
-    assert "dashed" not in page.text
-    (figure,) = [f for f in page.figures if f["data"][0].get("name") == "word errors"]
-    assert figure["data"][0]["y"] == pytest.approx([1, 3, 5])
+    assert "How far the images have moved" not in page.text
 
 
 def test_what_was_not_measured_is_left_out(make_run):

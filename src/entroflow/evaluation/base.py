@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, Self
 
+import torch
 from pydantic import Field
 from scipy import stats
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from entroflow.component import Component
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
+from entroflow.prompts import Prompt
 from entroflow.rewards.base import AnyReward
 from entroflow.shapes.grammar import Split
 
@@ -33,6 +35,23 @@ class Measure:
     reading: str = ""
     share: bool = False
     over: str = "images and noise"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Held-out images.
+
+    Attributes:
+        prompts: [P].
+        images: [n, 3, H, W] in [0, 1].
+        prompt: [n] number of each image's prompt.
+        rewards: [n] what is trained on, NaN where there is none.
+    """
+
+    prompts: Sequence[Prompt]
+    images: Tensor
+    prompt: Tensor
+    rewards: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,21 +81,34 @@ class Evaluated:
     Attributes:
         scores: `overall`, and by skill if there are any.
         reward: mean of the reward that is trained on; NaN without one.
-        monitors: by name, numbers that nothing trains on; see `shapes.blind_spots`.
+        monitors: by name, what nothing trains on: one number per image, or a single one; NaN where
+            there is none. See `shapes.blind_spots`.
         images: [n, 3, H, W] examples, the same prompts and noise at every evaluation; may be none.
         captions: [n] their prompts.
         passed: [n] whether each is strictly right; None where that can't be judged.
         by_prompt: [P] the score of each prompt, always in the same order. Where it is given, a gain
             is judged prompt by prompt; else as if the two evaluations were independent.
+        drawn: all images that were judged, always in the same order; without them there are no
+            monitors of the recipe and no win rates.
+        win_rates: by name of a reward that compares, [n] points of each image over the base's.
     """
 
     scores: Mapping[str, Score]
     reward: float
-    monitors: Mapping[str, float]
+    monitors: Mapping[str, Tensor | float]
     images: Tensor
     captions: Sequence[str]
     passed: Sequence[bool | None]
     by_prompt: Tensor | None = None
+    drawn: Drawn | None = None
+    win_rates: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def monitor_means(self) -> dict[str, float]:
+        """Each monitor as one number; NaN where no image has one."""
+        return {
+            name: torch.as_tensor(values, dtype=torch.float64).nanmean().item()
+            for name, values in self.monitors.items()
+        }
 
 
 class Evaluation(Protocol):

@@ -7,6 +7,7 @@ guidance would have given for free is none. The scale is chosen on validation pr
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +17,7 @@ from entroflow.evaluation.base import (
     Score,
     mean_over_prompts,
 )
+from entroflow.evaluation.watching import watched
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
 from entroflow.rewards.base import AnyReward
@@ -54,6 +56,7 @@ def compare_with_base(
     seed: int,
     batch_size: int,
     reward: AnyReward | None = None,
+    monitors: Mapping[str, AnyReward] | None = None,
     with_tuned: bool = True,
     ledger: Ledger | None = None,
 ) -> tuple[dict[str, Any], dict[str, Evaluated]]:
@@ -61,6 +64,7 @@ def compare_with_base(
 
     Args:
         evaluation: judges all of them, each with the same prompts and noise.
+        monitors: rewards that nothing trains on, by name.
 
     Returns:
         A summary ready for JSON, and the evaluations: `base`, `base_guided` and, unless left out,
@@ -87,9 +91,13 @@ def compare_with_base(
             found[name] = found["base"]
         else:
             with policy.weights(weights):
-                found[name] = varied.run(
+                drawn = varied.run(
                     policy, seed=seed, batch_size=batch_size, reward=reward, ledger=ledger
                 )
+            found[name] = watched(
+                evaluation, drawn, reward, monitors or {}, found["base"].drawn if found else None,
+                seed=seed, batch_size=batch_size, ledger=ledger,
+            )  # fmt: skip
         models[name] = {
             "guidance": scale,
             "passes": policy.evaluations(scale),
@@ -115,7 +123,11 @@ def summary_of(evaluated: Evaluated) -> dict[str, Any]:
     return {
         "scores": {name: asdict(score) for name, score in evaluated.scores.items()},
         "reward": evaluated.reward,
-        "monitors": dict(evaluated.monitors),
+        "monitors": evaluated.monitor_means(),
+        "win_rates": {
+            name: dict(zip(("value", "low", "high"), mean_over_prompts(points), strict=True))
+            for name, points in evaluated.win_rates.items()
+        },
     }
 
 

@@ -1,4 +1,4 @@
-"""What can be said of any images without a model: monitors of what a reward may do to them.
+"""What can be said of any images without a model, so that one sees what a reward does to them.
 
 All take images [B, 3, H, W] in [0, 1].
 """
@@ -11,6 +11,34 @@ from torch.nn import functional as F
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in the brightness of a pixel (ITU-R BT.601)."""
+DARK, BRIGHT = 0.1, 0.95
+"""Luma below and above which a pixel counts as dark and as bright."""
+SATURATED = 0.8
+"""Distance of the largest from the smallest channel above which a pixel counts as saturated."""
+EDGE = 0.1
+"""Difference in luma from one pixel to the next above which there is an edge."""
+LEVELS = 4
+"""Levels of each channel that are told apart as colours."""
+
+
+def statistics(images: Tensor, prompt: Tensor) -> dict[str, Tensor]:
+    """All of them by name: one number per image, of `diversity` one per prompt.
+
+    Args:
+        images: [B, 3, H, W].
+        prompt: [B] prompt numbers.
+    """
+    images = images.float()
+    return {
+        "brightness": brightness(images),
+        "dark": dark(images),
+        "bright": bright(images),
+        "saturated": saturated(images),
+        "edges": edges(images),
+        "detail": detail(images),
+        "colors": colors(images),
+        "diversity": diversity(images, prompt),
+    }
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -18,14 +46,28 @@ def brightness(images: Tensor) -> Tensor:
     return _luma(images).flatten(1).mean(dim=1)
 
 
-def contrast(images: Tensor) -> Tensor:
-    """[B] standard deviation of the luma over pixels, in [0, 0.5]."""
-    return _luma(images).flatten(1).std(dim=1, correction=0)
+def dark(images: Tensor) -> Tensor:
+    """[B] share of pixels that are nearly black."""
+    return (_luma(images) < DARK).float().flatten(1).mean(dim=1)
 
 
-def saturation(images: Tensor) -> Tensor:
-    """[B] mean distance of a pixel's largest channel from its smallest, in [0, 1]; gray is 0."""
-    return (images.amax(dim=1) - images.amin(dim=1)).flatten(1).mean(dim=1)
+def bright(images: Tensor) -> Tensor:
+    """[B] share of pixels that are nearly white."""
+    return (_luma(images) > BRIGHT).float().flatten(1).mean(dim=1)
+
+
+def saturated(images: Tensor) -> Tensor:
+    """[B] share of pixels whose largest channel is far above the smallest."""
+    chroma = images.amax(dim=1) - images.amin(dim=1)
+    return (chroma > SATURATED).float().flatten(1).mean(dim=1)
+
+
+def edges(images: Tensor) -> Tensor:
+    """[B] share of pixels from which the luma differs to the right or below by more than `EDGE`."""
+    luma = _luma(images)
+    right = (luma[:, :-1, 1:] - luma[:, :-1, :-1]).abs()
+    below = (luma[:, 1:, :-1] - luma[:, :-1, :-1]).abs()
+    return (torch.maximum(right, below) > EDGE).float().flatten(1).mean(dim=1)
 
 
 def detail(images: Tensor) -> Tensor:
@@ -38,24 +80,36 @@ def detail(images: Tensor) -> Tensor:
     return (luma - smooth).square().flatten(1).mean(dim=1).sqrt()
 
 
-def diversity(images: Tensor, prompt: Tensor) -> float:
-    """Mean root-mean-square pixel distance between two images of the same prompt.
+def colors(images: Tensor) -> Tensor:
+    """[B] entropy in bits of the colours, `LEVELS` of each channel: 0 is one, 6 all alike."""
+    level = (images * LEVELS).long().clamp(0, LEVELS - 1)
+    red, green, blue = level.flatten(2).unbind(1)
+    number = (red * LEVELS + green) * LEVELS + blue
+    counts = torch.zeros(len(images), LEVELS**3).scatter_add_(
+        1, number, torch.ones_like(red).float()
+    )
+    share = counts / counts.sum(dim=1, keepdim=True)
+    return -torch.xlogy(share, share).sum(dim=1) / torch.log(torch.tensor(2.0))
+
+
+def diversity(images: Tensor, prompt: Tensor) -> Tensor:
+    """[P] mean root-mean-square pixel distance between two images of the same prompt.
 
     Args:
         images: [B, 3, H, W].
         prompt: [B] prompt numbers.
 
     Returns:
-        NaN if no prompt has two images.
+        For each prompt that occurs; NaN where it has one image.
     """
     flat = images.flatten(1).double()
-    distances = []
-    for number in prompt.unique().tolist():
-        mine = flat[prompt == number]
-        if len(mine) > 1:
-            pairs = torch.pdist(mine) / mine.shape[1] ** 0.5
-            distances.append(pairs.mean())
-    return torch.stack(distances).mean().item() if distances else float("nan")
+    return torch.stack([_apart(flat[prompt == number]) for number in prompt.unique()])
+
+
+def _apart(flat: Tensor) -> Tensor:
+    """Mean distance between two of n images [n, values]."""
+    distances: Tensor = torch.pdist(flat) / flat.shape[1] ** 0.5
+    return distances.mean()
 
 
 def _luma(images: Tensor) -> Tensor:

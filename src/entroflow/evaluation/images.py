@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from entroflow.evaluation.base import Drawn
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
@@ -19,15 +19,6 @@ from entroflow.sampling.noise import Stream
 from entroflow.sampling.plan import fresh_rows
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.sampling.solver import sample
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Images [n, 3, H, W] in [0, 1], the prompt index [n] of each, and its reward [n] or NaN."""
-
-    images: Tensor
-    prompt: Tensor
-    rewards: Tensor
 
 
 def draw(
@@ -63,7 +54,7 @@ def draw(
     for _ in finished:
         pass
     assert rollouts.images is not None
-    return Drawn(rollouts.images, plan.prompt, rewards)
+    return Drawn(prompts, rollouts.images, plan.prompt, rewards)
 
 
 def shares(total: int, parts: int) -> Tensor:
@@ -72,7 +63,7 @@ def shares(total: int, parts: int) -> Tensor:
 
 
 def one_by_one(reward: AnyReward) -> dict[str, AnyReward]:
-    """The rewards that judge an image by itself: others have the same mean in every group."""
+    """The rewards that judge an image by itself; of others see `evaluation.watching`."""
     parts = rewards_of(reward)
     return {name: part for name, part in parts.items() if not isinstance(part, GroupReward)}
 

@@ -11,7 +11,6 @@ from entroflow.errors import InputError, RecipeError
 from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.evaluation.base_and_tuned import compare_with_base
 from entroflow.recipe import changed, load_component
-from entroflow.rewards.base import Reward
 
 log = logging.getLogger(__name__)
 
@@ -61,17 +60,17 @@ def evaluate(
         changed(evaluation.on_test_prompts(), settings, "evaluation"),
         seed=run_settings.test_seed if seed is None else seed,
         batch_size=load_component(recipe, "sampling").batch_size,
-        reward=_reward_of(recipe),
+        reward=_part(recipe, "reward"),
+        monitors=getattr(_part(recipe, "monitors"), "rewards", {}),
         with_tuned="tuned" in opened.models,
     )
     return {"iteration": opened.iteration, **summary}
 
 
-def _reward_of(recipe: str | Path) -> Reward | None:
-    """The reward of a recipe; none where it was an object that is gone."""
+def _part(recipe: str | Path, section: str) -> Any:
+    """A section of a recipe; none where it names an object that is gone."""
     try:
-        reward: Reward = load_component(recipe, "reward")
+        return load_component(recipe, section)
     except RecipeError as error:
-        log.warning("images are judged without the reward of the run: %s", error)
+        log.warning("images are judged without the %s of the run: %s", section, error)
         return None
-    return reward

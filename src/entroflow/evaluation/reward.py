@@ -10,14 +10,15 @@ import torch
 from pydantic import Field
 
 from entroflow.errors import InputError
-from entroflow.evaluation import image_statistics
 from entroflow.evaluation.base import (
+    Drawn,
     Evaluated,
     HeldOutEvaluation,
     Measure,
     Score,
     mean_over_prompts,
 )
+from entroflow.evaluation.image_statistics import statistics
 from entroflow.evaluation.images import draw, shares
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
@@ -75,26 +76,23 @@ class RewardEvaluation(HeldOutEvaluation):
             steps=self.steps, guidance=self.guidance, seed=seed, batch_size=batch_size,
             reward=reward, ledger=ledger,
         )  # fmt: skip
-        by_prompt = torch.stack(
-            [drawn.rewards[drawn.prompt == p].nanmean() for p in range(len(prompts))]
-        )
+        return self.judged(drawn)
+
+    def judged(self, drawn: Drawn) -> Evaluated:
+        """The evaluation of images that have their rewards."""
+        numbers = range(len(drawn.prompts))
+        by_prompt = torch.stack([drawn.rewards[drawn.prompt == p].nanmean() for p in numbers])
         examples = [int((drawn.prompt == p).nonzero()[0]) for p in drawn.prompt.unique().tolist()]
         examples = examples[:EXAMPLES]
-        images = drawn.images
         return Evaluated(
-            scores={"overall": Score(*mean_over_prompts(by_prompt), images=len(images))},
+            scores={"overall": Score(*mean_over_prompts(by_prompt), images=len(drawn.images))},
             reward=by_prompt.nanmean().item(),
-            monitors={
-                "diversity": image_statistics.diversity(images, drawn.prompt),
-                "brightness": image_statistics.brightness(images).mean().item(),
-                "contrast": image_statistics.contrast(images).mean().item(),
-                "saturation": image_statistics.saturation(images).mean().item(),
-                "detail": image_statistics.detail(images).mean().item(),
-            },
-            images=images[examples],
-            captions=[prompts[p].text for p in drawn.prompt[examples].tolist()],
+            monitors=statistics(drawn.images, drawn.prompt),
+            images=drawn.images[examples],
+            captions=[drawn.prompts[p].text for p in drawn.prompt[examples].tolist()],
             passed=[None] * len(examples),
             by_prompt=by_prompt,
+            drawn=drawn,
         )
 
     def check(self) -> None:

@@ -11,7 +11,7 @@ from pydantic import Field
 from scipy import stats
 
 from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, Measure, Score
-from entroflow.evaluation.image_statistics import diversity
+from entroflow.evaluation.image_statistics import statistics
 from entroflow.evaluation.images import draw, shares
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
@@ -67,13 +67,14 @@ class ShapesEvaluation(HeldOutEvaluation):
             scores=_by_skill(strict.double(), skills),
             reward=drawn.rewards.nanmean().item(),
             monitors={
-                "diversity": diversity(images, drawn.prompt),
-                "texture": blind_spots.background_texture(images).nanmean().item(),
-                "contrast": blind_spots.contrast(images).nanmean().item(),
+                **statistics(images, drawn.prompt),
+                "texture": blind_spots.background_texture(images),
+                "contrast": blind_spots.contrast(images),
             },
             images=images[examples],
             captions=[grammar.text(shown[row]) for row in examples],
             passed=strict[examples].tolist(),
+            drawn=drawn,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle, pairwise
+from itertools import pairwise
 from typing import Any
 
 from entroflow.evaluation.base import Measure
@@ -157,63 +157,91 @@ def _model_colors(count: int) -> list[str]:
 # --- what the reward can't see --------------------------------------------------------------------
 
 
-NO_MONITORS = ("eval/score", "eval/score_low", "eval/score_high", "eval/reward")
+NO_MONITORS = ("eval/score", "eval/score_low", "eval/score_high", "eval/reward", "eval/win_rate")
 """What an evaluation measures besides its monitors and the scores of single skills."""
 
 NAMES = {
-    "eval/texture": "background texture",
-    "eval/diversity": "diversity within a prompt",
+    "texture": "background texture",
+    "diversity": "diversity within a prompt",
+    "dark": "dark pixels",
+    "bright": "bright pixels",
+    "saturated": "saturated pixels",
+    "colors": "entropy of the colours",
 }
 """Names of monitors that need more words than their metric has."""
 
-LIMITS = {"eval/texture": 3.0, "eval/diversity": 0.5}
-"""Ratios to the base beyond which a reader is warned."""
+Drifts = Mapping[str, tuple[Sequence[int], Sequence[float]]]
+"""Statistic -> iterations, and how far it has moved from the base's."""
 
-Ratios = Mapping[str, tuple[Sequence[int], Sequence[float]]]
-"""Monitor -> iterations, and its values relative to the first."""
+IN_COLOR = (BLUE, ORANGE, TEAL, PURPLE)
+"""Colours of the statistics that have moved farthest; the others are gray."""
 
 
 def monitor_names(metrics: Metrics) -> dict[str, str]:
     """Metric -> name of every monitor, in the order in which they were written."""
-    keys = [key for line in metrics for key in line if key.startswith("eval/")]
     return {
         key: monitor_name(key)
-        for key in dict.fromkeys(keys)
-        if key not in NO_MONITORS and not key.startswith("eval/score/")
+        for key in _keys(metrics)
+        if key.startswith("eval/")
+        and key not in NO_MONITORS
+        and not key.startswith(("eval/score/", "eval/win_rate/"))
     }
 
 
 def monitor_name(key: str) -> str:
-    """The name of a metric `eval/...` for people."""
-    return NAMES.get(key, key.removeprefix("eval/").replace("_", " "))
+    """The name of a metric `eval/...` or `drift/...` for people."""
+    name = key.partition("/")[2]
+    return NAMES.get(name, name.replace("_", " "))
 
 
-def monitors(ratios: Ratios, names: Mapping[str, str]) -> Figure:
-    """Monitors relative to iteration 0, and their limits as dashed lines."""
-    colors = dict(zip(ratios, cycle((TEAL, ORANGE, PURPLE, BLUE)), strict=False))
-    traces = [
-        {"x": list(x), "y": list(y), **trace_style(names[key], colors[key], len(x))}
-        for key, (x, y) in ratios.items()
-    ]
-    reached = [value for _, values in ratios.values() for value in values if value > 0]
-    low, high = min([0.45, *reached]), max([3.3, *reached])
-    ticks = [0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100]
-    axis = {
-        "type": "log",
-        "range": [math.log10(low * 0.93), math.log10(high * 1.07)],
-        "tickvals": ticks,
-        "ticktext": [f"{tick:g}" for tick in ticks],
-        "title": {"text": "relative to iteration 0"},
-    }
-    figure = figure_of(traces, height=300, yaxis=axis)
-    limits = [_level(LIMITS[key], colors[key], "dash") for key in LIMITS if key in ratios]
-    figure["layout"]["shapes"] = [*limits, _level(1, GRAY, "dot")]
+def drifts(found: Drifts, band: float) -> Figure:
+    """How far statistics have moved; the band as dashed lines, the farthest in colour."""
+    by_reach = sorted(found, key=lambda key: max(map(abs, found[key][1])), reverse=True)
+    colors = dict(zip(by_reach, IN_COLOR, strict=False))
+    traces = []
+    for key in by_reach:
+        x, y = found[key]
+        style = trace_style(monitor_name(key), colors.get(key, GRAY), len(x))
+        traces.append({"x": list(x), "y": list(y), **style})
+    title = "standard deviations of the base's images"
+    figure = figure_of(traces, height=340, yaxis={"title": {"text": title}})
+    bounds = [_level(sign * band, GRAY, "dash") for sign in (-1, 1)]
+    figure["layout"]["shapes"] = [*bounds, _level(0, GRAY, "dot")]
     return figure
 
 
 def _level(y: float, color: str, dash: str) -> dict[str, Any]:
     line = {"color": color, "width": 1, "dash": dash}
     return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
+
+
+def held_out_rewards(metrics: Metrics, monitors: Sequence[str]) -> list[Panel]:
+    """Rewards over held-out images that nothing trains on, and win rates over the base."""
+    rates = [key for key in _keys(metrics) if key.startswith("eval/win_rate")]
+    readings = [
+        (
+            key,
+            "Win rate over the base" + key.removeprefix("eval/win_rate").replace("/", ", "),
+            BLUE,
+            "How often a held-out image is better than the base's of the same noise, by the judge "
+            "that is trained on. It begins at 0.5.",
+        )
+        for key in rates
+    ]
+    readings += [
+        (
+            f"eval/{name}",
+            f"Monitor: {name.replace('_', ' ')}",
+            TEAL,
+            "A reward that nothing trains on: it should not fall while the others rise.",
+        )
+        for name in monitors
+    ]
+    return over_iterations(metrics, readings)
+
+
+def _keys(metrics: Metrics) -> list[str]:
+    return [*dict.fromkeys(key for line in metrics for key in line)]
 
 
 # --- under the hood -------------------------------------------------------------------------------

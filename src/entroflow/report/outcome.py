@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from entroflow.evaluation.base import Measure
-from entroflow.report.curves import LIMITS, Ratios, monitor_name, monitor_names
+from entroflow.report.curves import Drifts, monitor_name, monitor_names
 from entroflow.report.figures import Metrics, is_finite, series
 from entroflow.report.wording import Interval, count, duration, number
 
@@ -249,14 +249,11 @@ def scores_by_skill(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Interv
 # --- what the reward can't see --------------------------------------------------------------------
 
 
-def ratios(metrics: Metrics) -> Ratios:
-    """Monitors relative to the first evaluation, where that is not 0."""
-    found = {}
-    for key in monitor_names(metrics):
-        iterations, values = series(metrics, key)
-        if values and values[0] > 0:
-            found[key] = (iterations, [value / values[0] for value in values])
-    return found
+def drifts(metrics: Metrics) -> Drifts:
+    """How far each statistic has moved, where that is a number at all evaluations."""
+    keys = dict.fromkeys(key for line in metrics for key in line if key.startswith("drift/"))
+    found = {key: series(metrics, key) for key in keys}
+    return {key: curve for key, curve in found.items() if curve[0]}
 
 
 def monitors(metrics: Metrics) -> list[Monitor]:
@@ -278,32 +275,15 @@ def compared_monitors(evaluation: Mapping[str, Any]) -> list[Monitor]:
     ]
 
 
-def expectation(relative: Ratios) -> str:
-    """What monitors are good for, and where those with a limit should stay."""
-    expected = {
-        "eval/texture": f"texture should stay near 1 (dashed: {LIMITS['eval/texture']:g})",
-        "eval/diversity": f"diversity should not collapse (dashed: {LIMITS['eval/diversity']:g})",
-    }
-    limits = ", ".join(text for key, text in expected.items() if key in relative)
-    return (
-        "Nothing trains on these numbers, so a policy that cheats its reward shows here first"
-        + (f": relative to the base, {limits}." if limits else ".")
-    )
-
-
-def warnings(relative: Ratios) -> list[str]:
-    """What the latest ratios should make a reader doubt."""
-    latest = {key: values[-1] for key, (_, values) in relative.items()}
-    texture, diversity = latest.get("eval/texture", 1.0), latest.get("eval/diversity", 1.0)
+def alarms(metrics: Metrics, stopped: bool) -> list[str]:
+    """What the latest evaluation should make a reader doubt."""
+    judged = [line for line in metrics if "eval/score" in line]
+    latest = judged[-1].get("hacking", {}) if judged else {}
     found = []
-    if texture > LIMITS["eval/texture"]:
-        found.append(
-            f"Background texture is {texture:.1f} times that of the base: the policy may be "
-            "painting patterns that please the reward. Look closely at the backgrounds above."
-        )
-    if diversity < LIMITS["eval/diversity"]:
-        found.append(
-            f"Diversity has fallen to {diversity:.0%} of the base: the policy draws nearly the "
-            "same picture for every noise, and the score no longer tells the whole story."
-        )
+    for name, words in latest.items():
+        first = next(line["iteration"] for line in judged if name in line.get("hacking", {}))
+        since = f", since iteration {first}" if first < judged[-1]["iteration"] else ""
+        found.append(f"The reward rises, but {words}{since}.")
+    if latest and stopped:
+        found.append(f"The run was stopped at iteration {judged[-1]['iteration']}.")
     return found

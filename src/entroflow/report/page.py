@@ -19,8 +19,8 @@ from ruamel.yaml.error import YAMLError
 
 import entroflow
 from entroflow.checkpoints import CheckpointError, read_state, write_text
-from entroflow.plain_sections import ENDS, Run
-from entroflow.recipe import SECTIONS, TEXTS, Recipe
+from entroflow.plain_sections import ENDS, Monitors, Run
+from entroflow.recipe import LATER_SECTIONS, SECTIONS, TEXTS, Recipe
 from entroflow.report import curves, examples, judging, outcome, trajectories
 from entroflow.report.wording import count
 from entroflow.runs import EVALUATION, RECIPE, REPORT, RunError, RunFolder, read_object, spent
@@ -59,13 +59,15 @@ def _content(folder: RunFolder) -> dict[str, Any]:
     prompts = outcome.prompts_of(settings)
     metrics = folder.metrics()
     done = metrics[-1]["iteration"] if metrics else 0
-    complete = bool(metrics) and run.share_done(spent(metrics[-1])) >= 1
+    watching = Monitors.model_construct(**recipe.resolved["monitors"])
+    stopped = bool(metrics) and "hacking" in metrics[-1] and watching.on_hacking == "stop"
+    complete = bool(metrics) and (stopped or run.share_done(spent(metrics[-1])) >= 1)
     path = folder.path / EVALUATION
     evaluation = read_object(path) if path.is_file() else {}
     if evaluation and "measure" not in evaluation:
         raise RunError(f"{path} is of an older version; remove it to do without.")
     names, measure = outcome.model_names(evaluation), outcome.measure_of(metrics, evaluation)
-    relative = outcome.ratios(metrics)
+    moved = outcome.drifts(metrics)
     checkpointed, state = _latest_state(folder)
     scores = outcome.scores_by_skill(evaluation)
     progress = examples.over_iterations(folder, done)
@@ -98,13 +100,9 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         ),
         "monitors": outcome.monitors(metrics),
         "compared_monitors": outcome.compared_monitors(evaluation),
-        "expectation": outcome.expectation(relative),
-        "monitor_figure": (
-            curves.monitors(relative, curves.monitor_names(metrics))
-            if _is_curve(relative)
-            else None
-        ),
-        "warnings": outcome.warnings(relative),
+        "drift_figure": curves.drifts(moved, watching.band) if _is_curve(moved) else None,
+        "held_out_rewards": curves.held_out_rewards(metrics, list(watching.rewards)),
+        "alarms": outcome.alarms(metrics, stopped),
         "credit": trajectories.credit(folder, metrics, done),
         "rewards": judging.mixture(metrics),
         "judges": judging.judges(metrics),
@@ -132,8 +130,8 @@ def _has_skills(scores: Mapping[str, Mapping[str, Any]]) -> bool:
     return any(len(by_skill) > 1 for by_skill in scores.values())
 
 
-def _is_curve(relative: curves.Ratios) -> bool:
-    return any(len(iterations) > 1 for iterations, _ in relative.values())
+def _is_curve(moved: curves.Drifts) -> bool:
+    return any(len(iterations) > 1 for iterations, _ in moved.values())
 
 
 def _read_recipe(path: Path) -> tuple[Recipe, str, Run]:
@@ -151,8 +149,8 @@ def _read_recipe(path: Path) -> tuple[Recipe, str, Run]:
     except (YAMLError, UnicodeDecodeError):
         raise RunError(f"{path} is torn: it is not YAML.") from None
     if isinstance(resolved, dict):
-        # A section that runs of older versions don't have.
-        resolved.setdefault("scoring", {})
+        for later in LATER_SECTIONS:
+            resolved.setdefault(later, {})
     for section in SECTIONS:
         if not isinstance(resolved, dict) or not isinstance(resolved.get(section), dict):
             raise RunError(f"{path} is torn: it has no section {section!r}.")

@@ -42,6 +42,7 @@ class Scores:
     facts: Mapping[str, float] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Reward(Protocol):
     """Scores images one by one."""
 

@@ -45,7 +45,7 @@ def examine_reward(
 
 
 def examine_recipe(recipe: Recipe, prompts: int, images: int) -> Iterator[Finding]:
-    """Check the rewards of a recipe on images of its untrained model.
+    """Check the rewards and monitors of a recipe on images of its untrained model.
 
     Args:
         prompts: of the first iteration, so many at most.
@@ -59,7 +59,8 @@ def examine_recipe(recipe: Recipe, prompts: int, images: int) -> Iterator[Findin
             seed=recipe.run.seed, batch_size=recipe.sampling.batch_size,
         )  # fmt: skip
     groups = [drawn.images[drawn.prompt == p] for p in range(len(chosen))]
-    parts = rewards_of(recipe.reward)
+    monitors = {f"monitor {name}": each for name, each in recipe.monitors.rewards.items()}
+    parts = rewards_of(recipe.reward) | monitors
     for name, reward in parts.items():
         for found in examine_reward(reward, groups, chosen):
             said = f"{name}: {found.said}" if len(parts) > 1 else found.said

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from entroflow.component import Component
+from entroflow.pictures import to_pil
 from entroflow.prompts import Prompt
 from entroflow.rewards.base import Scores, Status
 
@@ -33,8 +34,7 @@ class JPEGSize(Component):
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """See `Reward.score`."""
-        pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        sizes = [self._bytes(Image.fromarray(each)) for each in pixels.cpu().numpy()]
+        sizes = [self._bytes(to_pil(image)) for image in images]
         values = torch.tensor(sizes, dtype=torch.float64) * SIGNS[self.prefer] / 1000
         return Scores(values, (Status.OK,) * len(sizes))
 

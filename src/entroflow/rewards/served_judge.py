@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
 from entroflow.component import Component
 from entroflow.errors import InputError
+from entroflow.pictures import to_pil
 from entroflow.prompts import Prompt
 from entroflow.rewards.asking import Asker, Limits, Reply
 from entroflow.rewards.base import Status
@@ -204,8 +204,6 @@ def _text(reply: Reply) -> str | None:
 
 def _encoded(image: Tensor, kind: str) -> str:
     """One image [3, H, W] as a `data:` address."""
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     buffer = io.BytesIO()
-    picture = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-    picture.save(buffer, format=kind, **({"quality": 95} if kind == "jpeg" else {}))
+    to_pil(image).save(buffer, format=kind, **({"quality": 95} if kind == "jpeg" else {}))
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -197,6 +197,26 @@ class ShapesNetwork(nn.Module):
         Returns:
             [B, 3, 32, 32].
         """
+        text, image, condition, fine = self.understand(x, sigma, words)
+        side = RESOLUTION // PATCH
+        image = self.last_block(text, image, condition)
+        image = modulate(image, *self.last_modulation(condition))
+        coarse = self.unstem(image.transpose(1, 2).unflatten(2, (side, side)))
+        velocity: Tensor = self.last(F.silu(self.join(torch.cat([coarse, fine], dim=1))))
+        return velocity
+
+    def understand(
+        self, x: Tensor, sigma: Tensor, words: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All but the last block: what image and text make of each other.
+
+        Args:
+            x, sigma, words: see `forward`.
+
+        Returns:
+            Text tokens [B, caption_length, width], image tokens [B, 64, width], the conditioning
+            vector [B, width], and the features [B, FINE, 32, 32] at full resolution.
+        """
         embedded = self.words(words)
         # Which object of a pair stands left depends on the relation and on the side of it that the
         # word is on: an exclusive or for a word that knows its own place only, linear in the words
@@ -210,11 +230,7 @@ class ShapesNetwork(nn.Module):
         image = grid.flatten(2).transpose(1, 2) + self.positions.to(grid.dtype)
         for block in self.blocks:
             text, image = block(text, image, condition)
-        image = self.last_block(text, image, condition)
-        image = modulate(image, *self.last_modulation(condition))
-        coarse = self.unstem(image.transpose(1, 2).unflatten(2, grid.shape[2:]))
-        velocity: Tensor = self.last(F.silu(self.join(torch.cat([coarse, fine], dim=1))))
-        return velocity
+        return text, image, condition, fine
 
 
 def sincos_positions(side: int, width: int) -> Tensor:

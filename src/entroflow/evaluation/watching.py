@@ -1,0 +1,117 @@
+"""What an evaluation leaves out: rewards that compare, and rewards that nothing trains on.
+
+Within a group all win rates have the same mean, whatever the images are. So a held-out image is
+compared with that of the base for the same prompt and noise: its reward is how often it is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from entroflow.errors import InputError
+from entroflow.evaluation.base import Drawn, Evaluated, Evaluation
+from entroflow.evaluation.reward import RewardEvaluation
+from entroflow.ledger import Ledger
+from entroflow.rewards.base import AnyReward, GroupReward
+from entroflow.rewards.mixture import Mixture, rewards_of
+from entroflow.rewards.scoring import attempt
+from entroflow.sampling.noise import Stream, generator
+
+
+def compares(reward: AnyReward | None, monitors: Mapping[str, AnyReward]) -> bool:
+    """Whether any of them judges an image against others only."""
+    trained = {} if reward is None else rewards_of(reward)
+    return any(isinstance(part, GroupReward) for part in [*trained.values(), *monitors.values()])
+
+
+def watched(
+    evaluation: Evaluation,
+    found: Evaluated,
+    reward: AnyReward | None,
+    monitors: Mapping[str, AnyReward],
+    base: Drawn | None,
+    *,
+    seed: int,
+    batch_size: int,
+    ledger: Ledger | None = None,
+) -> Evaluated:
+    """An evaluation, with what it leaves out.
+
+    Args:
+        found: what the evaluation found.
+        reward: what is trained on; its mean then counts rewards that compare, as points over the
+            base's images.
+        monitors: rewards that nothing trains on, by name.
+        base: what the base drew of the same prompts and noise; None: these are its images, and as
+            good as themselves.
+
+    Raises:
+        InputError: there are monitors, and the evaluation does not say which images it judged, or
+            has a monitor of the same name.
+    """
+    judges = {
+        name: part
+        for name, part in ({} if reward is None else rewards_of(reward)).items()
+        if isinstance(part, GroupReward)
+    }
+    if found.drawn is None and monitors:
+        raise InputError(
+            "monitors.rewards: the evaluation does not return what it has drawn, so that "
+            f"{', '.join(monitors)} can't look at it."
+        )
+    if found.drawn is None or not (judges or monitors):
+        return found
+    if both := sorted(set(monitors) & set(found.monitors)):
+        raise InputError(
+            f"monitors.rewards.{both[0]}: the evaluation has one of this name; choose another."
+        )
+    drawn = found.drawn
+
+    def values(reward: AnyReward) -> Tensor:
+        if isinstance(reward, GroupReward) and base is None:
+            return torch.full((len(drawn.images),), 0.5, dtype=torch.float64)
+        if ledger is not None:
+            ledger.reward_calls += len(drawn.images)
+        return _scored(reward, drawn, base, seed, batch_size)
+
+    win_rates = {name: values(judge) for name, judge in judges.items()}
+    if win_rates:
+        assert reward is not None
+        drawn = replace(drawn, rewards=_total(reward, drawn.rewards, win_rates))
+        if isinstance(evaluation, RewardEvaluation):
+            found = evaluation.judged(drawn)
+        found = replace(found, drawn=drawn, reward=drawn.rewards.nanmean().item())
+    more = {name: values(each) for name, each in monitors.items()}
+    return replace(found, monitors={**found.monitors, **more}, win_rates=win_rates)
+
+
+def _total(reward: AnyReward, others: Tensor, win_rates: Mapping[str, Tensor]) -> Tensor:
+    """[n] what is trained on: the rewards that judge by themselves, if any, and win rates."""
+    if not isinstance(reward, Mixture):
+        (only,) = win_rates.values()
+        return only
+    weighted = [reward.weight(name) * points for name, points in win_rates.items()]
+    return torch.stack(weighted + [others] * (len(rewards_of(reward)) > len(win_rates))).sum(dim=0)
+
+
+def _scored(
+    reward: AnyReward, drawn: Drawn, base: Drawn | None, seed: int, batch_size: int
+) -> Tensor:
+    """[n] what a reward says of held-out images; NaN where it failed."""
+    values = []
+    for start in range(0, len(drawn.images), batch_size):
+        rows = slice(start, start + batch_size)
+        images, prompts = drawn.images[rows], [drawn.prompts[p] for p in drawn.prompt[rows]]
+        if isinstance(reward, GroupReward):
+            assert base is not None
+            source, others = generator(seed, Stream.JUDGE, group=start), base.images[rows]
+            call = partial(reward.score_against, images, others, prompts, source)
+        else:
+            call = partial(reward.score, images, prompts)
+        values.append(attempt(reward, call, len(images)).values)
+    return torch.cat(values)

@@ -1,0 +1,77 @@
+"""How well image and prompt agree by a CLIP model; PickScore is one that learnt from people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import AutoProcessor, CLIPModel
+
+from entroflow.component import Component
+from entroflow.errors import InputError
+from entroflow.pictures import to_pil
+from entroflow.prompts import Prompt
+from entroflow.rewards.base import Scores, Status
+
+
+class CLIPScore(Component):
+    """Similarity of image and prompt: the cosine of their embeddings by a CLIP model.
+
+    `model: yuvalkirstain/PickScore_v1` with `processor: laion/CLIP-ViT-H-14-laion2B-s32B-b79K` and
+    `scaled: true` is PickScore (2305.01569). Prompts are cut at the model's length.
+    """
+
+    type: Literal["clip"] = "clip"
+    model: str = Field(
+        "openai/clip-vit-large-patch14", description="CLIP model: a name or a folder"
+    )
+    processor: str | None = Field(None, description="of images and words; the model's if unset")
+    scaled: bool = Field(False, description="times the model's own scale, as PickScore has it")
+    batch_size: int = Field(32, ge=1, description="most images in one pass")
+    device: str | None = Field(None, description="as cuda or cpu; the accelerator if there is one")
+
+    @torch.no_grad()
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """See `Reward.score`.
+
+        Raises:
+            InputError: there is no such model.
+        """
+        parts = [
+            self._cosines(
+                images[start : start + self.batch_size], prompts[start:][: self.batch_size]
+            )
+            for start in range(0, len(images), self.batch_size)
+        ]
+        return Scores(torch.cat(parts), (Status.OK,) * len(images))
+
+    def _cosines(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        model, processor = self._loaded
+        texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+        inputs = processor(
+            text=texts, images=[to_pil(image) for image in images],
+            return_tensors="pt", padding=True, truncation=True,
+        )  # fmt: skip
+        found = model(**inputs.to(model.device))
+        own = [texts.index(prompt.text) for prompt in prompts]
+        # Both are of length 1 already.
+        cosines = (found.image_embeds.double() * found.text_embeds.double()[own]).sum(dim=1)
+        scale = model.logit_scale.double().exp() if self.scaled else 1.0
+        values: Tensor = (scale * cosines).cpu()
+        return values
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        try:
+            model = CLIPModel.from_pretrained(self.model)
+            processor = AutoProcessor.from_pretrained(self.processor or self.model)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"reward.model: can't load {self.model} ({reason:.200}).") from None
+        accelerator = torch.accelerator.current_accelerator()
+        usual = "cpu" if accelerator is None else accelerator.type
+        return model.eval().to(self.device or usual), processor

@@ -1,0 +1,72 @@
+"""Similarity by CLIP, with a tiny model of the real class."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CLIPModel, CLIPProcessor
+
+from entroflow.errors import InputError
+from entroflow.pictures import to_pil
+from entroflow.prompts import Prompt
+from entroflow.recipe import build_recipe
+from entroflow.rewards.clip import CLIPScore
+
+TEXTS = ["a red circle", "two green triangles and one yellow ring", "a red circle"]
+
+
+@pytest.fixture
+def images():
+    return torch.rand(3, 3, 40, 48, generator=torch.Generator().manual_seed(0))
+
+
+def score(clip_folder, images, texts, **settings):
+    reward = CLIPScore(model=str(clip_folder), device="cpu", **settings)
+    return reward.score(images, [Prompt(text) for text in texts]).values
+
+
+def test_it_is_the_cosine_that_the_model_says(clip_folder, images):
+    """Against the logits of transformers, one image and one text at a time."""
+    model, processor = (
+        CLIPModel.from_pretrained(clip_folder),
+        CLIPProcessor.from_pretrained(clip_folder),
+    )
+    with torch.no_grad():
+        logits = [
+            model(**processor(text=[text], images=[to_pil(image)], return_tensors="pt"))
+            .logits_per_image.item()
+            for image, text in zip(images, TEXTS, strict=True)
+        ]  # fmt: skip
+    expected = torch.tensor(logits, dtype=torch.float64)
+    scale = model.logit_scale.exp().item()
+    torch.testing.assert_close(
+        score(clip_folder, images, TEXTS, scaled=True), expected, rtol=1e-5, atol=0
+    )
+    found = score(clip_folder, images, TEXTS)
+    torch.testing.assert_close(found, expected / scale, rtol=1e-5, atol=1e-7)
+    assert found.abs().max() <= 1
+
+
+def test_batches_do_not_count(clip_folder, images):
+    together = score(clip_folder, images, TEXTS)
+    torch.testing.assert_close(together, score(clip_folder, images, TEXTS, batch_size=2))
+
+
+def test_long_prompts_are_cut(clip_folder, images):
+    words = " ".join(["a red circle"] * 200)
+    assert score(clip_folder, images[:1], [words]).isfinite().all()
+
+
+def test_a_model_that_is_not_there_is_one_clear_line(tmp_path, images):
+    with pytest.raises(InputError, match=r"reward\.model: can't load .*nowhere"):
+        score(tmp_path / "nowhere", images, TEXTS)
+
+
+def test_pickscore_is_a_recipe():
+    fields = {
+        "type": "clip", "model": "yuvalkirstain/PickScore_v1", "scaled": True,
+        "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    }  # fmt: skip
+    reward = build_recipe({"reward": fields}).reward
+    assert isinstance(reward, CLIPScore)
+    assert reward.scaled

@@ -1,0 +1,135 @@
+"""Rewards that nothing trains on, and what happens when the trained one is hacked."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import entroflow
+from entroflow.errors import InputError, RecipeError
+from entroflow.launch import resume
+from entroflow.rewards.pairwise import Pairwise
+from entroflow.runs import RunFolder
+from tiny_run import ByBrightness, PixelPolicy, brightness, lines, recipe, train
+
+
+def darkness(images, prompts, metadata):
+    return [-value for value in brightness(images, prompts, metadata)]
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    path = tmp_path / "held_out.txt"
+    path.write_text("\n".join(f"word {number}" for number in range(8)))
+    return {"type": "reward", "path": str(path), "images": 16, "test_images": 16, "steps": 4}
+
+
+def hacked(folder, held_out, **monitors):
+    """A run that makes its images ever brighter."""
+    return train(
+        folder, reward=brightness, evaluation=held_out, monitors=monitors,
+        optimizer={"learning_rate": 0.05}, run={"iterations": 6, "evaluate_every": 1},
+    )  # fmt: skip
+
+
+def test_a_reward_that_is_hacked_is_seen(tmp_path, held_out, caplog):
+    folder = hacked(tmp_path / "run", held_out)
+    found = lines(folder)
+    rewards = [line["eval/reward"] for line in found]
+    assert rewards[-1] > rewards[0] + 0.1
+    assert found[0]["drift/brightness"] == 0
+    assert found[-1]["drift/brightness"] > 1.5
+    assert "brightness" in found[-1]["hacking"]
+    assert "hacking" not in found[0]
+    assert len(found) == 7, "a warning does not end the run"
+    assert "the reward rises, but brightness is +" in caplog.text
+    report = (folder.path / "report.html").read_text()
+    assert "The reward rises, but brightness is +" in report
+    assert "How far the images have moved" in report
+
+
+def test_it_ends_the_run_where_it_is_to(tmp_path, held_out, caplog):
+    folder = hacked(tmp_path / "run", held_out, on_hacking="stop")
+    found = lines(folder)
+    assert [("hacking" in line) for line in found] == [False] * (len(found) - 1) + [True]
+    assert len(found) < 7
+    assert "the run stops here (monitors.on_hacking)" in caplog.text
+    # As after any end: the comparison with the base, and a report that says so.
+    assert json.loads((folder.path / "evaluation.json").read_text())["iteration"] == len(found) - 1
+    assert (
+        f"The run was stopped at iteration {len(found) - 1}."
+        in (folder.path / "report.html").read_text()
+    )
+    # It does not go on by itself, but when asked to.
+    objects = {"policy": PixelPolicy(), "reward": brightness}
+    assert len(lines(resume(folder.path, **objects))) == len(found)
+    resume(folder.path, ["monitors.on_hacking=warn"], **objects)
+    assert len(lines(folder)) == 7
+    assert all("hacking" in line for line in lines(folder)[len(found) - 1 :])
+
+
+def test_the_best_checkpoint_may_be_that_of_a_monitor(tmp_path, held_out):
+    """The brighter the images, the worse for the monitor: the untrained weights stay the best."""
+    rewards = {"gloom": {"type": f"{__name__}.darkness"}}
+    chosen = {"rewards": rewards, "best": "gloom"}
+    by_monitor = hacked(tmp_path / "one", held_out, **chosen)
+    assert by_monitor.best().name == "00000000"
+    assert by_monitor.best_score() == lines(by_monitor)[0]["eval/gloom"]
+    assert "gloom has fallen" in " ".join(lines(by_monitor)[-1]["hacking"].values())
+    by_reward = hacked(tmp_path / "other", held_out, rewards=rewards)
+    assert by_reward.best().name == "00000006"
+    # Watching changes nothing of what is learnt.
+    one, other = lines(by_monitor), lines(by_reward)
+    assert [line["eval/reward"] for line in one] == [line["eval/reward"] for line in other]
+    assert "Monitor: gloom" in (by_reward.path / "report.html").read_text()
+
+
+def test_a_run_that_is_resumed_compares_with_the_same_base(tmp_path, held_out):
+    """As if it had never stopped: drifts, and win rates over the base's images."""
+    sections = {
+        "reward": Pairwise().model_copy(update={"judge": ByBrightness()}),
+        "evaluation": held_out,
+        "optimizer": {"learning_rate": 0.05},
+        "run": {"iterations": 4, "evaluate_every": 1},
+    }
+    whole = lines(train(tmp_path / "whole", **sections))
+    train(tmp_path / "parts", stop_after=2, **sections)
+    parts = lines(resume(tmp_path / "parts", policy=PixelPolicy(), reward=sections["reward"]))
+    shown = ("eval/win_rate", "eval/reward", "eval/score", "drift/brightness", "drift/detail")
+    for one, other in zip(whole, parts, strict=True):
+        assert [one[key] for key in shown] == [other[key] for key in shown]
+    assert whole[0]["eval/win_rate"] == 0.5
+    assert whole[-1]["eval/win_rate"] > 0.9
+    best = max(line["eval/win_rate"] for line in whole)
+    assert RunFolder.open(tmp_path / "whole").best_score() == best
+
+
+@pytest.mark.parametrize(
+    ("monitors", "said"),
+    [
+        ({"best": "beauty"}, "best is 'beauty', which is none of: score, size"),
+        ({"rewards": {"score": {"type": "jpeg_size"}}}, "rewards.score: the name is taken"),
+        ({"rewards": {"size": {"type": "jpg_size"}}}, "'jpg_size'; did you mean 'jpeg_size'"),
+        ({"rewards": {"both": {"type": "mixture", "rewards": {"a": {}}}}}, "is a mixture"),
+        ({"band": 0}, "band"),
+        ({"on_hacking": "panic"}, "on_hacking"),
+    ],
+)
+def test_wrong_monitors_are_refused(monitors, said):
+    usual = {"rewards": {"size": {"type": "jpeg_size"}}}
+    with pytest.raises(RecipeError, match=said):
+        recipe(monitors=usual | monitors)
+
+
+def test_monitors_are_no_setting_of_the_training():
+    """A recipe without them has the hash it had before there were any."""
+    plain = entroflow.recipe.load_recipe("quickstart")
+    assert plain.hash == entroflow.recipe.load_recipe("quickstart", ["monitors.band=1.5"]).hash
+    watched = entroflow.recipe.load_recipe("quickstart", ["monitors.on_hacking=stop"])
+    assert watched.hash != plain.hash
+
+
+def test_an_own_evaluation_needs_to_say_what_it_drew(tmp_path):
+    with pytest.raises(InputError, match="does not return what it has drawn, so that size can't"):
+        train(tmp_path / "run", monitors={"rewards": {"size": {"type": "jpeg_size"}}})
