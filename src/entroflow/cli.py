@@ -8,11 +8,14 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from entroflow.errors import InputError
+
+if TYPE_CHECKING:
+    from entroflow.recipe import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -323,6 +326,14 @@ def _one_name(arguments: list[str], otherwise: str) -> tuple[str, list[str]]:
 rewards = typer.Typer(no_args_is_help=True, help="Look into a reward before training on it.")
 app.add_typer(rewards, name="reward")
 
+RewardArguments = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="NAME [SECTION.KEY=VALUE]...",
+        help="A type of reward, the dotted path of your own, or a recipe; and changes to it.",
+    ),
+]
+
 
 @rewards.command(
     "test",
@@ -330,13 +341,7 @@ app.add_typer(rewards, name="reward")
     "`entroflow reward test my_recipe.yaml reward.weights.style=0`",
 )
 def try_reward(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="NAME [SECTION.KEY=VALUE]...",
-            help="A type of reward, the dotted path of your own, or a recipe; and changes to it.",
-        ),
-    ],
+    arguments: RewardArguments,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts whose images are scored.")] = 4,
     images: Annotated[int, typer.Option(min=2, help="Images of each.")] = 4,
 ) -> None:
@@ -345,17 +350,55 @@ def try_reward(
     Whether every image has one, whether it is the same when asked again and in other batches,
     whether it tells images from noise and from each other, and what it takes.
     """
-    from entroflow.recipe import COMPONENTS, load_recipe, shipped_recipes
     from entroflow.rewards.examination import examine_recipe
     from entroflow.show import print_findings
+
+    failed = print_findings(examine_recipe(_recipe_with(arguments), prompts, images))
+    if failed:
+        raise InputError(f"not fit to be trained on: {', '.join(failed)}.")
+
+
+@rewards.command(
+    "floors",
+    epilog="Examples: `entroflow reward floors mixed_rewards` · "
+    "`entroflow reward floors my_recipe.yaml --prompts 16`",
+)
+def calibrate(
+    arguments: RewardArguments,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts whose images are scored.")] = 8,
+    images: Annotated[int, typer.Option(min=2, help="Images of each.")] = 8,
+) -> None:
+    """Calibrate the floors of a mixture: how much of each reward is noise?
+
+    Scores images of the untrained model again under changes that no one would mind (JPEG, a shift
+    by a pixel, 2% smaller or larger). A floor is twice the standard deviation that this alone
+    makes; normalisation must not turn it into advantages.
+    """
+    from entroflow.rewards.examination import all_rewards, untrained
+    from entroflow.rewards.floors import as_yaml, floor_of
+    from entroflow.rewards.mixture import rewards_of
+    from entroflow.show import floors_table, print_table, working
+
+    recipe = _recipe_with(arguments)
+    with working("drawing images"):
+        groups, chosen = untrained(recipe, prompts, images)
+    found = {}
+    for name, reward in all_rewards(recipe).items():
+        with working(f"scoring, {name}"):
+            found[name] = floor_of(reward, groups, chosen)
+    print_table(floors_table(found))
+    typer.echo(as_yaml({name: found[name] for name in rewards_of(recipe.reward)}))
+
+
+def _recipe_with(arguments: list[str]) -> Recipe:
+    """The recipe that is named; of a reward, quickstart with it."""
+    from entroflow.recipe import COMPONENTS, load_recipe, shipped_recipes
 
     name, changes = _one_name(arguments, "name one reward, or a recipe.")
     own = "." in name and not Path(name).exists() and not name.endswith((".yaml", ".yml"))
     if own or (name in COMPONENTS["reward"] and name not in shipped_recipes()):
         name, changes = "quickstart", [f"reward.type={name}", *changes]
-    failed = print_findings(examine_recipe(load_recipe(name, changes), prompts, images))
-    if failed:
-        raise InputError(f"not fit to be trained on: {', '.join(failed)}.")
+    return load_recipe(name, changes)
 
 
 @app.command(

@@ -30,6 +30,7 @@ from entroflow.findings import Finding, Verdict
 from entroflow.plain_sections import ENDS, Run
 from entroflow.recipe import Recipe
 from entroflow.report.wording import Interval
+from entroflow.rewards.floors import Floor
 from entroflow.runs import EVALUATION, RunFolder, read_object, spent
 from entroflow.trainer import Metrics
 
@@ -316,6 +317,20 @@ def print_findings(findings: Iterator[Finding]) -> list[str]:
         row.add_row(MARKS[finding.verdict], f"{finding.check:<9}", escape(finding.said))
         console.print(row, highlight=False)
         failed += [finding.check] if finding.verdict is Verdict.FAILED else []
+
+
+def floors_table(found: Mapping[str, Floor]) -> Table:
+    """A line for each reward: its noise, spread, signal and floor."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("reward")
+    for heading in ("noise", "spread in a group", "signal", "floor", "failed"):
+        table.add_column(heading, justify="right")
+    for name, one in found.items():
+        table.add_row(
+            escape(name), f"{one.noise:.3g}", f"{one.spread:.3g}", f"{one.signal:.0%}",
+            f"{one.floor:.2g}", f"{one.failed:.0%}" if one.failed else "",
+        )  # fmt: skip
+    return table
 
 
 def print_table(table: Table) -> None:

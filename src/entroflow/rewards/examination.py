@@ -51,20 +51,35 @@ def examine_recipe(recipe: Recipe, prompts: int, images: int) -> Iterator[Findin
         prompts: of the first iteration, so many at most.
         images: of each.
     """
-    chosen = recipe.prompts.batch(recipe.run.seed, 0)[:prompts]
-    with torch.no_grad():
-        drawn = draw(
-            recipe.policy.build(), chosen, torch.full((len(chosen),), images),
-            steps=recipe.sampling.steps, guidance=recipe.sampling.guidance,
-            seed=recipe.run.seed, batch_size=recipe.sampling.batch_size,
-        )  # fmt: skip
-    groups = [drawn.images[drawn.prompt == p] for p in range(len(chosen))]
-    monitors = {f"monitor {name}": each for name, each in recipe.monitors.rewards.items()}
-    parts = rewards_of(recipe.reward) | monitors
+    groups, chosen = untrained(recipe, prompts, images)
+    parts = all_rewards(recipe)
     for name, reward in parts.items():
         for found in examine_reward(reward, groups, chosen):
             said = f"{name}: {found.said}" if len(parts) > 1 else found.said
             yield replace(found, said=said)
+
+
+def all_rewards(recipe: Recipe) -> dict[str, AnyReward]:
+    """The rewards that a recipe trains on, and its monitors, by name."""
+    monitors = {f"monitor {name}": each for name, each in recipe.monitors.rewards.items()}
+    return rewards_of(recipe.reward) | monitors
+
+
+@torch.no_grad()
+def untrained(recipe: Recipe, prompts: int, images: int) -> tuple[list[Tensor], list[Prompt]]:
+    """Images of a recipe's untrained model: a group for each prompt, and the prompts.
+
+    Args:
+        prompts: of the first iteration, so many at most.
+        images: of each.
+    """
+    chosen = recipe.prompts.batch(recipe.run.seed, 0)[:prompts]
+    drawn = draw(
+        recipe.policy.build(), chosen, torch.full((len(chosen),), images),
+        steps=recipe.sampling.steps, guidance=recipe.sampling.guidance,
+        seed=recipe.run.seed, batch_size=recipe.sampling.batch_size,
+    )  # fmt: skip
+    return [drawn.images[drawn.prompt == p] for p in range(len(chosen))], chosen
 
 
 @dataclass
