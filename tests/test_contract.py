@@ -31,6 +31,8 @@ FAILED = 5
 
 
 class TwoRounds:
+    rounds = len(ROUNDS)
+
     def sizes(self, prompts, rounds):
         return torch.tensor(ROUNDS[len(rounds)]) if len(rounds) < len(ROUNDS) else None
 

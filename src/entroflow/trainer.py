@@ -37,7 +37,7 @@ from entroflow.prompts import Prompt
 from entroflow.recipe import Recipe
 from entroflow.rewards.base import AnyReward, Scores
 from entroflow.rewards.mixture import Mixture, rewards_of, total
-from entroflow.rewards.scoring import join_scores, score
+from entroflow.rewards.scoring import Scoring
 from entroflow.runs import RunFolder, package_version, spent
 from entroflow.sampling.plan import Plan, Role
 from entroflow.sampling.rollouts import Rollouts, Transitions, join_rollouts, transitions_of
@@ -124,7 +124,10 @@ class Trainer:
         """Sample and score, round by round, until the allocation hands out no more."""
         recipe = self.recipe
         rounds: list[Rollouts] = []
-        scores: list[dict[str, Scores]] = []
+        scoring = Scoring(
+            rewards_of(self.reward), self.ledger, seed=recipe.run.seed, iteration=self.iteration,
+            on_failure=recipe.scoring.on_failure,
+        )  # fmt: skip
         spent = torch.zeros(len(prompts), dtype=torch.long)
         while (sizes := recipe.allocation.sizes(len(prompts), rounds)) is not None:
             plan = self._plan(prompts, sizes, spent)
@@ -140,16 +143,11 @@ class Trainer:
                 guidance=recipe.sampling.guidance, batch_size=recipe.sampling.batch_size,
                 ledger=self.ledger,
             )  # fmt: skip
-            with self.ledger.timed("rollout"):
-                found = score(
-                    rewards_of(self.reward), rollouts, finished, self.ledger,
-                    seed=recipe.run.seed, iteration=self.iteration,
-                    on_failure=recipe.scoring.on_failure,
-                )  # fmt: skip
-            scores.append(found)
             rounds.append(rollouts)
+            with self.ledger.timed("rollout"):
+                scoring.take(rollouts, finished, last=len(rounds) == recipe.allocation.rounds)
             spent = spent + sizes
-        return join_rollouts(rounds), join_scores(scores)
+        return join_rollouts(rounds), scoring.scores()
 
     def _plan(self, prompts: list[Prompt], sizes: Tensor, spent: Tensor) -> Plan:
         recipe = self.recipe

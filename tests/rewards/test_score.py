@@ -1,6 +1,7 @@
 """Scoring a stream of finished rows: whatever a reward object returns, failures stay failures."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from entroflow.errors import InputError
 from entroflow.ledger import Ledger
 from entroflow.prompts import Prompt
 from entroflow.rewards.base import FunctionReward, Scores, Status
-from entroflow.rewards.scoring import join_scores, score
+from entroflow.rewards.scoring import Scoring, score
 from entroflow.sampling.grid import shifted_grid
 from entroflow.sampling.kernels import ODE
 from entroflow.sampling.noise import Stream, generator
@@ -17,6 +18,7 @@ from entroflow.sampling.plan import fresh_rows
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.sampling.solver import sample
 from gaussian_policy import GaussianPolicy
+from tiny_run import Brightness
 
 ROWS = 5
 
@@ -128,12 +130,88 @@ def test_a_group_is_compared_when_it_is_whole(batch_size):
     assert ledger.reward_calls == 5
 
 
-def test_a_round_in_which_everything_failed_leaves_the_facts_of_others():
-    known = Scores(torch.ones(1), (Status.OK,), facts={"size": 4.0})
-    none = Scores(torch.ones(1), (Status.ERROR,))
-    for rounds in ([known, none], [none, known]):
-        joined = join_scores([{"places": scores} for scores in rounds])["places"]
-        assert joined.facts == {"size": 4.0}
+def two_rounds(sizes):
+    """Rollouts of two prompts in two rounds, each with its stream of finished rows."""
+    policy, grid = GaussianPolicy(mean=0.3, variance=0.5), shifted_grid(2, 1.0)
+    prompts, spent = [Prompt("a ring"), Prompt("a cross")], torch.tensor([0, 0])
+    for size in map(torch.tensor, sizes):
+        plan = fresh_rows(prompts, size, spent, grid, torch.zeros(2))
+        rollouts = Rollouts.empty(plan, policy.latent_shape)
+        cond = policy.encode(plan.texts)
+        yield rollouts, sample(policy, ODE(), rollouts, cond, seed=0, iteration=0, batch_size=2)
+        spent = spent + size
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_group_may_span_rounds(known):
+    """Its images are compared once, when all are there; also those that end in the first round.
+
+    Whether it is known in time which round is the last makes no difference.
+    """
+    reward, ledger = Places(), Ledger()
+    scoring = Scoring({"places": reward, "light": Brightness()}, ledger)
+    images = []
+    for number, (rollouts, finished) in enumerate(two_rounds([[2, 3], [2, 0]]), start=1):
+        scoring.take(rollouts, finished, last=known and number == 2)
+        images.append(rollouts.images)
+        assert bool(reward.groups) == (known and number == 2)
+    found = scoring.scores()
+    # Rows: two of the ring and three of the cross, then two more of the ring.
+    assert found["places"].values.tolist() == [0, 1, 0, 1, 2, 2, 3]
+    joined = torch.cat(images)
+    compared = {text: shown for text, shown, _ in reward.groups}
+    assert torch.equal(compared["a ring"], joined[[0, 1, 5, 6]])
+    assert torch.equal(compared["a cross"], joined[2:5])
+    light = joined.double().flatten(1).mean(dim=1)
+    assert torch.equal(found["light"].values, light)
+    assert ledger.reward_calls == 14
+    assert set(ledger.seconds) >= {"score"}
+
+
+class Slow(Places):
+    """Answers only after the last image was drawn: sampling must go on while it is asked."""
+
+    waits = True
+
+    def __init__(self):
+        super().__init__()
+        self.drawn, self.threads = threading.Event(), set()
+
+    def score_group(self, images, prompt, source):
+        self.threads.add(threading.current_thread().name)
+        assert self.drawn.wait(timeout=20), "nothing was drawn meanwhile"
+        return super().score_group(images, prompt, source)
+
+
+def test_a_reward_that_waits_is_asked_while_sampling_goes_on():
+    """And says the same as one that does not, on the same rows."""
+    slow = Slow()
+
+    def stream(finished):
+        yield from finished
+        slow.drawn.set()
+
+    ((rollouts, finished),) = two_rounds([[2, 3]])
+    found = score({"places": slow}, rollouts, stream(finished))["places"]
+    assert found.values.tolist() == [0, 1, 0, 1, 2]
+    assert slow.threads == {"reward places_0"}
+    assert not [t for t in threading.enumerate() if t.name.startswith("reward places")]
+
+
+def test_what_fails_in_a_thread_is_masked_or_ends_the_run(caplog):
+    class Broken(Slow):
+        def score_group(self, images, prompt, source):
+            raise ConnectionError("no judge")
+
+    for on_failure in ("mask", "raise"):
+        ((rollouts, finished),) = two_rounds([[2, 3]])
+        if on_failure == "raise":
+            with pytest.raises(InputError, match=r"no judge \(scoring.on_failure is raise\)"):
+                score({"places": Broken()}, rollouts, finished, on_failure=on_failure)
+        else:
+            found = score({"places": Broken()}, rollouts, finished, on_failure=on_failure)
+            assert set(found["places"].statuses) == {Status.ERROR}
+    assert not [t for t in threading.enumerate() if t.name.startswith("reward places")]
 
 
 # --- failures -------------------------------------------------------------------------------------

@@ -362,12 +362,13 @@ def misbehaving(question, number):
     return "Well." if share < 0.10 else None
 
 
-def test_a_server_that_misbehaves_changes_nothing_but_what_it_spoils(serve):
-    """T25: 16 groups of 8, whose win rates are those computed here without the spoilt answers."""
+@pytest.mark.parametrize("groups", [8, pytest.param(64, marks=pytest.mark.slow)])
+def test_a_server_that_misbehaves_changes_nothing_but_what_it_spoils(serve, groups):
+    """T25: groups of 8, whose win rates are those computed here without the spoilt answers."""
     server, judge = serve(misbehaving, attempts=1, timeout=3.0, deadline=6.0, in_flight=32)
     reward = Pairwise(order="fixed").model_copy(update={"judge": judge})
     rng, failures = np.random.default_rng(0), 0
-    for group in range(16):
+    for group in range(groups):
         levels = (rng.permutation(200)[:8] + 20) / 255
         found = reward.score_group(images(levels), PROMPT, generator(0, Stream.JUDGE, 0, group))
         words = server.bodies[-1]["messages"][0]["content"][2]["text"]
@@ -382,8 +383,8 @@ def test_a_server_that_misbehaves_changes_nothing_but_what_it_spoils(serve):
                     failures += 1
         by_hand = [sum(won) / len(won) if won else math.nan for won in points.values()]
         np.testing.assert_allclose(found.values.numpy(), by_hand, atol=1e-12)
-    assert 0.05 < failures / (16 * 28) < 0.16
-    assert len(server.bodies) == 16 * 28
+    assert 0.05 < failures / (groups * 28) < 0.16
+    assert len(server.bodies) == groups * 28
     assert server.most <= 32
 
 

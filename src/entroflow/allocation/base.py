@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -11,7 +11,13 @@ from entroflow.sampling.rollouts import Rollouts
 
 
 class Allocation(Protocol):
-    """Hands out rollouts in rounds."""
+    """Hands out rollouts in rounds.
+
+    Attributes:
+        rounds: how many there are.
+    """
+
+    rounds: ClassVar[int]
 
     def sizes(self, prompts: int, rounds: Sequence[Rollouts]) -> Tensor | None:
         """[P] rollouts per prompt in the next round, given the rounds so far; None ends them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,6 +15,8 @@ from entroflow.sampling.rollouts import Rollouts
 
 class Uniform(Component):
     """`group_size` rollouts per prompt."""
+
+    rounds: ClassVar[int] = 1
 
     type: Literal["uniform"] = "uniform"
     group_size: int = Field(24, ge=2, description="rollouts per prompt")

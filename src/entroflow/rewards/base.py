@@ -53,7 +53,10 @@ class Reward(Protocol):
 
 @runtime_checkable
 class GroupReward(Protocol):
-    """Scores the images of a group against each other."""
+    """Scores the images of a group against each other.
+
+    Where an attribute `waits` is true, it is called in a thread, one group at a time.
+    """
 
     def score_group(self, images: Tensor, prompt: Prompt, source: np.random.Generator) -> Scores:
         """Scores of images [n, 3, H, W] in [0, 1] of one prompt.

@@ -46,7 +46,10 @@ class Answers:
 
 
 class Judge(Protocol):
-    """Says which of two images of a prompt is better."""
+    """Says which of two images of a prompt is better.
+
+    One that waits for others, as for a server, says so with an attribute `waits`.
+    """
 
     def compare(self, images: Tensor, sides: Tensor, prompts: Sequence[Prompt]) -> Answers:
         """Answers to m comparisons.
@@ -92,6 +95,11 @@ class Pairwise(Component):
         0.5, ge=0, le=1, description="least share of a group's comparisons, or none of it counts"
     )
     decimals: int | None = Field(None, ge=0, description="win rates are rounded to; published: 3")
+
+    @property
+    def waits(self) -> bool:
+        """Whether the judge waits for others, so that sampling had better go on."""
+        return bool(getattr(self.judge, "waits", False))
 
     def score_group(self, images: Tensor, prompt: Prompt, source: np.random.Generator) -> Scores:
         """See `GroupReward.score_group`. A group of one is skipped."""

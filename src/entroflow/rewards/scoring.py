@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from typing import Literal
 
 import torch
@@ -33,104 +36,192 @@ def score(
     iteration: int = 0,
     on_failure: OnFailure = "mask",
 ) -> dict[str, Scores]:
-    """Consume a stream of finished rows and score their images as they come.
+    """Score the images of one round; see `Scoring`."""
+    scoring = Scoring(rewards, ledger, seed=seed, iteration=iteration, on_failure=on_failure)
+    scoring.take(rollouts, finished)
+    return scoring.scores()
 
-    A reward that compares is given each group as soon as all its images are there.
+
+class Scoring:
+    """Consumes streams of finished rows, and scores their images as they come.
+
+    A reward that compares is given a group as soon as all its images are there. One that waits for
+    others (`waits`), as for a server, is asked in a thread of its own while sampling goes on.
 
     Args:
         rewards: by name; all see the same images.
-        finished: row numbers, as `sampling.sample` yields them while it fills `rollouts`.
         seed, iteration: part of the address of what a reward draws.
         on_failure: what becomes of an image that could not be scored: it is masked, or it ends the
             run.
-
-    Returns:
-        By name, scores [B] of all rows of the plan; NaN for rows that are not scored. A value that
-        is not finite, or whose status is not ok, is NaN whatever the reward put there.
-
-    Raises:
-        InputError: a reward returned the wrong number of values or statuses; or an image failed,
-            where that is to be raised.
     """
-    collected = {
-        name: _Collected(name, reward, rollouts, seed, iteration, on_failure)
-        for name, reward in rewards.items()
-    }
-    for rows in finished:
-        for one in collected.values():
-            with ledger.timed("score") if ledger is not None else nullcontext():
-                calls = one.take(rows)
-            if ledger is not None:
-                ledger.reward_calls += calls
-    return {name: one.scores() for name, one in collected.items()}
-
-
-class _Collected:
-    """What one reward has said so far."""
 
     def __init__(
         self,
-        name: str,
-        reward: AnyReward,
-        rollouts: Rollouts,
-        seed: int,
-        iteration: int,
-        on_failure: OnFailure,
+        rewards: Mapping[str, AnyReward],
+        ledger: Ledger | None = None,
+        *,
+        seed: int = 0,
+        iteration: int = 0,
+        on_failure: OnFailure = "mask",
     ) -> None:
-        self._name, self._reward, self._rollouts = name, reward, rollouts
-        self._address, self._on_failure = (seed, Stream.JUDGE, iteration), on_failure
-        plan = rollouts.plan
-        self._values = torch.full((plan.rows,), torch.nan, dtype=torch.float64)
-        self._statuses = [Status.OK] * plan.rows
+        self._ledger = ledger
+        self._collected = {
+            name: _Collected(name, reward, (seed, Stream.JUDGE, iteration), on_failure)
+            for name, reward in rewards.items()
+        }
+
+    def take(self, rollouts: Rollouts, finished: Iterable[Tensor], last: bool = True) -> None:
+        """Score one round.
+
+        Args:
+            finished: row numbers, as `sampling.sample` yields them while it fills `rollouts`.
+            last: no other round follows; until then no group is known to be whole.
+
+        Raises:
+            InputError: a reward returned the wrong number of values or statuses; or an image
+                failed, where that is to be raised.
+        """
+        everyone = self._collected.values()
+        try:
+            for one in everyone:
+                one.begin(rollouts, last)
+            for rows in finished:
+                for one in everyone:
+                    self._count(one, partial(one.add, rows))
+            for one in everyone if last else ():
+                self._count(one, one.finish)
+        finally:
+            for one in everyone:
+                one.close()
+
+    def _count(self, one: _Collected, work: Callable[[], None]) -> None:
+        before = one.calls
+        with self._ledger.timed("score") if self._ledger is not None else nullcontext():
+            work()
+        if self._ledger is not None:
+            self._ledger.reward_calls += one.calls - before
+
+    def scores(self) -> dict[str, Scores]:
+        """By name, scores [B] of the rows of all rounds; NaN for rows that are not scored.
+
+        A value that is not finite, or whose status is not ok, is NaN whatever the reward put there.
+        """
+        for one in self._collected.values():
+            self._count(one, one.finish)
+        return {name: one.scores() for name, one in self._collected.items()}
+
+
+class _Collected:
+    """What one reward has said so far; rows are numbered through all rounds."""
+
+    def __init__(
+        self, name: str, reward: AnyReward, address: tuple[int, Stream, int], on_failure: OnFailure
+    ) -> None:
+        self._name, self._reward = name, reward
+        self._address, self._on_failure = address, on_failure
+        self.calls = 0
+        self._rounds: list[Rollouts] = []
+        self._offsets: list[int] = []
+        self._values: list[float] = []
+        self._statuses: list[Status] = []
         self._facts: dict[str, list[float]] = {}
         self._floor = 0.0
+        self._last = False
+        self._sizes: dict[int, int] = {}
         self._waiting: dict[int, list[int]] = {}
+        self._thread: ThreadPoolExecutor | None = None
+        self._asked: list[tuple[list[int], Future[Scores]]] = []
+
+    def begin(self, rollouts: Rollouts, last: bool) -> None:
+        """Make room for a round."""
+        plan = rollouts.plan
+        self._rounds.append(rollouts)
+        self._offsets.append(len(self._values))
+        self._values += [math.nan] * plan.rows
+        self._statuses += [Status.OK] * plan.rows
+        self._last = last
         group, size = plan.group[plan.scored].unique(return_counts=True)
-        self._sizes = dict(zip(group.tolist(), size.tolist(), strict=True))
+        for number, count in zip(group.tolist(), size.tolist(), strict=True):
+            self._sizes[number] = self._sizes.get(number, 0) + count
+        if last and isinstance(self._reward, GroupReward) and getattr(self._reward, "waits", False):
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"reward {self._name}")
 
-    def take(self, rows: Tensor) -> int:
-        """Score what can be scored now that these rows have images; how many were."""
-        reward, plan = self._reward, self._rollouts.plan
-        if not isinstance(reward, GroupReward):
-            prompts = [plan.prompts[p] for p in plan.prompt[rows].tolist()]
-            images = self._images(rows)
-            self._keep(rows, self._attempt(lambda: reward.score(images, prompts), len(rows)))
-            return len(rows)
-        scored = 0
-        for row in rows.tolist():
-            number = int(plan.group[row])
-            mine = self._waiting.setdefault(number, [])
-            mine.append(row)
-            if len(mine) == self._sizes[number]:
-                whole = torch.tensor(sorted(self._waiting.pop(number)))
-                self._keep(whole, self._compared(reward, whole, number))
-                scored += len(whole)
-        return scored
+    def add(self, rows: Tensor) -> None:
+        """Score what can be scored now that these rows of the latest round have images."""
+        numbers = (rows + self._offsets[-1]).tolist()
+        if not isinstance(self._reward, GroupReward):
+            reward, images, prompts = self._reward, self._images(numbers), self._prompts(numbers)
+            self._keep(numbers, self._attempt(lambda: reward.score(images, prompts), len(rows)))
+            self.calls += len(rows)
+            return
+        for number, group in zip(numbers, self._rounds[-1].plan.group[rows].tolist(), strict=True):
+            self._waiting.setdefault(group, []).append(number)
+            self._compare_if_whole(group)
 
-    def _compared(self, reward: GroupReward, rows: Tensor, number: int) -> Scores:
-        prompt = self._rollouts.plan.prompts[int(self._rollouts.plan.prompt[rows[0]])]
-        images, source = self._images(rows), generator(*self._address, group=number)
-        return self._attempt(lambda: reward.score_group(images, prompt, source), len(rows))
+    def finish(self) -> None:
+        """Score what is left, as no row will follow, and wait for what was asked."""
+        self._last = True
+        for group in list(self._waiting):
+            self._compare_if_whole(group)
+        for rows, found in self._asked:
+            self._keep(rows, found.result())
+        self._asked.clear()
+
+    def close(self) -> None:
+        """End the thread, without what it has not begun."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
+
+    def _compare_if_whole(self, group: int) -> None:
+        rows = sorted(self._waiting[group])
+        if not self._last or len(rows) < self._sizes[group]:
+            return
+        del self._waiting[group]
+        self.calls += len(rows)
+        reward, images, prompt = self._reward, self._images(rows), self._prompts(rows[:1])[0]
+        assert isinstance(reward, GroupReward)
+        source = generator(*self._address, group=group)
+
+        def compared() -> Scores:
+            return self._attempt(lambda: reward.score_group(images, prompt, source), len(rows))
+
+        if self._thread is None:
+            self._keep(rows, compared())
+        else:
+            self._asked.append((rows, self._thread.submit(compared)))
 
     def _attempt(self, call: Callable[[], Scores], count: int) -> Scores:
         return attempt(self._reward, call, count, self._on_failure)
 
-    def _images(self, rows: Tensor) -> Tensor:
-        assert self._rollouts.images is not None
-        return self._rollouts.images[self._rollouts.image_of(rows)]
+    def _located(self, number: int) -> tuple[Rollouts, int]:
+        """The round of a row, and its number there."""
+        which = bisect_right(self._offsets, number) - 1
+        return self._rounds[which], number - self._offsets[which]
 
-    def _keep(self, rows: Tensor, scores: Scores) -> None:
-        for row, value, status in zip(
-            rows.tolist(), scores.values.tolist(), scores.statuses, strict=True
+    def _images(self, numbers: Sequence[int]) -> Tensor:
+        found = []
+        for rollouts, row in map(self._located, numbers):
+            assert rollouts.images is not None
+            found.append(rollouts.images[rollouts.image_of(torch.tensor([row]))])
+        return torch.cat(found)
+
+    def _prompts(self, numbers: Sequence[int]) -> list[Prompt]:
+        where = map(self._located, numbers)
+        return [r.plan.prompts[int(r.plan.prompt[row])] for r, row in where]
+
+    def _keep(self, numbers: Sequence[int], scores: Scores) -> None:
+        for number, value, status in zip(
+            numbers, scores.values.tolist(), scores.statuses, strict=True
         ):
             good = status == Status.OK and math.isfinite(value)
-            self._values[row] = value if good else math.nan
-            self._statuses[row] = Status.UNPARSED if status == Status.OK and not good else status
+            status = Status.UNPARSED if status == Status.OK and not good else status
+            self._values[number], self._statuses[number] = value if good else math.nan, status
             if not good and self._on_failure == "raise":
                 raise InputError(
                     f"reward {self._name}: an image of the prompt "
-                    f"{self._rollouts.plan.texts[int(self._rollouts.plan.prompt[row])]!r} has none "
-                    f"({self._statuses[row].value}), and scoring.on_failure is raise."
+                    f"{self._prompts([number])[0].text!r} has none ({status.value}), and "
+                    "scoring.on_failure is raise."
                 )
         self._floor = max(self._floor, scores.floor)
         for name, fact in scores.facts.items():
@@ -139,7 +230,8 @@ class _Collected:
     def scores(self) -> Scores:
         """Of all rows."""
         facts = {name: _mean(found) for name, found in self._facts.items()}
-        return Scores(self._values, tuple(self._statuses), self._floor, facts)
+        values = torch.tensor(self._values, dtype=torch.float64)
+        return Scores(values, tuple(self._statuses), self._floor, facts)
 
 
 def score_images(reward: AnyReward, images: Tensor, prompt: Prompt, seed: int = 0) -> Scores:
@@ -185,23 +277,6 @@ def attempt(
             f"{len(scores.statuses)} statuses."
         )
     return scores
-
-
-def join_scores(rounds: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
-    """The scores of several rounds as one."""
-    return {
-        name: Scores(
-            torch.cat([scores[name].values for scores in rounds]),
-            tuple(status for scores in rounds for status in scores[name].statuses),
-            rounds[0][name].floor,
-            {
-                # A round in which everything failed has none.
-                fact: _mean([s[name].facts[fact] for s in rounds if fact in s[name].facts])
-                for fact in dict.fromkeys(f for scores in rounds for f in scores[name].facts)
-            },
-        )
-        for name in rounds[0]
-    }
 
 
 def _mean(values: Sequence[float]) -> float:

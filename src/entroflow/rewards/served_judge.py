@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -56,6 +56,8 @@ class ServedJudge(Component):
     `shares` (JSON with two numbers that sum to 1 for each dimension, UnifiedReward-2.0). The
     temperature is 0. What fails is tried again with growing pauses until the deadline, then masked.
     """
+
+    waits: ClassVar[bool] = True
 
     type: Literal["openai"] = "openai"
     url: str = Field("http://127.0.0.1:8080/v1", description="of the server, up to its version")
