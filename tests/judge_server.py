@@ -15,8 +15,9 @@ from PIL import Image
 class JudgeServer:
     """`behave(question, number)` says how the number-th request about a question is answered.
 
-    A question is (levels of the two images, words). It returns None for a right answer, a text for
-    another one, a number for an HTTP status, or "hang".
+    A question is (levels of the images, words): of two, which is brighter; of one, how bright it
+    is, from 1 to 5. It returns None for a right answer, a text for another one, a number for an
+    HTTP status, or "hang".
     """
 
     def __init__(self, behave=lambda question, number: None, headers=None):
@@ -64,8 +65,8 @@ class JudgeServer:
         self.thread.join()
 
     def _reply(self, handler, body):
-        first, second, words = body["messages"][0]["content"]
-        question = (level(first), level(second), words["text"])
+        *images, words = body["messages"][0]["content"]
+        question = (*map(level, images), words["text"])
         with self._lock:
             number = self.seen[question] = self.seen.get(question, 0) + 1
         how = self.behave(question, number)
@@ -89,6 +90,8 @@ class JudgeServer:
 
     @staticmethod
     def right(question):
+        if len(question) == 2:
+            return f"It is neither dark nor bright.\nFinal Score: {1 + 4 * question[0] / 255}"
         first, second, _ = question
         better = 1 if first > second else 2
         same = first == second

@@ -69,6 +69,7 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "shapes": "entroflow.rewards.shapes.ShapesReward",
         "shapes_preference": "entroflow.rewards.preferences.models.ShapesPreference",
         "clip": "entroflow.rewards.clip.CLIPScore",
+        "openai": "entroflow.rewards.served_score.ServedScore",
         "jpeg_size": "entroflow.rewards.jpeg_size.JPEGSize",
         "pairwise": "entroflow.rewards.pairwise.Pairwise",
         "mixture": "entroflow.rewards.mixture.Mixture",

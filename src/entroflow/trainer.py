@@ -26,6 +26,7 @@ from entroflow.credit.normalise import is_tied
 from entroflow.credit.trace import Trace, Trajectories, trace_metrics, trajectories_of
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Drawn, Evaluated, HeldOutEvaluation, measure_of
+from entroflow.evaluation.images import one_by_one
 from entroflow.evaluation.sentinel import Sentinel
 from entroflow.evaluation.watching import compares, watched
 from entroflow.exploration.base import Request, refuse_undefined
@@ -280,9 +281,12 @@ class Trainer:
     def standing(self, metrics: Metrics) -> float:
         """What the best checkpoint is chosen by; -inf if that is no number.
 
-        What `monitors.best` says; else the held-out reward.
+        What `monitors.best` says; else the held-out reward. Where rewards only compare, and the
+        evaluation does not return the images that they could look at, its score.
         """
-        found = metrics.get(f"eval/{self.recipe.monitors.best or 'reward'}")
+        known = one_by_one(self.reward) or any(key.startswith("eval/win_rate") for key in metrics)
+        best = self.recipe.monitors.best or ("reward" if known else "score")
+        found = metrics.get(f"eval/{best}")
         return float(found) if found is not None and math.isfinite(found) else -math.inf
 
     def _metrics(

@@ -16,7 +16,7 @@ from entroflow.wrong_keys import hint
 EXTRAS = {
     "entroflow.policies.diffusers.": "diffusers",
     "entroflow.rewards.clip": "diffusers",
-    "entroflow.rewards.served_judge": "judge",
+    "entroflow.rewards.served_": "judge",
 }
 """Beginning of a module's name -> the extra that brings what it imports."""
 

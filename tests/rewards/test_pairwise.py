@@ -176,8 +176,8 @@ def test_images_of_two_prompts_never_meet():
     assert metrics["policy/gradient_norm"] > 0
 
 
-def test_the_best_checkpoint_is_that_of_the_best_score():
-    """Held-out images have no win rate, but the evaluation has a score."""
+def test_the_best_checkpoint_is_that_of_the_best_score_where_nothing_can_be_compared():
+    """Without its images an evaluation has no win rates, but it has a score."""
     judge = {"type": f"{HERE}.ByBrightness"}
     compares = {"type": "pairwise", "judge": judge}
     both = {"type": "mixture", "rewards": {"a": compares, "b": {"type": f"{HERE}.brightness"}}}
@@ -185,6 +185,7 @@ def test_the_best_checkpoint_is_that_of_the_best_score():
     for reward, expected in ((compares, 0.3), (both, 0.2), ({"type": f"{HERE}.brightness"}, 0.2)):
         trainer = Trainer(recipe(reward=reward), PixelPolicy())
         assert trainer.standing(line) == expected
+        assert trainer.standing({**line, "eval/win_rate": 0.2}) == 0.2
         assert trainer.standing({"eval/reward": None, "eval/score": None}) == -math.inf
 
 
@@ -224,7 +225,10 @@ def with_reward(fields):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"type": "pairwise"}, "mine: reward.judge: key 'model' is missing"),
+        (
+            {"type": "pairwise", "judge": {"type": "openai"}},
+            "mine: reward.judge: key 'model' is missing",
+        ),
         ({"type": "pairwise", "judge": 3}, "mine: reward.judge must hold keys and values, not 3"),
         (
             {"type": "pairwise", "judge": {"type": f"{MINE}.nobody"}},

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from entroflow.rewards.verdicts import PAIR_FORMATS, answer, better, shares, winner
+from entroflow.rewards.verdicts import (
+    PAIR_FORMATS,
+    answer,
+    better,
+    final_score,
+    shares,
+    weighted_scores,
+    winner,
+)
 
 THOUGHT = "<think>1. Image 2 is better in style: 8 vs 7 ...</think>"
 
@@ -93,3 +101,40 @@ def test_shares_of_1(text, points):
 @pytest.mark.parametrize("text", ["", "{", "<answer>", "\0", "{" * 5000, "}" * 50, "🙂"])
 def test_no_answer_makes_it_raise(name, text):
     assert PAIR_FORMATS[name](text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("1. The ring is red. 2. ...\nFinal Score: 4", 0.8),
+        ("Final Score: 4.5/5", 0.9),
+        ("**final score :1**", 0.2),
+        ("Final Score: 5\nSo, Final Score: 5.0", 1.0),
+        # Beyond the scale, none, or several that contradict each other.
+        ("Final Score: 6", None),
+        ("Final Score: 0.5", None),
+        ("Final Score: 45", None),
+        ("Final Score: high", None),
+        ("Final Score: 3, or rather Final Score: 4", None),
+        ("Score: 4", None),
+        ("", None),
+    ],
+)
+def test_a_final_score(text, score):
+    assert final_score(text) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Alignment Score (1-5): 4\nCoherence Score (1-5): 3\nStyle Score (1-5): 2.5", 1.47),
+        ("style score: 2.5, alignment score: 4", 1.47),
+        ("Alignment Score (1-5): 4", None),
+        ("Alignment Score (1-5): 4\nStyle Score (1-5): 7", None),
+        ("Alignment Score (1-5): 4\nLifestyle Score (1-5): 3", None),
+    ],
+)
+def test_scores_of_dimensions_are_summed_with_their_weights(text, score):
+    """1.4 * 4 / 5 + 0.7 * 2.5 / 5; a dimension that is missing is never 0."""
+    found = weighted_scores(text, {"Alignment": 1.4, "Style": 0.7})
+    assert found == (None if score is None else pytest.approx(score))

@@ -88,8 +88,8 @@ class Scoring:
             for rows in finished:
                 for one in everyone:
                     self._count(one, partial(one.add, rows))
-            for one in everyone if last else ():
-                self._count(one, one.finish)
+            for one in everyone:
+                self._count(one, one.finish if last else one.wait)
         finally:
             for one in everyone:
                 one.close()
@@ -143,7 +143,7 @@ class _Collected:
         group, size = plan.group[plan.scored].unique(return_counts=True)
         for number, count in zip(group.tolist(), size.tolist(), strict=True):
             self._sizes[number] = self._sizes.get(number, 0) + count
-        if last and isinstance(self._reward, GroupReward) and getattr(self._reward, "waits", False):
+        if getattr(self._reward, "waits", False):
             self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"reward {self._name}")
 
     def add(self, rows: Tensor) -> None:
@@ -151,18 +151,21 @@ class _Collected:
         numbers = (rows + self._offsets[-1]).tolist()
         if not isinstance(self._reward, GroupReward):
             reward, images, prompts = self._reward, self._images(numbers), self._prompts(numbers)
-            self._keep(numbers, self._attempt(lambda: reward.score(images, prompts), len(rows)))
-            self.calls += len(rows)
+            self._ask(numbers, lambda: reward.score(images, prompts))
             return
         for number, group in zip(numbers, self._rounds[-1].plan.group[rows].tolist(), strict=True):
             self._waiting.setdefault(group, []).append(number)
             self._compare_if_whole(group)
 
     def finish(self) -> None:
-        """Score what is left, as no row will follow, and wait for what was asked."""
+        """Score what is left, as no row will follow."""
         self._last = True
         for group in list(self._waiting):
             self._compare_if_whole(group)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait for what was asked."""
         for rows, found in self._asked:
             self._keep(rows, found.result())
         self._asked.clear()
@@ -178,21 +181,18 @@ class _Collected:
         if not self._last or len(rows) < self._sizes[group]:
             return
         del self._waiting[group]
-        self.calls += len(rows)
         reward, images, prompt = self._reward, self._images(rows), self._prompts(rows[:1])[0]
         assert isinstance(reward, GroupReward)
         source = generator(*self._address, group=group)
+        self._ask(rows, lambda: reward.score_group(images, prompt, source))
 
-        def compared() -> Scores:
-            return self._attempt(lambda: reward.score_group(images, prompt, source), len(rows))
-
+    def _ask(self, rows: list[int], call: Callable[[], Scores]) -> None:
+        self.calls += len(rows)
+        answered = partial(attempt, self._reward, call, len(rows), self._on_failure)
         if self._thread is None:
-            self._keep(rows, compared())
+            self._keep(rows, answered())
         else:
-            self._asked.append((rows, self._thread.submit(compared)))
-
-    def _attempt(self, call: Callable[[], Scores], count: int) -> Scores:
-        return attempt(self._reward, call, count, self._on_failure)
+            self._asked.append((rows, self._thread.submit(answered)))
 
     def _located(self, number: int) -> tuple[Rollouts, int]:
         """The round of a row, and its number there."""

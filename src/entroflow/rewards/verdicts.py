@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _WINNER = re.compile(r"\b(?:image|video)\s*([12])\b", re.IGNORECASE)
 _BETTER = re.compile(r"\b(?:image|video)\s*([12])\s+is\s+better\b", re.IGNORECASE)
 _EQUAL = re.compile(r"\bboth\s+(?:images|videos)\s+are\s+equally\s+good\b", re.IGNORECASE)
 _TIE = re.compile(r"\b(?:tie|tied|draw|equal|equally good)\b", re.IGNORECASE)
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_FINAL = re.compile(rf"\bfinal\s+score\s*:\s*{_NUMBER}", re.IGNORECASE)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -72,6 +74,36 @@ def shares(text: str) -> float | None:
             return None
         first.append(pair[0] / sum(pair))
     return sum(first) / len(first)
+
+
+def final_score(text: str) -> float | None:
+    """What follows `Final Score:`, from 1 to 5, divided by 5 (UnifiedReward).
+
+    None where there is none, several that contradict each other, or one beyond the scale.
+    """
+    return _on_the_scale(_FINAL.findall(text))
+
+
+def weighted_scores(text: str, weights: Mapping[str, float]) -> float | None:
+    """Weighted sum of lines like `Alignment Score (1-5): 4`, each divided by 5 (UnifiedReward).
+
+    None where one of them can't be read.
+    """
+    total = 0.0
+    for name, weight in weights.items():
+        line = rf"\b{re.escape(name)}\s+score\s*(?:\(1-5\))?\s*:\s*{_NUMBER}"
+        found = _on_the_scale(re.findall(line, text, re.IGNORECASE))
+        if found is None:
+            return None
+        total += weight * found
+    return total
+
+
+def _on_the_scale(said: Sequence[str]) -> float | None:
+    numbers = {float(number) for number in said}
+    if len(numbers) != 1 or not 1 <= min(numbers) <= 5:
+        return None
+    return numbers.pop() / 5
 
 
 PAIR_FORMATS: dict[str, Callable[[str], float | None]] = {
