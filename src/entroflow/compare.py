@@ -33,7 +33,7 @@ from entroflow.runs import EVALUATION, RunFolder, read_object
 from entroflow.trainer import Trainer
 
 RESULTS = "results.json"
-CURVE = ("iteration", "seconds", "ledger/weighted_evaluations")
+CURVE = ("iteration", "seconds", "ledger/weighted_evaluations", "hacking")
 """What the curve of a result has besides the evaluations."""
 
 
@@ -316,7 +316,11 @@ def result_of(folder: Path, job: Job) -> dict[str, Any]:
 def curve_of(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The evaluations of a run, and what it had taken until each."""
     return [
-        {key: value for key, value in line.items() if key in CURVE or key.startswith("eval/")}
+        {
+            key: value
+            for key, value in line.items()
+            if key in CURVE or key.startswith(("eval/", "drift/"))
+        }
         for line in metrics
         if "eval/score" in line
     ]

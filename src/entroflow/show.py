@@ -146,7 +146,9 @@ def _watched(metrics: Metrics, monitors: Mapping[str, float]) -> list[str]:
     rewards = {
         key.removeprefix("eval/").replace("_", " "): metrics[key]
         for key in metrics
-        if key == "eval/reward" or key.startswith("eval/win_rate")
+        # One that only compares is its own win rate.
+        if key.startswith("eval/win_rate")
+        or (key == "eval/reward" and "eval/win_rate" not in metrics)
     }
     known = {
         name: value
@@ -188,7 +190,8 @@ def evaluation_table(summary: dict[str, Any]) -> Table:
             score = Interval.of(model["scores"][skill])
             cells.append(f"{_decimals(score.value, 3)} {escape(score.reach)}")
         table.add_row(skill, *cells, end_section=skill in skills[-2:])
-    table.add_row("reward", *(_decimals(model["reward"], 3) for model in models.values()))
+    if list(models["base"].get("win_rates", {})) != ["reward"]:
+        table.add_row("reward", *(_decimals(model["reward"], 3) for model in models.values()))
     for monitor in models["base"]["monitors"]:
         values = [model["monitors"][monitor] for model in models.values()]
         table.add_row(monitor, *(_decimals(value, 4) for value in values))

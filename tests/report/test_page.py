@@ -355,7 +355,8 @@ def test_alarms_are_shown_where_the_latest_evaluation_has_them(make_run):
     folder.append_metrics(metrics_line(LAST + EVERY, hacking={"texture": words}))
     assert f"but {words}, since iteration {LAST}." in read(folder).text
     folder.append_metrics(metrics_line(LAST + 2 * EVERY))
-    assert "The reward rises" not in read(folder).text
+    text = read(folder).text
+    assert f"At iteration {LAST + EVERY} the reward had risen, but {words}, since iteration" in text
 
 
 def test_how_far_images_have_moved_is_drawn_with_its_band(make_run):

@@ -203,7 +203,7 @@ def drifts(found: Drifts, band: float) -> Figure:
         x, y = found[key]
         style = trace_style(monitor_name(key), colors.get(key, GRAY), len(x))
         traces.append({"x": list(x), "y": list(y), **style})
-    title = "standard deviations of the base's images"
+    title = "sd of the base's images"
     figure = figure_of(traces, height=340, yaxis={"title": {"text": title}})
     bounds = [_level(sign * band, GRAY, "dash") for sign in (-1, 1)]
     figure["layout"]["shapes"] = [*bounds, _level(0, GRAY, "dot")]

@@ -276,14 +276,18 @@ def compared_monitors(evaluation: Mapping[str, Any]) -> list[Monitor]:
 
 
 def alarms(metrics: Metrics, stopped: bool) -> list[str]:
-    """What the latest evaluation should make a reader doubt."""
-    judged = [line for line in metrics if "eval/score" in line]
-    latest = judged[-1].get("hacking", {}) if judged else {}
+    """What should make a reader doubt the reward: each alarm as it was last given, and since when."""
+    end = max((line["iteration"] for line in metrics if "eval/score" in line), default=0)
+    by_name: dict[str, list[tuple[int, str]]] = {}
+    for line in metrics:
+        for name, words in line.get("hacking", {}).items():
+            by_name.setdefault(name, []).append((line["iteration"], words))
     found = []
-    for name, words in latest.items():
-        first = next(line["iteration"] for line in judged if name in line.get("hacking", {}))
-        since = f", since iteration {first}" if first < judged[-1]["iteration"] else ""
-        found.append(f"The reward rises, but {words}{since}.")
-    if latest and stopped:
-        found.append(f"The run was stopped at iteration {judged[-1]['iteration']}.")
+    for given in by_name.values():
+        (first, _), (last, words) = given[0], given[-1]
+        since = f", since iteration {first}" if first < last else ""
+        rises = "The reward rises" if last == end else f"At iteration {last} the reward had risen"
+        found.append(f"{rises}, but {words}{since}.")
+    if stopped:
+        found.append(f"The run was stopped at iteration {end}.")
     return found

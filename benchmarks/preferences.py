@@ -1,0 +1,155 @@
+"""Pref-GRPO against a learnt score: what do they gain, and who is hacked?
+
+    python benchmarks/preferences.py [--runs runs/preferences] [--at-once N]
+
+`pref_grpo` and `pointwise_preference` for equal updates: learning rates chosen by the first seed's
+verifiable score on validation prompts, then three seeds. Some hours on two cores. Raw results go to
+docs/claims/pref_grpo.json, where none is made twice, the table to docs/rewards.md and the picture to
+docs/images/pref_grpo.png. Interrupted, it goes on when called again. Needs the extra `benchmarks`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from entroflow.checkpoints import write_text
+from entroflow.compare import RESULTS, Arm, compare, stored_results
+from entroflow.compared import best_by_validation, rows
+from entroflow.show import comparison_progress
+from methods import RATES, SEEDS, filled, name_of
+
+ROOT = Path(__file__).parents[1]
+CLAIMS = ROOT / "docs" / "claims" / "pref_grpo.json"
+PAGE = ROOT / "docs" / "rewards.md"
+PICTURE = ROOT / "docs" / "images" / "pref_grpo.png"
+RECIPES = ("pref_grpo", "pointwise_preference")
+UPDATES = {"updates": 160}
+LEARNT = {"pref_grpo": "eval/preference", "pointwise_preference": "eval/reward"}
+"""Where the mean learnt score of held-out images is, by recipe."""
+WINS = {"pref_grpo": "eval/win_rate", "pointwise_preference": "eval/judge"}
+"""Where their win rate over the base is."""
+
+Results = list[dict[str, Any]]
+
+
+def recipe_of(result: Mapping[str, Any]) -> str:
+    """The recipe of a result."""
+    return str(result["arm"]["recipe"])
+
+
+def farthest(point: Mapping[str, Any]) -> tuple[str, float]:
+    """The statistic that has moved farthest at an evaluation, and how far."""
+    drifts = {k.removeprefix("drift/"): v for k, v in point.items() if k.startswith("drift/")}
+    name = max(drifts, key=lambda key: abs(drifts[key]))
+    return name, drifts[name]
+
+
+def compared(results: Results) -> Results:
+    """The results of the chosen rates, of the recipes that have all seeds."""
+    found: Results = []
+    for recipe in RECIPES:
+        first = [r for r in results if recipe_of(r) == recipe and r["seed"] == SEEDS[0]]
+        if len(first) < len(RATES):
+            continue
+        best = name_of(best_by_validation(first))
+        same = [r for r in results if name_of(r) == best]
+        found += same if len(same) == len(SEEDS) else []
+    return found
+
+
+def table(results: Results) -> str:
+    """A Markdown table with a line for each recipe; means over seeds and their deviation."""
+    lines = [
+        "| recipe | strict score | gain over the base | learnt score | win rate over the base | "
+        "texture | diversity | farthest drift | alarms |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows(results):
+        of_row = [r for r in results if name_of(r) == row.name]
+        ends = [r["curve"][-1] for r in of_row]
+        recipe = recipe_of(of_row[0])
+        names = sorted({farthest(end)[0] for end in ends})
+        alarms = sum(any(point.get("hacking") for point in r["curve"]) for r in of_row)
+        lines.append(
+            f"| `{row.name}` | {row.score:.3f} ± {row.spread:.3f} | {row.gain:+.3f} | "
+            f"{_spread([e[LEARNT[recipe]] - r['curve'][0][LEARNT[recipe]] for e, r in zip(ends, of_row, strict=True)], '+')} | "
+            f"{_spread([end[WINS[recipe]] for end in ends])} | "
+            f"× {row.ratio('texture'):.2f} | × {row.ratio('diversity'):.2f} | "
+            f"{_spread([abs(farthest(end)[1]) for end in ends])} ({', '.join(names)}) | "
+            f"{alarms} of {len(of_row)} |"
+        )
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    return f"{statistics.mean(values):{sign}.2f} ± {statistics.stdev(values):.2f}"
+
+
+def draw(results: Results) -> None:
+    """Over updates: the verifiable score, both proxies, and how far the images have moved."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = (
+        ("strict score, held-out prompts", lambda recipe, point: point["eval/score"]),
+        ("learnt score (log-odds)", lambda recipe, point: point[LEARNT[recipe]]),
+        ("win rate over the base", lambda recipe, point: point[WINS[recipe]]),
+        ("farthest drift (sd of the base's images)", lambda _, point: abs(farthest(point)[1])),
+    )
+    figure, grid = pyplot.subplots(2, 2, figsize=(10, 6), dpi=110, sharex=True)
+    colors = dict(zip(RECIPES, ("tab:blue", "tab:orange"), strict=True))
+    for axes, (title, value) in zip(grid.flat, panels, strict=True):
+        for result in results:
+            recipe = recipe_of(result)
+            label = recipe if recipe not in axes.get_legend_handles_labels()[1] else None
+            axes.plot(
+                [point["iteration"] for point in result["curve"]],
+                [value(recipe, point) for point in result["curve"]],
+                color=colors[recipe], label=label,
+            )  # fmt: skip
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+    grid[0, 0].legend(frameon=False)
+    for axes in grid[1]:
+        axes.set_xlabel("updates")
+    figure.tight_layout()
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "preferences")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    store = arguments.runs / RESULTS
+    if CLAIMS.exists():
+        write_text(store, CLAIMS.read_text(encoding="utf-8"))
+    try:
+        with comparison_progress() as progress:
+            _, failed = compare(
+                [Arm(name) for name in RECIPES], SEEDS, UPDATES, arguments.runs,
+                learning_rates=RATES, at_once=arguments.at_once, progress=progress,
+            )  # fmt: skip
+    finally:
+        if store.exists():
+            write_text(CLAIMS, store.read_text(encoding="utf-8"))
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed; their output is in {arguments.runs}.")
+    chosen = compared(stored_results(arguments.runs))
+    page = PAGE.read_text(encoding="utf-8")
+    write_text(PAGE, filled(page, {"preferences": table(chosen)}))
+    draw(chosen)
+
+
+if __name__ == "__main__":
+    main()
