@@ -13,7 +13,7 @@ from entroflow.checkpoints import read_tensors
 from entroflow.policies.shapes.policy import WEIGHTS
 from entroflow.runs import EVALUATION
 from random_network import random_weights
-from tiny_run import GROUP, PROMPTS, ROLLOUTS, final_tensors, lines
+from tiny_run import GROUP, PROMPTS, ROLLOUTS, brightness, final_tensors, lines
 
 
 def test_flow_grpo_runs_as_shipped(tmp_path):
@@ -78,3 +78,23 @@ def test_the_embedded_model_resumes_bit_equal(tmp_path):
     assert one == other
     base = read_tensors(tmp_path / "base.safetensors")
     assert any(not torch.equal(first["live"][key], base[key]) for key in base)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hacked", [True, False])
+def test_a_hackable_reward_trips_the_sentinel_and_the_default_run_does_not(tmp_path, hacked):
+    """Quickstart as it is, and with nothing but brightness as its reward, for as long."""
+    tiny = [
+        "run.iterations=16", "run.evaluate_every=4", "evaluation.images=16",
+        "evaluation.test_images=2", "optimizer.learning_rate=1e-3",
+    ]  # fmt: skip
+    folder = entroflow.train(
+        "quickstart", tiny, reward=brightness if hacked else None, run=tmp_path / "run"
+    )
+    found = [line for line in folder.metrics() if "eval/score" in line]
+    assert found[-1]["eval/reward"] > found[0]["eval/reward"]
+    if hacked:
+        assert "brightness" in found[-1]["hacking"]
+        assert found[-1]["drift/brightness"] > 1.5
+    else:
+        assert not any("hacking" in line for line in found)
