@@ -276,7 +276,7 @@ def compared_monitors(evaluation: Mapping[str, Any]) -> list[Monitor]:
 
 
 def alarms(metrics: Metrics, stopped: bool) -> list[str]:
-    """What should make a reader doubt the reward: each alarm as it was last given, and since when."""
+    """What should make a reader doubt the reward: each alarm as last given, and since when."""
     end = max((line["iteration"] for line in metrics if "eval/score" in line), default=0)
     by_name: dict[str, list[tuple[int, str]]] = {}
     for line in metrics:
