@@ -173,7 +173,8 @@ def _component(component: type[BaseModel]) -> str:
         if key == "type":
             continue
         nested = getattr(component, "parts", {}).get(key)
-        default = "required" if key in required or nested else _code(found.get("default", {}))
+        default = "required" if key in required else _code(found.get("default", {}))
+        default = "–" if nested else default
         values = f"keys of a [{nested}](#{nested})" if nested else _values(found)
         cells = (f"`{key}`", default, values, found.get("description", ""))
         table.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -29,6 +29,7 @@ from entroflow.rewards.base import FunctionReward
 SHIPPED = sorted(shipped_recipes())
 REQUIRED = {
     ("policy", "sd3"): {"model": "a-model"},
+    ("reward", "openai"): {"model": "a-model"},
     ("policy", "flux"): {"model": "a-model"},
     ("prompts", "text"): {"path": "prompts.txt"},
     ("prompts", "jsonl"): {"path": "prompts.jsonl"},

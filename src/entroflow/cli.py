@@ -376,7 +376,7 @@ def calibrate(
     """
     from entroflow.rewards.examination import all_rewards, untrained
     from entroflow.rewards.floors import as_yaml, floor_of
-    from entroflow.rewards.mixture import rewards_of
+    from entroflow.rewards.mixture import Mixture
     from entroflow.show import floors_table, print_table, working
 
     recipe = _recipe_with(arguments)
@@ -387,7 +387,10 @@ def calibrate(
         with working(f"scoring, {name}"):
             found[name] = floor_of(reward, groups, chosen)
     print_table(floors_table(found))
-    typer.echo(as_yaml({name: found[name] for name in rewards_of(recipe.reward)}))
+    if isinstance(recipe.reward, Mixture):
+        typer.echo(as_yaml({name: found[name] for name in recipe.reward.trained}))
+    else:
+        typer.echo("floors are keys of a mixture; one of this reward alone will do.")
 
 
 def _recipe_with(arguments: list[str]) -> Recipe:

@@ -141,9 +141,19 @@ def _given(policy: Policy | None, reward: AnyReward | RewardFunction | None) -> 
     if policy is not None:
         given["policy"] = policy
     if reward is not None:
-        kinds = (Reward, GroupReward, Mixture)
-        given["reward"] = reward if isinstance(reward, kinds) else FunctionReward(reward)
+        given["reward"] = _as_reward(reward)
     return given
+
+
+def _as_reward(reward: AnyReward | RewardFunction) -> AnyReward:
+    if isinstance(reward, Reward | GroupReward | Mixture):
+        return reward
+    if not callable(reward):
+        raise InputError(
+            f"reward: {type(reward).__name__} is no reward: it has neither score nor both "
+            "score_group and score_against, and can't be called."
+        )
+    return FunctionReward(reward)
 
 
 def _run(

@@ -91,8 +91,8 @@ class Monitors(Component):
             ValueError: a mixture, a name that is taken, or `best` names nothing.
         """
         for name, reward in self.rewards.items():
-            if name in ("reward", "score", "win_rate"):
-                raise ValueError(f"rewards.{name}: the name is taken; choose another")
+            if name in ("reward", "score", "score_low", "score_high", "win_rate") or "/" in name:
+                raise ValueError(f"rewards.{name}: the name is taken, or has a /; choose another")
             if hasattr(reward, "rewards"):
                 raise ValueError(f"rewards.{name} is a mixture; name its rewards here")
         known = ["score", *self.rewards]

@@ -75,8 +75,8 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "mixture": "entroflow.rewards.mixture.Mixture",
     },
     "judge": {
-        "shapes_preference": "entroflow.rewards.preferences.models.ShapesJudge",
         "openai": "entroflow.rewards.served_judge.ServedJudge",
+        "shapes_preference": "entroflow.rewards.preferences.models.ShapesJudge",
     },
     "credit": {
         "terminal": "entroflow.credit.terminal.Terminal",

@@ -227,27 +227,29 @@ class RunFolder:
             if best is None or outdated != best:
                 shutil.rmtree(outdated)
 
-    def mark_best(self, iteration: int, score: float) -> None:
-        """Name the checkpoint of `iteration` the best by evaluation."""
-        content = {"iteration": iteration, "score": score}
+    def mark_best(self, iteration: int, score: float, by: str = "reward") -> None:
+        """Name the checkpoint of `iteration` the best by evaluation, and what it was judged by."""
+        content = {"iteration": iteration, "score": score, "by": by}
         write_text(self.checkpoints / BEST, to_json(content) + "\n")
 
     def best(self) -> Path | None:
         """The best checkpoint by evaluation, if one is marked and still there."""
         return self._marked()[0]
 
-    def best_score(self) -> float:
-        """The score of the best checkpoint; -inf if there is none."""
-        return self._marked()[1]
+    def best_score(self, by: str = "reward") -> float:
+        """The score of the best checkpoint; -inf if there is none, or it was judged by another."""
+        _, score, judged_by = self._marked()
+        return score if judged_by == by else -math.inf
 
-    def _marked(self) -> tuple[Path | None, float]:
+    def _marked(self) -> tuple[Path | None, float, str]:
         try:
             content = json.loads((self.checkpoints / BEST).read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
-            return None, -math.inf
+            return None, -math.inf, ""
         folder = self.checkpoints / f"{content['iteration']:08d}"
-        marked = folder.is_dir() and content["score"] is not None
-        return (folder, content["score"]) if marked else (None, -math.inf)
+        if not folder.is_dir() or content["score"] is None:
+            return None, -math.inf, ""
+        return folder, content["score"], content.get("by", "reward")
 
     def all_checkpoints(self) -> list[Path]:
         """Every checkpoint, oldest first."""

@@ -36,7 +36,7 @@ from entroflow.objectives.update import UpdateStatistics, update
 from entroflow.policies.base import Condition, Policy
 from entroflow.prompts import Prompt
 from entroflow.recipe import Recipe
-from entroflow.rewards.base import AnyReward, Scores
+from entroflow.rewards.base import AnyReward, FunctionReward, Scores
 from entroflow.rewards.mixture import Mixture, rewards_of, total
 from entroflow.rewards.scoring import Scoring
 from entroflow.runs import RunFolder, package_version, spent
@@ -146,7 +146,8 @@ class Trainer:
             )  # fmt: skip
             rounds.append(rollouts)
             with self.ledger.timed("rollout"):
-                scoring.take(rollouts, finished, last=len(rounds) == recipe.allocation.rounds)
+                known = getattr(recipe.allocation, "rounds", None)
+                scoring.take(rollouts, finished, last=len(rounds) == known)
             spent = spent + sizes
         return join_rollouts(rounds), scoring.scores()
 
@@ -237,24 +238,40 @@ class Trainer:
         """Evaluate the moving average of the weights."""
         monitors = self.recipe.monitors.rewards
         with self.evaluation_ledger.timed("evaluate"):
-            found = self._evaluated("ema")
-            first = self.iteration == 0
-            if compares(self.reward, monitors) and self._base is None:
-                # A run that is resumed has to draw them again.
-                base = found if first else self._evaluated("reference")
-                self._base = base.drawn
+            found = self._evaluated("ema", self.reward, self.evaluation_ledger)
+            if self.recipe.monitors.on_hacking == "stop" and found.drawn is None:
+                raise InputError(
+                    "monitors.on_hacking is stop, but the evaluation does not return what it has "
+                    "drawn, so hacking can't be seen."
+                )
+            base = found.drawn
+            if base is not None and compares(self.reward, monitors):
+                base = self._base_of(base)
             return watched(
-                self.recipe.evaluation, found, self.reward, monitors, None if first else self._base,
+                self.recipe.evaluation, found, self.reward, monitors, base,
                 seed=self.recipe.run.seed, batch_size=self.recipe.sampling.batch_size,
                 ledger=self.evaluation_ledger,
             )  # fmt: skip
 
-    def _evaluated(self, weights: str) -> Evaluated:
+    def _base_of(self, drawn: Drawn) -> Drawn:
+        """What the reference weights draw of the held-out prompts: `drawn` itself, if they did."""
+        if self._base is None:
+            weights = self.policy.weights
+            if weights.digest("ema") == weights.digest("reference"):
+                self._base = drawn
+            else:
+                # Not counted: a run that is resumed has to draw them again, and spends the same.
+                nothing = FunctionReward(lambda images, *_: [0.0] * len(images))
+                self._base = self._evaluated("reference", nothing, None).drawn
+        assert self._base is not None
+        return self._base
+
+    def _evaluated(self, weights: str, reward: AnyReward, ledger: Ledger | None) -> Evaluated:
         recipe = self.recipe
         with self.policy.weights(weights):
             return recipe.evaluation.run(
                 self.policy, seed=recipe.run.seed, batch_size=recipe.sampling.batch_size,
-                reward=self.reward, ledger=self.evaluation_ledger,
+                reward=reward, ledger=ledger,
             )  # fmt: skip
 
     def watch(self, found: Evaluated) -> Metrics:
@@ -265,6 +282,7 @@ class Trainer:
             torch.full((1,), torch.nan) if found.drawn is None else found.drawn.rewards,
             {name: values for name, values in vectors.items() if name not in settings.rewards},
             {name: values for name, values in vectors.items() if name in settings.rewards},
+            first=self.iteration == 0,
         )
         drifts = {f"drift/{name}": moved for name, moved in sighting.drifts.items()}
         if not sighting.alarms:
@@ -397,6 +415,7 @@ class Trainer:
             "evaluation_ledger": self.evaluation_ledger.state(),
             "reference": self.policy.weights.digest("reference"),
             "sentinel": self.sentinel.state(),
+            "monitors": self.recipe.resolved["monitors"]["rewards"],
             "stopped": self.stopped,
             "components": {
                 name: component.state() for name, component in self._components_with_memory()
@@ -419,6 +438,9 @@ class Trainer:
         self.evaluation_ledger.load_state(state["evaluation_ledger"])
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         self.sentinel.load_state(state.get("sentinel", {}))
+        # What was measured of a monitor says nothing of another one with its name.
+        before, now = state.get("monitors", {}), self.recipe.resolved["monitors"]["rewards"]
+        self.sentinel.forget([name for name in before if before[name] != now.get(name)])
         self.stopped = state.get("stopped", False) and self.recipe.monitors.on_hacking == "stop"
         for name, component in self._components_with_memory():
             component.load_state(state["components"][name])
@@ -496,9 +518,10 @@ def train_in(
     def keep(line: Metrics) -> None:
         """Save where it is due."""
         n = trainer.iteration
-        if trainer.standing(line) > folder.best_score():
+        by = trainer.recipe.monitors.best or "reward"
+        if trainer.standing(line) > folder.best_score(by):
             save()
-            folder.mark_best(n, trainer.standing(line))
+            folder.mark_best(n, trainer.standing(line), by)
             folder.prune(settings.keep_checkpoints)
         if n % settings.checkpoint_every == 0 or at_end():
             save()
@@ -543,9 +566,9 @@ def _evaluated(trainer: Trainer, line: Metrics) -> Evaluated | None:
     line["ledger/held_out_reward_calls"] = spent.reward_calls
     if trainer.standing(line) == -math.inf:
         log.warning(
-            "iteration %d: no held-out image has a reward, so this checkpoint can't be marked the "
-            "best.",
+            "iteration %d: no held-out image has a %s, so this checkpoint can't be the best.",
             n,
+            trainer.recipe.monitors.best or "reward",
         )
     return found
 

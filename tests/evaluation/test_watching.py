@@ -11,7 +11,7 @@ from entroflow.evaluation.base_and_tuned import compare_with_base
 from entroflow.evaluation.reward import RewardEvaluation
 from entroflow.evaluation.watching import watched
 from entroflow.ledger import Ledger
-from entroflow.rewards.base import FunctionReward
+from entroflow.rewards.base import FunctionReward, Scores, Status
 from entroflow.rewards.mixture import Mixture
 from entroflow.rewards.pairwise import Pairwise
 from tiny_run import Brightness, ByBrightness, PixelPolicy, brightness
@@ -36,6 +36,7 @@ def pairwise(judge=None):
 def look(evaluation, shift, reward, monitors=None, base=None, **options):
     """The evaluation of a policy whose images are brighter by `shift`, with what it leaves out."""
     found = evaluation.run(PixelPolicy(shift), seed=0, batch_size=5, reward=reward)
+    base = base or found.drawn
     return watched(evaluation, found, reward, monitors or {}, base, seed=0, batch_size=5, **options)
 
 
@@ -101,3 +102,41 @@ def test_the_comparison_says_how_often_the_tuned_weights_win(evaluation):
     assert summary["gain"]["value"] == 0.5
     light = [models[name]["monitors"]["light"] for name in ("base", "tuned")]
     assert light[1] > light[0]
+
+
+def test_a_judge_that_prefers_a_place_finds_no_gain(evaluation):
+    """Also where training asks in one order only, as published."""
+    judge = Pairwise(order="fixed").model_copy(update={"judge": ByBrightness(always_first=True)})
+    base = look(evaluation, 0.0, judge)
+    found = look(evaluation, 0.2, judge, base=base.drawn)
+    assert found.win_rates["reward"].tolist() == [0.5] * 12
+
+
+def test_every_prompt_counts_alike_also_in_the_win_rate(tmp_path):
+    """Ten images of four prompts: three of two, two of the others."""
+    path = tmp_path / "held_out.txt"
+    path.write_text("\n".join(f"word {number}" for number in range(8)))
+    evaluation = RewardEvaluation(path=path, images=10, steps=2)
+    base = look(evaluation, 0.0, pairwise())
+    found = look(evaluation, 0.002, pairwise(), base=base.drawn)
+    assert found.reward == found.scores["overall"].value
+
+
+def test_a_value_beside_a_failure_is_never_used(evaluation):
+    class Own:
+        def score(self, images, prompts):
+            statuses = [Status.ERROR, *[Status.OK] * (len(images) - 1)]
+            values = torch.full((len(images),), 2.0)
+            values[1:2] = torch.inf
+            return Scores(values, tuple(statuses))
+
+    found = look(evaluation, 0.0, Brightness(), {"own": Own()})
+    assert found.monitor_means()["own"] == 2.0
+    assert found.monitors["own"].isnan().sum() == 6, "two in each of three batches"
+
+
+def test_a_win_rate_is_not_measured_at_other_guidance_scales(evaluation):
+    summary, _ = compare_with_base(
+        PixelPolicy(), evaluation, seed=0, batch_size=64, reward=pairwise(), with_tuned=False
+    )
+    assert [tried["guidance"] for tried in summary["guidance_tried"]] == [1.0]

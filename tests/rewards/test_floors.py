@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from entroflow import cli
+from entroflow.errors import InputError
 from entroflow.prompts import Prompt
 from entroflow.rewards.base import FunctionReward
 from entroflow.rewards.floors import Floor, as_yaml, floor_of, harmless
@@ -94,3 +95,8 @@ def test_the_command_prints_floors_that_a_recipe_takes(monkeypatch, capsys):
 
 def test_as_yaml():
     assert as_yaml({"a": Floor(0.01, 1, 0), "b": Floor(2, 3, 0)}) == "floors: {a: 0.02, b: 4}"
+
+
+def test_a_reward_that_is_down_has_no_floor(groups):
+    with pytest.raises(InputError, match="scored too few images to say"):
+        floor_of(FunctionReward(lambda i, *_: [math.nan] * len(i)), groups, PROMPTS)

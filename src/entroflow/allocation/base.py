@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -13,11 +13,9 @@ from entroflow.sampling.rollouts import Rollouts
 class Allocation(Protocol):
     """Hands out rollouts in rounds.
 
-    Attributes:
-        rounds: how many there are.
+    One that says with an attribute `rounds` how many there are lets groups be compared while the
+    last one is still being sampled.
     """
-
-    rounds: ClassVar[int]
 
     def sizes(self, prompts: int, rounds: Sequence[Rollouts]) -> Tensor | None:
         """[P] rollouts per prompt in the next round, given the rounds so far; None ends them."""

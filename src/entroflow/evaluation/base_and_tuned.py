@@ -17,6 +17,8 @@ from entroflow.evaluation.base import (
     Score,
     mean_over_prompts,
 )
+from entroflow.evaluation.images import one_by_one
+from entroflow.evaluation.reward import RewardEvaluation
 from entroflow.evaluation.watching import watched
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
@@ -70,6 +72,9 @@ def compare_with_base(
         A summary ready for JSON, and the evaluations: `base`, `base_guided` and, unless left out,
         `tuned`.
     """
+    if reward is not None and not one_by_one(reward) and isinstance(evaluation, RewardEvaluation):
+        # Its score is a win rate over what the base draws at one scale.
+        evaluation = evaluation.model_copy(update={"guidance_tried": ()})
     with policy.weights("reference"):
         tried = try_guidance(
             policy, evaluation, seed=seed, batch_size=batch_size, reward=reward, ledger=ledger
@@ -94,8 +99,9 @@ def compare_with_base(
                 drawn = varied.run(
                     policy, seed=seed, batch_size=batch_size, reward=reward, ledger=ledger
                 )
+            base = found["base"].drawn if found else drawn.drawn
             found[name] = watched(
-                evaluation, drawn, reward, monitors or {}, found["base"].drawn if found else None,
+                evaluation, drawn, reward, monitors or {}, base,
                 seed=seed, batch_size=batch_size, ledger=ledger,
             )  # fmt: skip
         models[name] = {

@@ -17,6 +17,7 @@ SATURATED = 0.8
 """Distance of the largest from the smallest channel above which a pixel counts as saturated."""
 EDGE = 0.1
 """Difference in luma from one pixel to the next above which there is an edge."""
+CHUNK = 8
 LEVELS = 4
 """Levels of each channel that are told apart as colours."""
 
@@ -28,17 +29,11 @@ def statistics(images: Tensor, prompt: Tensor) -> dict[str, Tensor]:
         images: [B, 3, H, W].
         prompt: [B] prompt numbers.
     """
-    images = images.float()
-    return {
-        "brightness": brightness(images),
-        "dark": dark(images),
-        "bright": bright(images),
-        "saturated": saturated(images),
-        "edges": edges(images),
-        "detail": detail(images),
-        "colors": colors(images),
-        "diversity": diversity(images, prompt),
-    }
+    each = (brightness, dark, bright, saturated, edges, detail, colors)
+    # A few at a time: of large images, copies of all would fill the memory.
+    chunks = [chunk.float() for chunk in images.split(CHUNK)]
+    by_image = {one.__name__: torch.cat([one(chunk) for chunk in chunks]) for one in each}
+    return {**by_image, "diversity": diversity(images, prompt)}
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -102,12 +97,12 @@ def diversity(images: Tensor, prompt: Tensor) -> Tensor:
     Returns:
         For each prompt that occurs; NaN where it has one image.
     """
+    return torch.stack([_apart(images[prompt == number]) for number in prompt.unique()])
+
+
+def _apart(images: Tensor) -> Tensor:
+    """Mean distance between two of n images."""
     flat = images.flatten(1).double()
-    return torch.stack([_apart(flat[prompt == number]) for number in prompt.unique()])
-
-
-def _apart(flat: Tensor) -> Tensor:
-    """Mean distance between two of n images [n, values]."""
     distances: Tensor = torch.pdist(flat) / flat.shape[1] ** 0.5
     return distances.mean()
 

@@ -47,8 +47,8 @@ def watched(
         reward: what is trained on; its mean then counts rewards that compare, as points over the
             base's images.
         monitors: rewards that nothing trains on, by name.
-        base: what the base drew of the same prompts and noise; None: these are its images, and as
-            good as themselves.
+        base: what the base drew of the same prompts and noise; its own images are as good as
+            themselves.
 
     Raises:
         InputError: there are monitors, and the evaluation does not say which images it judged, or
@@ -70,10 +70,10 @@ def watched(
         raise InputError(
             f"monitors.rewards.{both[0]}: the evaluation has one of this name; choose another."
         )
-    drawn = found.drawn
+    drawn = drawn_first = found.drawn
 
     def values(reward: AnyReward) -> Tensor:
-        if isinstance(reward, GroupReward) and base is None:
+        if isinstance(reward, GroupReward) and base is drawn_first:
             return torch.full((len(drawn.images),), 0.5, dtype=torch.float64)
         if ledger is not None:
             ledger.reward_calls += len(drawn.images)
@@ -85,7 +85,8 @@ def watched(
         drawn = replace(drawn, rewards=_total(reward, drawn.rewards, win_rates))
         if isinstance(evaluation, RewardEvaluation):
             found = evaluation.judged(drawn)
-        found = replace(found, drawn=drawn, reward=drawn.rewards.nanmean().item())
+        else:
+            found = replace(found, drawn=drawn, reward=drawn.rewards.nanmean().item())
     more = {name: values(each) for name, each in monitors.items()}
     return replace(found, monitors={**found.monitors, **more}, win_rates=win_rates)
 
@@ -103,13 +104,15 @@ def _scored(
     reward: AnyReward, drawn: Drawn, base: Drawn | None, seed: int, batch_size: int
 ) -> Tensor:
     """[n] what a reward says of held-out images; NaN where it failed."""
-    values = []
-    for start in range(0, len(drawn.images), batch_size):
-        rows = slice(start, start + batch_size)
+    # Not of the batch: what is drawn in turn, image by image, is the same in any batches.
+    values, source = [], generator(seed, Stream.JUDGE, step=1)
+    size = len(drawn.images) if getattr(reward, "waits", False) else batch_size
+    for start in range(0, len(drawn.images), size):
+        rows = slice(start, start + size)
         images, prompts = drawn.images[rows], [drawn.prompts[p] for p in drawn.prompt[rows]]
         if isinstance(reward, GroupReward):
             assert base is not None
-            source, others = generator(seed, Stream.JUDGE, group=start), base.images[rows]
+            others = base.images[rows]
             call = partial(reward.score_against, images, others, prompts, source)
         else:
             call = partial(reward.score, images, prompts)

@@ -55,7 +55,7 @@ class Reward(Protocol):
 class GroupReward(Protocol):
     """Scores the images of a group against each other.
 
-    As any reward, it is called in a thread where an attribute `waits` is true, one call at a time.
+    As any reward, it is called in threads where an attribute `waits` is true.
     """
 
     def score_group(self, images: Tensor, prompt: Prompt, source: np.random.Generator) -> Scores:

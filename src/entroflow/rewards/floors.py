@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from entroflow.errors import InputError
 from entroflow.pictures import to_pil
 from entroflow.prompts import Prompt
-from entroflow.rewards.base import AnyReward
+from entroflow.rewards.base import AnyReward, name_of
 from entroflow.rewards.scoring import score_images
 
 QUALITIES = (95, 90)
@@ -75,17 +76,30 @@ def floor_of(reward: AnyReward, groups: Sequence[Tensor], prompts: Sequence[Prom
     Args:
         groups: images [n, 3, H, W] in [0, 1] of each prompt, two or more.
         prompts: one for each.
+
+    Raises:
+        InputError: hardly any image has a score.
     """
     noise, spread, missing = [], [], []
     for images, prompt in zip(groups, prompts, strict=True):
-        versions = [score_images(reward, each, prompt).values for each in harmless(images)]
-        values = torch.stack(versions)
+        # Whatever a reward draws for itself is noise, too.
+        values = torch.stack(
+            [
+                score_images(reward, each, prompt, n).values
+                for n, each in enumerate(harmless(images))
+            ]
+        )
         noise.append(_variance(values, 0))
         spread.append(_variance(values[:1], 1))
         missing.append(values.isnan().double().flatten())
+    found = [torch.cat(each).nanmean().item() for each in (noise, spread)]
+    if any(map(math.isnan, found)):
+        raise InputError(
+            f"reward {name_of(reward)} scored too few images to say; see the warnings."
+        )
     return Floor(
-        noise=math.sqrt(torch.cat(noise).nanmean().item()),
-        spread=math.sqrt(torch.cat(spread).nanmean().item()),
+        noise=math.sqrt(found[0]),
+        spread=math.sqrt(found[1]),
         failed=torch.cat(missing).mean().item(),
     )
 

@@ -135,13 +135,16 @@ class Pairwise(Component):
         prompts: Sequence[Prompt],
         source: np.random.Generator,
     ) -> Scores:
-        """See `GroupReward.score_against`: the points against one other image each."""
+        """See `GroupReward.score_against`: the points against one other image each.
+
+        Always asked in both orders, or a preference for a place would pass for a gain.
+        """
         n = len(images)
         pairs = torch.stack([torch.arange(n), torch.arange(n, 2 * n)], dim=1)
-        sides = shown(pairs, self.order, source)
+        sides = shown(pairs, "swap", source)
         asked = [prompts[i % n] for i in sides[:, 0].tolist()]
         said = self.judge.compare(torch.cat([images, others]), sides, asked)
-        points = settled(self._answers(said), pairs, sides, self.order, self.on_disagree)
+        points = settled(self._answers(said), pairs, sides, "swap", self.on_disagree)
         return Scores(points, _statuses(points, sides % n, said))
 
     def _pairs(self, n: int, source: np.random.Generator) -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -24,6 +26,9 @@ from entroflow.sampling.rollouts import Rollouts
 log = logging.getLogger(__name__)
 
 OnFailure = Literal["mask", "raise"]
+
+CALLS = 4
+"""Calls at a time of a reward that waits."""
 
 
 def score(
@@ -46,7 +51,7 @@ class Scoring:
     """Consumes streams of finished rows, and scores their images as they come.
 
     A reward that compares is given a group as soon as all its images are there. One that waits for
-    others (`waits`), as for a server, is asked in a thread of its own while sampling goes on.
+    others (`waits`), as for a server, is asked in threads of its own while sampling goes on.
 
     Args:
         rewards: by name; all see the same images.
@@ -102,10 +107,7 @@ class Scoring:
             self._ledger.reward_calls += one.calls - before
 
     def scores(self) -> dict[str, Scores]:
-        """By name, scores [B] of the rows of all rounds; NaN for rows that are not scored.
-
-        A value that is not finite, or whose status is not ok, is NaN whatever the reward put there.
-        """
+        """By name, scores [B] of the rows of all rounds; NaN for rows that are not scored."""
         for one in self._collected.values():
             self._count(one, one.finish)
         return {name: one.scores() for name, one in self._collected.items()}
@@ -130,7 +132,7 @@ class _Collected:
         self._sizes: dict[int, int] = {}
         self._waiting: dict[int, list[int]] = {}
         self._thread: ThreadPoolExecutor | None = None
-        self._asked: list[tuple[list[int], Future[Scores]]] = []
+        self._asked: deque[tuple[list[int], Future[Scores]]] = deque()
 
     def begin(self, rollouts: Rollouts, last: bool) -> None:
         """Make room for a round."""
@@ -144,14 +146,14 @@ class _Collected:
         for number, count in zip(group.tolist(), size.tolist(), strict=True):
             self._sizes[number] = self._sizes.get(number, 0) + count
         if getattr(self._reward, "waits", False):
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"reward {self._name}")
+            self._thread = ThreadPoolExecutor(CALLS, thread_name_prefix=f"reward {self._name}")
 
     def add(self, rows: Tensor) -> None:
         """Score what can be scored now that these rows of the latest round have images."""
         numbers = (rows + self._offsets[-1]).tolist()
         if not isinstance(self._reward, GroupReward):
-            reward, images, prompts = self._reward, self._images(numbers), self._prompts(numbers)
-            self._ask(numbers, lambda: reward.score(images, prompts))
+            reward, prompts = self._reward, self._prompts(numbers)
+            self._ask(numbers, lambda: reward.score(self._images(numbers), prompts))
             return
         for number, group in zip(numbers, self._rounds[-1].plan.group[rows].tolist(), strict=True):
             self._waiting.setdefault(group, []).append(number)
@@ -166,9 +168,9 @@ class _Collected:
 
     def wait(self) -> None:
         """Wait for what was asked."""
-        for rows, found in self._asked:
+        while self._asked:
+            rows, found = self._asked.popleft()
             self._keep(rows, found.result())
-        self._asked.clear()
 
     def close(self) -> None:
         """End the thread, without what it has not begun."""
@@ -181,18 +183,20 @@ class _Collected:
         if not self._last or len(rows) < self._sizes[group]:
             return
         del self._waiting[group]
-        reward, images, prompt = self._reward, self._images(rows), self._prompts(rows[:1])[0]
+        reward, prompt = self._reward, self._prompts(rows[:1])[0]
         assert isinstance(reward, GroupReward)
         source = generator(*self._address, group=group)
-        self._ask(rows, lambda: reward.score_group(images, prompt, source))
+        self._ask(rows, lambda: reward.score_group(self._images(rows), prompt, source))
 
     def _ask(self, rows: list[int], call: Callable[[], Scores]) -> None:
         self.calls += len(rows)
         answered = partial(attempt, self._reward, call, len(rows), self._on_failure)
         if self._thread is None:
             self._keep(rows, answered())
-        else:
-            self._asked.append((rows, self._thread.submit(answered)))
+            return
+        self._asked.append((rows, self._thread.submit(answered)))
+        while self._asked and self._asked[0][1].done():
+            self._keep(self._asked[0][0], self._asked.popleft()[1].result())
 
     def _located(self, number: int) -> tuple[Rollouts, int]:
         """The round of a row, and its number there."""
@@ -214,10 +218,8 @@ class _Collected:
         for number, value, status in zip(
             numbers, scores.values.tolist(), scores.statuses, strict=True
         ):
-            good = status == Status.OK and math.isfinite(value)
-            status = Status.UNPARSED if status == Status.OK and not good else status
-            self._values[number], self._statuses[number] = value if good else math.nan, status
-            if not good and self._on_failure == "raise":
+            self._values[number], self._statuses[number] = value, status
+            if status is not Status.OK and self._on_failure == "raise":
                 raise InputError(
                     f"reward {self._name}: an image of the prompt "
                     f"{self._prompts([number])[0].text!r} has none ({status.value}), and "
@@ -251,6 +253,8 @@ def attempt(
 ) -> Scores:
     """What a call to a reward returns; where it raises, images without a score.
 
+    A value that is not finite, or whose status is not ok, is NaN whatever the reward put there.
+
     Args:
         reward: for messages.
         count: images it is asked about.
@@ -276,7 +280,13 @@ def attempt(
             f"{count} images, but values of shape {tuple(scores.values.shape)} and "
             f"{len(scores.statuses)} statuses."
         )
-    return scores
+    finite = scores.values.isfinite()
+    statuses = tuple(
+        Status.UNPARSED if status is Status.OK and not known else status
+        for status, known in zip(map(Status, scores.statuses), finite.tolist(), strict=True)
+    )
+    good = torch.tensor([status is Status.OK for status in statuses], dtype=torch.bool)
+    return replace(scores, values=scores.values.double().where(good, torch.nan), statuses=statuses)
 
 
 def _mean(values: Sequence[float]) -> float:

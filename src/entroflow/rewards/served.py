@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sqlite3
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -88,17 +89,19 @@ class Served(Component):
             self._question([pictures[i] for i in of_one], prompt)
             for of_one, prompt in zip(shown, prompts, strict=True)
         ]
+        with _MAKING:
+            asker, memory = self._asker, self._memory
         keys = [self._key(question) for question in questions]
-        known = self._memory.find(keys) if self._memory else {}
+        known = memory.find(keys) if memory else {}
         open_ = {key: body for key, body in zip(keys, questions, strict=True) if key not in known}
-        replies = dict(zip(open_, self._asker.ask_all(list(open_.values())), strict=True))
+        replies = dict(zip(open_, asker.ask_all(list(open_.values())), strict=True))
         said = {key: _text(reply) for key, reply in replies.items()}
         points = {
             key: None if text is None else read(text) for key, text in {**said, **known}.items()
         }
-        if self._memory:
+        if memory:
             readable = {k: t for k, t in said.items() if t is not None and points[k] is not None}
-            self._memory.keep(readable)
+            memory.keep(readable)
         statuses = [
             Status.OK
             if points[key] is not None
@@ -116,7 +119,7 @@ class Served(Component):
         Raises:
             InputError: it can't be read, or has no place for the prompt.
         """
-        assert self._words
+        self._check_words()
 
     @cached_property
     def _asker(self) -> Asker:
@@ -131,17 +134,18 @@ class Served(Component):
     def _memory(self) -> _Memory | None:
         return _Memory(self.cache) if self.cache is not None else None
 
+    def _check_words(self) -> None:
+        if PLACE not in self._words:
+            raise InputError(f"template: {self.template} has no {PLACE} for the prompt")
+
     @cached_property
     def _words(self) -> str:
         if self.template is None:
             return self.own_template
         try:
-            words = self.template.read_text(encoding="utf-8")
+            return self.template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"template: can't read {self.template} ({error})") from None
-        if PLACE not in words:
-            raise InputError(f"template: {self.template} has no {PLACE} for the prompt")
-        return words
 
     def _question(self, pictures: Sequence[str], prompt: Prompt) -> dict[str, Any]:
         # Images first, then words: so a server can reuse what it computed of the first image.
@@ -161,32 +165,35 @@ class Served(Component):
         return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
 
+_MAKING = threading.Lock()
+"""Held while a connection or a cache is made: several threads may ask for the first time."""
+
+
 class _Memory:
-    """Answers on disk, by the digest of their question."""
+    """Answers on disk, by the digest of their question; for several threads."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._one = threading.Lock()
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._open = sqlite3.connect(path, check_same_thread=False)
             with self._open:
                 self._open.execute(
                     "CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, answer TEXT)"
                 )
-        except sqlite3.Error as error:
-            raise InputError(f"judge.cache: {path} is no cache of answers ({error}).") from None
+        except (OSError, sqlite3.Error) as error:
+            raise InputError(f"cache: {path} is no cache of answers ({error}).") from None
 
     def find(self, questions: Sequence[str]) -> dict[str, str]:
-        found = {}
-        for question in questions:
-            row = self._open.execute(
-                "SELECT answer FROM answers WHERE question = ?", (question,)
-            ).fetchone()
-            if row is not None:
-                found[question] = row[0]
-        return found
+        with self._one:
+            rows = [
+                self._open.execute("SELECT * FROM answers WHERE question = ?", (each,)).fetchone()
+                for each in questions
+            ]
+        return {row[0]: row[1] for row in rows if row is not None}
 
     def keep(self, answers: Mapping[str, str]) -> None:
-        with self._open:
+        with self._one, self._open:
             self._open.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", answers.items())
 
 

@@ -16,8 +16,10 @@ _WINNER = re.compile(r"\b(?:image|video)\s*([12])\b", re.IGNORECASE)
 _BETTER = re.compile(r"\b(?:image|video)\s*([12])\s+is\s+better\b", re.IGNORECASE)
 _EQUAL = re.compile(r"\bboth\s+(?:images|videos)\s+are\s+equally\s+good\b", re.IGNORECASE)
 _TIE = re.compile(r"\b(?:tie|tied|draw|equal|equally good)\b", re.IGNORECASE)
-_NUMBER = r"(\d+(?:\.\d+)?)"
-_FINAL = re.compile(rf"\bfinal\s+score\s*:\s*{_NUMBER}", re.IGNORECASE)
+_COLON = r"[\s*_]*:[\s*_]*"
+_NUMBER = r"(\d+(?:\.\d+)?)(?![\d.,]*\d)(?!\s*[-–])(?!\s*/(?!\s*5(?!\d)))"
+"""A number, whole: no part of a range or of another number, and out of five if out of anything."""
+_FINAL = re.compile(rf"\bfinal\s+score{_COLON}{_NUMBER}", re.IGNORECASE)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -91,7 +93,7 @@ def weighted_scores(text: str, weights: Mapping[str, float]) -> float | None:
     """
     total = 0.0
     for name, weight in weights.items():
-        line = rf"\b{re.escape(name)}\s+score\s*(?:\(1-5\))?\s*:\s*{_NUMBER}"
+        line = rf"\b{re.escape(name)}\s+score\s*(?:\(1-5\))?{_COLON}{_NUMBER}"
         found = _on_the_scale(re.findall(line, text, re.IGNORECASE))
         if found is None:
             return None
