@@ -83,18 +83,18 @@ def test_the_embedded_model_resumes_bit_equal(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("hacked", [True, False])
 def test_a_hackable_reward_trips_the_sentinel_and_the_default_run_does_not(tmp_path, hacked):
-    """Quickstart as it is, and with nothing but brightness as its reward, for as long."""
-    tiny = [
-        "run.iterations=16", "run.evaluate_every=4", "evaluation.images=16",
-        "evaluation.test_images=2", "optimizer.learning_rate=1e-3",
-    ]  # fmt: skip
+    """Quickstart for a few iterations, and with nothing but brightness as its reward."""
+    short = ["run.iterations=8", "run.evaluate_every=4", "evaluation.test_images=2"]
+    faster = ["optimizer.learning_rate=2e-3", "prompts.per_iteration=6", "evaluation.images=16"]
     folder = entroflow.train(
-        "quickstart", tiny, reward=brightness if hacked else None, run=tmp_path / "run"
-    )
+        "quickstart", short + faster * hacked, reward=brightness if hacked else None,
+        run=tmp_path / "run",
+    )  # fmt: skip
     found = [line for line in folder.metrics() if "eval/score" in line]
-    assert found[-1]["eval/reward"] > found[0]["eval/reward"]
     if hacked:
+        assert found[-1]["eval/reward"] > found[0]["eval/reward"]
         assert "brightness" in found[-1]["hacking"]
         assert found[-1]["drift/brightness"] > 1.5
     else:
+        assert max(abs(found[-1][key]) for key in found[-1] if key.startswith("drift/")) < 1
         assert not any("hacking" in line for line in found)
