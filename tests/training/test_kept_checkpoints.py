@@ -73,10 +73,10 @@ def test_a_crash_before_the_mark_does_not_lose_the_best(tmp_path, monkeypatch):
     """
     mark = RunFolder.mark_best
 
-    def crash(self, iteration, score):
+    def crash(self, iteration, score, by):
         if iteration == 1:
             raise KeyboardInterrupt
-        mark(self, iteration, score)
+        mark(self, iteration, score, by)
 
     settings = {"iterations": 3, "evaluate_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1}
     scores = {"type": f"{__name__}.Scripted", "scores": [0.1, 0.9]}

@@ -5,6 +5,8 @@ All take images [B, 3, H, W] in [0, 1].
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -97,14 +99,15 @@ def diversity(images: Tensor, prompt: Tensor) -> Tensor:
     Returns:
         For each prompt that occurs; NaN where it has one image.
     """
-    return torch.stack([_apart(images[prompt == number]) for number in prompt.unique()])
+    found = [_apart(images[prompt == number]) for number in prompt.unique()]
+    return torch.tensor(found, dtype=torch.float64)
 
 
-def _apart(images: Tensor) -> Tensor:
+def _apart(images: Tensor) -> float:
     """Mean distance between two of n images."""
     flat = images.flatten(1).double()
-    distances: Tensor = torch.pdist(flat) / flat.shape[1] ** 0.5
-    return distances.mean()
+    mean = torch.pdist(flat).mean()
+    return float(mean) / math.sqrt(flat.shape[1])
 
 
 def _luma(images: Tensor) -> Tensor:

@@ -70,24 +70,24 @@ def watched(
         raise InputError(
             f"monitors.rewards.{both[0]}: the evaluation has one of this name; choose another."
         )
-    drawn = drawn_first = found.drawn
+    drawn = found.drawn
 
     def values(reward: AnyReward) -> Tensor:
-        if isinstance(reward, GroupReward) and base is drawn_first:
+        if isinstance(reward, GroupReward) and base is drawn:
             return torch.full((len(drawn.images),), 0.5, dtype=torch.float64)
         if ledger is not None:
             ledger.reward_calls += len(drawn.images)
         return _scored(reward, drawn, base, seed, batch_size)
 
     win_rates = {name: values(judge) for name, judge in judges.items()}
-    if win_rates:
-        assert reward is not None
-        drawn = replace(drawn, rewards=_total(reward, drawn.rewards, win_rates))
-        if isinstance(evaluation, RewardEvaluation):
-            found = evaluation.judged(drawn)
-        else:
-            found = replace(found, drawn=drawn, reward=drawn.rewards.nanmean().item())
     more = {name: values(each) for name, each in monitors.items()}
+    if reward is not None and win_rates:
+        rewarded = replace(drawn, rewards=_total(reward, drawn.rewards, win_rates))
+        if isinstance(evaluation, RewardEvaluation):
+            found = evaluation.judged(rewarded)
+        else:
+            mean = rewarded.rewards.nanmean().item()
+            found = replace(found, drawn=rewarded, reward=mean)
     return replace(found, monitors={**found.monitors, **more}, win_rates=win_rates)
 
 
@@ -96,8 +96,10 @@ def _total(reward: AnyReward, others: Tensor, win_rates: Mapping[str, Tensor]) -
     if not isinstance(reward, Mixture):
         (only,) = win_rates.values()
         return only
-    weighted = [reward.weight(name) * points for name, points in win_rates.items()]
-    return torch.stack(weighted + [others] * (len(rewards_of(reward)) > len(win_rates))).sum(dim=0)
+    parts = [reward.weight(name) * points for name, points in win_rates.items()]
+    if len(rewards_of(reward)) > len(win_rates):
+        parts.append(others)
+    return torch.stack(parts).sum(dim=0)
 
 
 def _scored(
