@@ -175,16 +175,39 @@ def filled(page: str, tables: dict[str, str]) -> str:
     return page
 
 
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "methods")
+def asked(description: str | None, runs: Path) -> argparse.Namespace:
+    """What a benchmark of many runs is asked: `runs`, a folder that exists then, and `at_once`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--runs", type=Path, default=runs)
     parser.add_argument("--at-once", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def measured(
+    arguments: argparse.Namespace, claims: Path, arms: Sequence[Arm], **settings: Any
+) -> Results:
+    """The results of some arms; those in `claims` are not made again, new ones are added to it."""
     store = arguments.runs / RESULTS
-    if CLAIMS.exists():
-        write_text(store, CLAIMS.read_text(encoding="utf-8"))
+    if claims.exists():
+        write_text(store, claims.read_text(encoding="utf-8"))
+    try:
+        with comparison_progress() as progress:
+            results, failed = compare(
+                arms, out=arguments.runs, at_once=arguments.at_once, progress=progress, **settings
+            )
+    finally:
+        if store.exists():
+            write_text(claims, store.read_text(encoding="utf-8"))
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed; their output is in {arguments.runs}.")
+    return results
+
+
+def main() -> None:
+    """See the module."""
+    arguments = asked(__doc__, ROOT / "runs" / "methods")
 
     def made(
         arms: Sequence[Arm],
@@ -193,18 +216,10 @@ def main() -> None:
         end: Mapping[str, float | str] = BUDGET,
         reward: str = STRICT,
     ) -> Results:
-        try:
-            with comparison_progress() as progress:
-                results, failed = compare(
-                    arms, seeds, end, arguments.runs, shared=(reward, *SHARED),
-                    learning_rates=learning_rates, at_once=arguments.at_once, progress=progress,
-                )  # fmt: skip
-        finally:
-            if store.exists():
-                write_text(CLAIMS, store.read_text(encoding="utf-8"))
-        if failed:
-            raise SystemExit(f"{len(failed)} runs failed; their output is in {arguments.runs}.")
-        return results
+        return measured(
+            arguments, CLAIMS, arms, seeds=seeds, end=end, shared=(reward, *SHARED),
+            learning_rates=learning_rates,
+        )  # fmt: skip
 
     made([Arm(name) for name in EXPLORE], RATES)
     own = chosen("e_grpo", made_with(stored_results(arguments.runs), STRICT, BUDGET))

@@ -10,18 +10,15 @@ docs/images/pref_grpo.png. Interrupted, it goes on when called again. Needs the 
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from entroflow.checkpoints import write_text
-from entroflow.compare import RESULTS, Arm, compare, stored_results
+from entroflow.compare import Arm, stored_results
 from entroflow.compared import best_by_validation, rows
-from entroflow.show import comparison_progress
-from methods import RATES, SEEDS, filled, name_of
+from methods import RATES, SEEDS, asked, filled, measured, name_of
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = ROOT / "docs" / "claims" / "pref_grpo.json"
@@ -126,25 +123,9 @@ def draw(results: Results) -> None:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "preferences")
-    parser.add_argument("--at-once", type=int, default=os.cpu_count())
-    arguments = parser.parse_args()
-    arguments.runs.mkdir(parents=True, exist_ok=True)
-    store = arguments.runs / RESULTS
-    if CLAIMS.exists():
-        write_text(store, CLAIMS.read_text(encoding="utf-8"))
-    try:
-        with comparison_progress() as progress:
-            _, failed = compare(
-                [Arm(name) for name in RECIPES], SEEDS, UPDATES, arguments.runs,
-                learning_rates=RATES, at_once=arguments.at_once, progress=progress,
-            )  # fmt: skip
-    finally:
-        if store.exists():
-            write_text(CLAIMS, store.read_text(encoding="utf-8"))
-    if failed:
-        raise SystemExit(f"{len(failed)} runs failed; their output is in {arguments.runs}.")
+    arguments = asked(__doc__, ROOT / "runs" / "preferences")
+    arms = [Arm(name) for name in RECIPES]
+    measured(arguments, CLAIMS, arms, seeds=SEEDS, end=UPDATES, learning_rates=RATES)
     chosen = compared(stored_results(arguments.runs))
     page = PAGE.read_text(encoding="utf-8")
     write_text(PAGE, filled(page, {"preferences": table(chosen)}))
