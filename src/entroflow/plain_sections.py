@@ -100,6 +100,38 @@ class Monitors(Component):
             raise ValueError(f"best is {self.best!r}, which is none of: {', '.join(known)}")
 
 
+class Attention(Component):
+    """Which attention entropy is measured, where a part asks for it or `measure` does.
+
+    One number per state: the mean over layers, heads and image tokens of the entropy of the
+    softmax over keys. AEGPO (2602.06825) leaves open which attention; what is here is our choice.
+    """
+
+    measure: bool = Field(
+        False, description="measure it, and how it moves from the reference's, for the report only"
+    )
+    keys: Literal["all", "text", "image"] = Field(
+        "all", description="what the image tokens look at: everything, or one of both alone"
+    )
+    layer_stride: int = Field(
+        4, ge=1, description="every how many layers one is measured, from the first on"
+    )
+    queries: int = Field(128, ge=1, description="most image tokens measured, spread over the image")
+    normalised: bool = Field(
+        True, description="divided by its largest value, the logarithm of the number of keys"
+    )
+    states: int = Field(
+        4, ge=1, description="states of a prompt at which policy and reference are compared"
+    )
+    shift: Literal["absolute", "relative"] = Field(
+        "absolute", description="how: their difference, or that over the reference's"
+    )
+    curve_ema: float = Field(
+        0.9, ge=0, lt=1, description="decay of the moving average of its curve, per iteration"
+    )
+    seed: int = Field(0, ge=0, description="of the choice of image tokens")
+
+
 class Optimizer(Component):
     """AdamW over the trainable weights, and their moving average."""
 

@@ -23,7 +23,7 @@ from ruamel.yaml.error import YAMLError
 
 from entroflow.component import Component
 from entroflow.errors import RecipeError
-from entroflow.plain_sections import ENDS, Monitors, Optimizer, Run, Sampling, Scoring
+from entroflow.plain_sections import ENDS, Attention, Monitors, Optimizer, Run, Sampling, Scoring
 from entroflow.users_code import home_of, imported, raised, refuse_shadowed, search_beside
 from entroflow.wrong_keys import explained, hint
 
@@ -51,12 +51,16 @@ COMPONENTS: dict[str, dict[str, str]] = {
         "jsonl": "entroflow.prompts.JSONLPrompts",
         "dataset": "entroflow.prompts.DatasetPrompts",
     },
-    "allocation": {"uniform": "entroflow.allocation.uniform.Uniform"},
+    "allocation": {
+        "uniform": "entroflow.allocation.uniform.Uniform",
+        "attention_shift": "entroflow.allocation.attention_shift.AttentionShift",
+    },
     "exploration": {
         "every_step": "entroflow.exploration.every_step.EveryStep",
         "random_fraction": "entroflow.exploration.random_fraction.RandomFraction",
         "window": "entroflow.exploration.window.Window",
         "merged_steps": "entroflow.exploration.merged_steps.MergedSteps",
+        "attention_peaks": "entroflow.exploration.attention_peaks.AttentionPeaks",
     },
     "kernel": {
         "flow_sde": "entroflow.sampling.kernels.FlowSDE",
@@ -113,16 +117,17 @@ ComponentT = TypeVar("ComponentT", bound=Component)
 
 PLAIN: dict[str, type[Component]] = {
     "sampling": Sampling,
+    "attention": Attention,
     "scoring": Scoring,
     "optimizer": Optimizer,
     "monitors": Monitors,
     "run": Run,
 }
 SECTIONS = (
-    "policy", "prompts", "allocation", "sampling", "exploration", "kernel",
+    "policy", "prompts", "allocation", "sampling", "attention", "exploration", "kernel",
     "reward", "scoring", "credit", "objective", "optimizer", "evaluation", "monitors", "run",
 )  # fmt: skip
-LATER_SECTIONS = ("scoring", "monitors")
+LATER_SECTIONS = ("scoring", "monitors", "attention")
 """Sections that runs of older versions lack; their defaults are what those did."""
 TEXTS = ("title", "paper", "notes")
 FOUND_IN = "found_in"
@@ -141,6 +146,7 @@ class Recipe:
     prompts: PromptSource
     allocation: Allocation
     sampling: Sampling
+    attention: Attention
     exploration: Exploration
     kernel: Kernel
     reward: AnyReward

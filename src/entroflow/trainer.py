@@ -24,6 +24,8 @@ from entroflow.credit.base import StepCredit
 from entroflow.credit.mixed import mixed_advantages
 from entroflow.credit.normalise import is_tied
 from entroflow.credit.trace import Trace, Trajectories, trace_metrics, trajectories_of
+from entroflow.entropy.measuring import AttentionMeter, attention_metrics
+from entroflow.entropy.probe import compared_states, entropy_by_step
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Drawn, Evaluated, HeldOutEvaluation, measure_of
 from entroflow.evaluation.images import one_by_one
@@ -32,6 +34,7 @@ from entroflow.evaluation.watching import compares, watched
 from entroflow.exploration.base import Request, refuse_undefined
 from entroflow.exploration.summary import summary_of
 from entroflow.ledger import Ledger
+from entroflow.objectives.base import loss_weighting
 from entroflow.objectives.update import UpdateStatistics, update
 from entroflow.policies.base import Condition, Policy
 from entroflow.prompts import Prompt
@@ -65,6 +68,7 @@ class Trainer:
         self.ledger, self.evaluation_ledger = Ledger(), Ledger()
         self.trajectories: Trajectories | None = None
         self.sentinel = Sentinel(recipe.monitors.band)
+        self.attention = AttentionMeter(recipe.attention, recipe.allocation, recipe.exploration)
         self.stopped = False
         self._base: Drawn | None = None
         weights = self.policy.weights
@@ -107,11 +111,13 @@ class Trainer:
         cond = self._encode(prompts)
         rollouts, scores = self._roll_out(prompts, cond)
         advantages = self._advantages(rollouts, scores)
-        transitions = transitions_of(rollouts, advantages)
+        transitions = transitions_of(rollouts, advantages, loss_weighting(self.recipe.objective))
         with self.ledger.timed("update"):
             statistics = self._update(transitions, cond, share_done)
         trace = self._trace(rollouts.plan, total(self.reward, scores))
         self.trajectories = None if trace is None else trajectories_of(rollouts, trace)
+        if rollouts.attention_shift is not None:
+            self.attention.curve.follow(entropy_by_step(rollouts))
         self.iteration += 1
         self.seconds += perf_counter() - start
         return self._metrics(rollouts, scores, transitions, statistics, trace)
@@ -132,30 +138,43 @@ class Trainer:
         spent = torch.zeros(len(prompts), dtype=torch.long)
         while (sizes := recipe.allocation.sizes(len(prompts), rounds)) is not None:
             plan = self._plan(prompts, sizes, spent)
+            attention = self.attention.in_round(len(rounds))
             rollouts = Rollouts.empty(
                 plan,
                 self.policy.latent_shape,
                 getattr(torch, recipe.sampling.state_dtype),
                 recipe.objective.needs_old_mean,
+                None if attention is None else compared_states(plan, attention.states),
             )
             finished = sample(
                 self.policy, recipe.kernel, rollouts, cond,
                 seed=recipe.run.seed, iteration=self.iteration,
                 guidance=recipe.sampling.guidance, batch_size=recipe.sampling.batch_size,
-                ledger=self.ledger,
+                attention=attention, ledger=self.ledger,
             )  # fmt: skip
             rounds.append(rollouts)
             with self.ledger.timed("rollout"):
                 known = getattr(recipe.allocation, "rounds", None)
                 scoring.take(rollouts, finished, last=len(rounds) == known)
+            if attention is not None:
+                rollouts.attention_shift = self.attention.shift(
+                    self.policy, rollouts, cond, guidance=recipe.sampling.guidance,
+                    batch_size=recipe.sampling.batch_size, ledger=self.ledger,
+                )  # fmt: skip
             spent = spent + sizes
         return join_rollouts(rounds), scoring.scores()
 
     def _plan(self, prompts: list[Prompt], sizes: Tensor, spent: Tensor) -> Plan:
         recipe = self.recipe
+        entropy = self.attention.entropy_for_plans(
+            self.policy, prompts, self.base_grid, seed=recipe.run.seed,
+            guidance=recipe.sampling.guidance, batch_size=recipe.sampling.batch_size,
+            ledger=self.ledger,
+        )  # fmt: skip
         request = Request(
-            prompts, sizes, spent, self.base_grid, recipe.kernel, recipe.run.seed, self.iteration
-        )
+            prompts, sizes, spent, self.base_grid, recipe.kernel, recipe.run.seed, self.iteration,
+            entropy,
+        )  # fmt: skip
         plan = recipe.credit.complete(recipe.exploration.plan(request))
         refuse_undefined(plan.std, plan.sigmas[:, :-1], plan.sigmas[:, 1:])
         if plan.rows and not (plan.std > 0).any():
@@ -332,8 +351,13 @@ class Trainer:
             "policy/skipped": statistics.skipped,
             "policy/transitions": len(transitions),
             **credit,
+            **self._attention_metrics(rollouts, scores),
             "by_step": by_step | credit["by_step"],
         }
+
+    def _attention_metrics(self, rollouts: Rollouts, scores: Mapping[str, Scores]) -> Metrics:
+        found = attention_metrics(rollouts, total(self.reward, scores))
+        return {"attention": found} if found else {}
 
     def _reward_metrics(self, plan: Plan, scores: Mapping[str, Scores]) -> Metrics:
         """Of the mixture, and of each of its rewards; and what they say of their own judging."""
@@ -347,13 +371,17 @@ class Trainer:
     def expected(self) -> Metrics:
         """What an iteration is about to do, by its plan: that of the present iteration.
 
-        Costs are those of a first round of which no transition is skipped: `network_evaluations`,
-        `weighted_evaluations` and `reward_calls` as in the ledger. The rest is `summary_of` it.
+        Costs are those of an average allocation of which no transition is skipped:
+        `network_evaluations`, `weighted_evaluations` and `reward_calls` as in the ledger. The rest
+        is `summary_of` it.
         """
         plan = self.first_plan()
         objective, ledger = self.recipe.objective, Ledger()
         passes = self.policy.evaluations(self.recipe.sampling.guidance)
         ledger.forward(plan.network_evaluations() * passes)
+        compared = self.attention.passes(len(plan.prompts), len(self.base_grid) - 1)
+        # With guidance only what sees the prompt is compared: one pass.
+        ledger.forward(compared * min(passes, self.policy.evaluations(1.0)))
         updates = plan.trained_states() * passes * objective.epochs
         ledger.forward_backward(updates)
         if objective.needs_reference:
@@ -366,11 +394,13 @@ class Trainer:
         }
 
     def first_plan(self) -> Plan:
-        """The plan of the first round of the present iteration; nothing remembers it."""
+        """The plan of the present iteration with an average allocation; nothing remembers it."""
         memories = [(part, deepcopy(part.state())) for _, part in self._components_with_memory()]
         prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
         none = torch.zeros(len(prompts), dtype=torch.long)
         sizes = self.recipe.allocation.sizes(len(prompts), [])
+        if (size := getattr(self.recipe.allocation, "mean_size", None)) is not None:
+            sizes = torch.full_like(none, size)
         plan = self._plan(prompts, none if sizes is None else sizes, none)
         for part, memory in memories:
             part.load_state(memory)
@@ -417,6 +447,7 @@ class Trainer:
             "sentinel": self.sentinel.state(),
             "monitors": self.recipe.resolved["monitors"]["rewards"],
             "stopped": self.stopped,
+            "attention": self.attention.curve.state(),
             "components": {
                 name: component.state() for name, component in self._components_with_memory()
             },
@@ -442,6 +473,7 @@ class Trainer:
         before, now = state.get("monitors", {}), self.recipe.resolved["monitors"]["rewards"]
         self.sentinel.forget([name for name in before if before[name] != now.get(name)])
         self.stopped = state.get("stopped", False) and self.recipe.monitors.on_hacking == "stop"
+        self.attention.curve.load_state(state.get("attention", {}))
         for name, component in self._components_with_memory():
             component.load_state(state["components"][name])
 

@@ -13,8 +13,10 @@ from entroflow.sampling.rollouts import Rollouts
 class Allocation(Protocol):
     """Hands out rollouts in rounds.
 
-    One that says with an attribute `rounds` how many there are lets groups be compared while the
-    last one is still being sampled.
+    Attributes that it may have: `rounds`, how many there are, lets groups be compared while the
+    last one is still being sampled; `mean_size` is how many rollouts a prompt gets on average where
+    that is not what the first round says; with a true `needs_attention`, the rollouts of the first
+    round hold `attention_shift`.
     """
 
     def sizes(self, prompts: int, rounds: Sequence[Rollouts]) -> Tensor | None:

@@ -153,11 +153,10 @@ class TurningPoints(Component):
                 "so every rollout needs two or more, and as many as the others; the plan "
                 f"gives them {given}: {remedy}."
             )
-        groups = int(plan.group.max()) + 1
-        return with_children(
-            plan, row, step, role=Role.COMPLETION,
-            group=groups * (1 + _ordinal(plan, row, step)) + plan.group[row],
-        )  # fmt: skip
+        # Below 0, where no rollout's group is, and the same in every round.
+        T = len(plan.base_grid) - 1
+        group = -1 - (plan.group[row] * T + _ordinal(plan, row, step))
+        return with_children(plan, row, step, role=Role.COMPLETION, group=group)
 
     def advantages(self, rollouts: Rollouts, scores: Scores) -> Tensor:
         """[B, S]; see `Credit.advantages`.

@@ -40,6 +40,8 @@ class Request:
         base_grid: [T + 1] sigmas.
         kernel: gives the standard deviations.
         seed, iteration: part of the address of random choices.
+        attention_entropy: [T] of the steps of the base grid, NaN where it is not known; for parts
+            that say `needs_attention`.
     """
 
     prompts: Sequence[Prompt]
@@ -49,6 +51,7 @@ class Request:
     kernel: Kernel
     seed: int
     iteration: int
+    attention_entropy: Tensor | None = None
 
     def std(self) -> Tensor:
         """[T] standard deviation that the kernel gives each step of the base grid."""
@@ -62,7 +65,10 @@ class Request:
 
 
 class Exploration(Protocol):
-    """Makes the plan of one round."""
+    """Makes the plan of one round.
+
+    One with a true attribute `needs_attention` is told the attention entropy of every step.
+    """
 
     def plan(self, request: Request) -> Plan:
         """The rows to sample."""

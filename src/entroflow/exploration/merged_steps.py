@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from entroflow.component import Component
 from entroflow.entropy.steps import Scale, merge_length
 from entroflow.errors import InputError
+from entroflow.exploration.attention_peaks import PeakChoice
 from entroflow.exploration.base import Request
 from entroflow.sampling.kernels import FlowSDE, VarianceMatched
 from entroflow.sampling.plan import Plan, Role, fresh_rows, with_children
@@ -18,7 +18,7 @@ from entroflow.sampling.plan import Plan, Role, fresh_rows, with_children
 Part = Literal["first_quarter", "first_half", "second_half", "all"]
 
 
-class MergedSteps(Component):
+class MergedSteps(PeakChoice):
     """Branches off one deterministic trajectory per prompt, each by one stochastic step.
 
     E-GRPO (2601.00423). A prompt has one initial noise and one anchor that follows the ODE. At
@@ -29,8 +29,10 @@ class MergedSteps(Component):
     """
 
     type: Literal["merged_steps"] = "merged_steps"
-    starts: Part | tuple[int, ...] = Field(
-        "first_half", description="where rollouts branch off: a part of the steps, or their indices"
+    starts: Part | Literal["attention_peaks"] | tuple[int, ...] = Field(
+        "first_half",
+        description="where rollouts branch off: a part of the steps, their indices, or where "
+        "attention is most spread out, which the last four keys choose",
     )
     merge: Literal["entropy"] | int | tuple[int, ...] = Field(
         "entropy",
@@ -50,6 +52,11 @@ class MergedSteps(Component):
         True, description="false: the next start is where the last merged step ended"
     )
 
+    @property
+    def needs_attention(self) -> bool:
+        """Whether starts are chosen by it."""
+        return self.starts == "attention_peaks"
+
     def steps(self, request: Request) -> list[tuple[int, int]]:
         """Start and end of every stochastic step, as indices into the base grid.
 
@@ -58,7 +65,7 @@ class MergedSteps(Component):
                 does not gain entropy by merging.
         """
         T = len(request.base_grid) - 1
-        starts = self._starts(T)
+        starts = self._peaks(request) if self.starts == "attention_peaks" else self._starts(T)
         if isinstance(self.merge, tuple) and len(self.merge) != len(starts):
             raise InputError(
                 f"exploration.merge has {len(self.merge)} numbers for {len(starts)} starts: "
@@ -78,9 +85,10 @@ class MergedSteps(Component):
         """
         grid, P, T = request.base_grid, len(request.prompts), len(request.base_grid) - 1
         steps = self.steps(request)
-        one, none = torch.ones(P, dtype=torch.long), torch.zeros(P, dtype=torch.long)
+        # A prompt that gets no rollouts in this round needs no anchor in it.
+        anchored, none = (request.sizes > 0).long(), torch.zeros(P, dtype=torch.long)
         anchors = fresh_rows(
-            request.prompts, one, none, grid, torch.zeros(T, dtype=grid.dtype),
+            request.prompts, anchored, none, grid, torch.zeros(T, dtype=grid.dtype),
             share_noise=True, role=Role.ANCHOR, scored=False,
         )  # fmt: skip
         # Groups are numbered so that those of a prompt are neighbours: the anchor's, then by start.
@@ -96,7 +104,8 @@ class MergedSteps(Component):
         std = torch.zeros(len(branch), points.shape[1] - 1, dtype=grid.dtype)
         std[:, 0] = request.kernel.std(grid[start], grid[end], grid)
         return with_children(
-            anchors, prompt, start, role=Role.ROLLOUT, group=prompt * (T + 1) + 1 + start,
+            anchors, (anchored.cumsum(0) - 1)[prompt], start, role=Role.ROLLOUT,
+            group=prompt * (T + 1) + 1 + start,
             member=within + request.first_member[prompt], points=points, std=std,
         )  # fmt: skip
 
@@ -122,6 +131,18 @@ class MergedSteps(Component):
                 f"steps stays deterministic), not {list(self.starts)}."
             )
         return self.starts
+
+    def _peaks(self, request: Request) -> tuple[int, ...]:
+        """Starts where attention is most spread out."""
+        if isinstance(self.merge, tuple):
+            raise InputError(
+                "exploration.merge is a list, which is for starts that are listed, too; these are "
+                "chosen by attention and may move."
+            )
+        # All that may ever be chosen: peaks that move must not end a run halfway.
+        for start in self.eligible(request).nonzero()[:, 0].tolist():
+            self._length(request, 0, start)
+        return tuple(self.chosen(request).tolist())
 
     def _length(self, request: Request, number: int, start: int) -> int:
         """How many steps are merged at one start, the `number`-th."""

@@ -6,11 +6,15 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from entroflow.sampling.rollouts import Transitions
+from entroflow.sampling.rollouts import LossWeighting, Transitions
 
 
 class Objective(Protocol):
-    """A pure loss on transitions, and what it needs to be computed."""
+    """A pure loss on transitions, and what it needs to be computed.
+
+    One with an attribute `loss_weighting` says how transitions of unequal groups share the loss,
+    see `transitions_of`.
+    """
 
     needs_old_mean: bool
     """Whether the means under the sampling policy must be kept."""
@@ -45,3 +49,11 @@ class Objective(Protocol):
             mean, reference_mean: [n, *latent] under the live and the reference weights.
         """
         ...
+
+
+def loss_weighting(objective: Objective) -> LossWeighting:
+    """How transitions of unequal groups share the loss; those of an objective that says nothing,
+    all alike.
+    """
+    chosen: LossWeighting = getattr(objective, "loss_weighting", "sample")
+    return chosen

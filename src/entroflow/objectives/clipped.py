@@ -10,7 +10,7 @@ from torch import Tensor
 
 from entroflow.component import Component
 from entroflow.sampling.kernels import kl_divergence
-from entroflow.sampling.rollouts import Transitions
+from entroflow.sampling.rollouts import LossWeighting, Transitions
 
 
 class Surrogate(Component):
@@ -34,6 +34,10 @@ class Surrogate(Component):
         "by_step: one for each step of the base grid where transitions start, in their order",
     )
     epochs: int = Field(1, ge=1, description="passes over the rollouts")
+    loss_weighting: LossWeighting = Field(
+        "sample",
+        description="of groups of unequal size: every transition counts the same, or every prompt",
+    )
 
     @model_validator(mode="before")
     @classmethod

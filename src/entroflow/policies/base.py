@@ -98,6 +98,11 @@ class WeightSets:
         """The tensors of one set."""
         return self.live if name == "live" else self._sets[name]
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two sets are the same to the bit."""
+        ours, theirs = self.tensors(one), self.tensors(other)
+        return all(torch.equal(ours[key], theirs[key]) for key in self.live)
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values into the live weights.
 

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     JUDGE = 4
     EVALUATION = 5
     PROMPTS = 6
+    PROBE = 7
 
 
 def generator(

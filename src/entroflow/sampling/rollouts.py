@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from entroflow.sampling.plan import FRESH, Plan, Role, join, padded
+
+LossWeighting = Literal["sample", "prompt"]
 
 ABSENT = -1
 """Index of a state that was not kept."""
@@ -31,6 +34,8 @@ class Rollouts:
         means: [K, *latent] pool of the means of trained steps; empty unless they were asked for.
         mean_index: [B, S] position in that pool, or `ABSENT`.
         images: [number of scored rows, 3, H, W] in [0, 1].
+        attention_entropy: [B, S] before each step, NaN where it was not measured.
+        attention_shift: [P] how far it has moved from the reference's, if that was measured.
     """
 
     plan: Plan
@@ -41,7 +46,9 @@ class Rollouts:
     log_prob: Tensor
     means: Tensor
     mean_index: Tensor
+    attention_entropy: Tensor
     images: Tensor | None = None
+    attention_shift: Tensor | None = None
 
     @classmethod
     def empty(
@@ -50,15 +57,18 @@ class Rollouts:
         latent_shape: Sequence[int],
         dtype: torch.dtype = torch.float32,
         keep_means: bool = False,
+        keep_states: Tensor | None = None,
     ) -> Rollouts:
         """Room for everything the plan's rows will leave behind.
 
         Args:
             dtype: storage type of states.
             keep_means: also keep the means.
+            keep_states: [B, S] bool, steps before which the state is kept whatever else.
         """
         trained = plan.trained
-        keep = torch.nn.functional.pad(trained, (0, 1)) | torch.nn.functional.pad(trained, (1, 0))
+        before = trained if keep_states is None else trained | keep_states
+        keep = torch.nn.functional.pad(before, (0, 1)) | torch.nn.functional.pad(trained, (1, 0))
         with_velocity = torch.zeros_like(trained)
         child = (plan.parent != FRESH).nonzero()[:, 0]
         parent, parent_step = plan.parent[child], plan.parent_step[child]
@@ -79,8 +89,9 @@ class Rollouts:
         means = torch.zeros(int((mean_index != ABSENT).sum()), *latent_shape, dtype=exact)
         log_prob = torch.zeros(plan.std.shape, dtype=exact)
         return cls(
-            plan, states, state_index, velocities, velocity_index, log_prob, means, mean_index
-        )
+            plan, states, state_index, velocities, velocity_index, log_prob, means, mean_index,
+            attention_entropy=torch.full(plan.std.shape, torch.nan),
+        )  # fmt: skip
 
     def image_of(self, rows: Tensor) -> Tensor:
         """Position of scored rows in `images`."""
@@ -126,7 +137,9 @@ def join_rollouts(rounds: Sequence[Rollouts]) -> Rollouts:
         log_prob=torch.cat([padded(r.log_prob, S, 0) for r in rounds]),
         means=torch.cat(means),
         mean_index=moved([r.mean_index for r in rounds], means, S),
+        attention_entropy=torch.cat([padded(r.attention_entropy, S, torch.nan) for r in rounds]),
         images=torch.cat(images) if images else None,
+        attention_shift=rounds[0].attention_shift,
     )
 
 
@@ -173,19 +186,24 @@ class Transitions:
         return replace(self, **per_transition)
 
 
-def transitions_of(rollouts: Rollouts, advantages: Tensor) -> Transitions:
+def transitions_of(
+    rollouts: Rollouts, advantages: Tensor, loss_weighting: LossWeighting = "sample"
+) -> Transitions:
     """The trained steps of all rollout rows as a flat table.
 
     Args:
-        advantages: [B, S], NaN where the reward failed. Such transitions keep no weight, and the
-            others share it equally.
+        advantages: [B, S], NaN where the reward failed. Such transitions keep no weight.
+        loss_weighting: how the others share it: sample, all alike; prompt, all prompts alike, and
+            those of a prompt.
     """
     plan = rollouts.plan
     trained = plan.trained & (plan.role == Role.ROLLOUT)[:, None]
     row, column = trained.nonzero(as_tuple=True)
     advantage = advantages[row, column]
     valid = ~advantage.isnan()
-    weight = valid.double() / valid.sum().clamp(min=1)
+    weight = _shares(
+        valid, plan.prompt[row] if loss_weighting == "prompt" else torch.zeros_like(row)
+    )
     sigmas = plan.sigmas
     mean = rollouts.mean_index[row, column]
     return Transitions(
@@ -204,3 +222,10 @@ def transitions_of(rollouts: Rollouts, advantages: Tensor) -> Transitions:
         weight=weight,
         mean=rollouts.means[mean] if len(rollouts.means) else None,
     )
+
+
+def _shares(valid: Tensor, part: Tensor) -> Tensor:
+    """[N] weights that sum to 1: every part with a valid entry the same, and those within it."""
+    inside = torch.zeros(int(part.max()) + 1 if len(part) else 0, dtype=torch.float64)
+    inside.index_add_(0, part, valid.double())
+    return valid / (inside[part] * (inside > 0).sum()).clamp(min=1)

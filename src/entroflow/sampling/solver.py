@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from entroflow.entropy.probe import probed_velocity
 from entroflow.ledger import Ledger
+from entroflow.plain_sections import Attention
 from entroflow.policies.base import Condition, Policy
 from entroflow.sampling.kernels import Kernel, log_prob
 from entroflow.sampling.noise import Stream, gaussian
-from entroflow.sampling.plan import FRESH
+from entroflow.sampling.plan import FRESH, probed_rows
 from entroflow.sampling.rollouts import ABSENT, Rollouts
 
 
@@ -30,6 +32,7 @@ class Moves:
         velocity, mean, state: [n, *latent] before, mean of and after the step.
         log_prob: [n] of the step; 0 where it is deterministic.
         finished: [n] bool, whether this was the row's last step.
+        attention_entropy: [n] before the step, NaN where it was not measured.
     """
 
     row: Tensor
@@ -39,6 +42,7 @@ class Moves:
     state: Tensor
     log_prob: Tensor
     finished: Tensor
+    attention_entropy: Tensor
 
 
 def integrate(
@@ -54,6 +58,8 @@ def integrate(
     guidance: float = 1.0,
     batch_size: int = 64,
     velocity: Tensor | None = None,
+    attention: Attention | None = None,
+    probed: Tensor | None = None,
     ledger: Ledger | None = None,
 ) -> Iterator[Moves]:
     """Move every row from its first to its last sigma; yields after every network batch.
@@ -70,13 +76,15 @@ def integrate(
         guidance: guidance scale handed to the policy.
         batch_size: most rows in one network call.
         velocity: [B, *latent] known velocity at the first state; NaN rows are not known.
+        attention: which attention entropy is measured, if any.
+        probed: [B] bool, of which rows.
         ledger: counts the network evaluations.
     """
     x = x.clone()
     length = (sigmas[:, :-1] > sigmas[:, 1:]).sum(dim=1)
     position = torch.zeros(len(x), dtype=torch.long)
 
-    def advance(row: Tensor, v: Tensor) -> Moves:
+    def advance(row: Tensor, v: Tensor, entropy: Tensor) -> Moves:
         step = position[row]
         sigma, sigma_next, spread = sigmas[row, step], sigmas[row, step + 1], std[row, step]
         # Kernel arithmetic is float32 at least, whatever states and velocities are stored in.
@@ -93,19 +101,23 @@ def integrate(
             density[random] = log_prob(state[random].to(exact), mean[random], spread[random])
         x[row] = state
         position[row] += 1
-        return Moves(row, step, v, mean, state, density, position[row] == length[row])
+        return Moves(row, step, v, mean, state, density, position[row] == length[row], entropy)
 
     if velocity is not None:
         known = ~velocity.flatten(1).isnan().any(dim=1)
         for row in known.nonzero()[:, 0].split(batch_size):
-            yield advance(row, velocity[row])
+            yield advance(row, velocity[row], torch.full((len(row),), torch.nan))
     while len(waiting := (position < length).nonzero()[:, 0]):
         row = waiting[:batch_size]
         sigma = sigmas[row, position[row]].to(torch.promote_types(x.dtype, torch.float32))
-        v = policy.velocity(x[row], sigma, cond.take(prompt[row]), guidance)
+        given = x[row], sigma, cond.take(prompt[row]), guidance
+        if attention is None or probed is None:
+            v, entropy = policy.velocity(*given), torch.full((len(row),), torch.nan)
+        else:
+            v, entropy = probed_velocity(policy, *given, probed[row], attention)
         if ledger is not None:
             ledger.forward(len(row) * policy.evaluations(guidance))
-        yield advance(row, v)
+        yield advance(row, v, entropy)
 
 
 @torch.no_grad()
@@ -120,6 +132,7 @@ def sample(
     guidance: float = 1.0,
     batch_size: int = 64,
     initial: Stream = Stream.INITIAL,
+    attention: Attention | None = None,
     ledger: Ledger | None = None,
 ) -> Iterator[Tensor]:
     """Sample the plan of `rollouts` and fill them; yields row numbers as their images are done.
@@ -132,9 +145,11 @@ def sample(
         guidance: guidance scale.
         batch_size: most rows in one network call.
         initial: stream of the initial noise.
+        attention: which attention entropy is measured, if any; of the rows of `probed_rows`.
         ledger: counts network evaluations and decodes.
     """
     plan, sigmas, latent_shape = rollouts.plan, rollouts.plan.sigmas, policy.latent_shape
+    probed = probed_rows(plan)
     for wave in plan.waves():
 
         def step_noise(row: Tensor, step: Tensor, wave: Tensor = wave) -> Tensor:
@@ -148,7 +163,7 @@ def sample(
         moves = integrate(
             policy, kernel, x, cond, plan.prompt[wave], sigmas[wave], plan.std[wave],
             noise=step_noise, guidance=guidance, batch_size=batch_size,
-            velocity=velocity, ledger=ledger,
+            velocity=velocity, attention=attention, probed=probed[wave], ledger=ledger,
         )  # fmt: skip
         for move in moves:
             _remember(rollouts, wave, move)
@@ -199,6 +214,7 @@ def _remember(rollouts: Rollouts, wave: Tensor, move: Moves) -> None:
     wanted = before != ABSENT
     rollouts.velocities[before[wanted]] = move.velocity[wanted].to(rollouts.velocities.dtype)
     rollouts.log_prob[row, move.step] = move.log_prob.to(rollouts.log_prob.dtype)
+    rollouts.attention_entropy[row, move.step] = move.attention_entropy
     place = rollouts.mean_index[row, move.step]
     kept = place != ABSENT
     rollouts.means[place[kept]] = move.mean[kept].to(rollouts.means.dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,7 +26,9 @@ from torch import Tensor
 from entroflow.checkpoints import read_tensors, write_bytes
 from entroflow.component import Component
 from entroflow.errors import InputError
+from entroflow.policies.attention import is_watched
 from entroflow.policies.base import Condition, WeightSets
+from entroflow.policies.diffusers.joint_attention import shown_attention
 from entroflow.policies.diffusers.lora import (
     ADAPTER,
     ATTENTION,
@@ -183,10 +186,13 @@ class DiffusersPolicy:
             sigma: [B].
             cond: of B prompts.
             guidance: as the pipeline takes it.
+
+        Raises:
+            InputError: its attention is to be watched, but it is compiled.
         """
         there = self._device
         tensors = {name: value.to(there) for name, value in cond.tensors.items()}
-        with self._mixed():
+        with self._mixed(), self._shown():
             velocity = self._predict(
                 x.to(there, self.dtype), sigma.to(there, torch.float32), tensors, guidance
             )
@@ -270,6 +276,10 @@ class DiffusersPolicy:
         """Channels of the latents."""
         raise NotImplementedError
 
+    def _text_keys(self) -> slice:
+        """Which keys of joint attention are text."""
+        raise NotImplementedError
+
     def _largest_latent(self) -> float:
         """Most values along a side of the latents."""
         return math.inf
@@ -292,6 +302,16 @@ class DiffusersPolicy:
         """Products in the precision of the settings."""
         mixed = self.dtype != torch.float32
         return torch.autocast(self._device.type, self.dtype, enabled=mixed, cache_enabled=False)
+
+    def _shown(self) -> AbstractContextManager[None]:
+        """Shows attention inside, if anybody watches."""
+        if not is_watched():
+            return nullcontext()
+        if self.settings.compile:
+            raise InputError(
+                "attention can't be measured in a compiled transformer: set policy.compile=false."
+            )
+        return shown_attention(self.pipeline.transformer, self._text_keys())
 
     def stay_on(self, device: str) -> None:
         """Compute there from now on; the modules are there already."""

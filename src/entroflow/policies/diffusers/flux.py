@@ -111,5 +111,8 @@ class FluxPolicy(DiffusersPolicy):
         )  # fmt: skip
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
 
+    def _text_keys(self) -> slice:
+        return slice(0, self.settings.tokens)
+
     def _channels(self) -> int:
         return int(self.pipeline.transformer.config.in_channels) // 4

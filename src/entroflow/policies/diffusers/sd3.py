@@ -11,6 +11,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from pydantic import Field
 from torch import Tensor
 
+from entroflow.policies.attention import conditional
 from entroflow.policies.base import Condition
 from entroflow.policies.diffusers.base import DiffusersConfig, DiffusersPolicy, load_pipeline
 
@@ -77,9 +78,10 @@ class SD3Policy(DiffusersPolicy):
         if guidance <= 1:
             return self._forward(x, sigma, own)
         both = {name: torch.cat([cond[f"{NEGATIVE}{name}"], value]) for name, value in own.items()}
-        forward = self._forward(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
-        unconditional, conditional = forward.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
+        with conditional(slice(len(x), None)):
+            forward = self._forward(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
+        of_negative, of_prompt = forward.chunk(2)
+        return of_negative + guidance * (of_prompt - of_negative)
 
     def _forward(self, x: Tensor, sigma: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         velocity: Tensor = self._network(
@@ -105,6 +107,11 @@ class SD3Policy(DiffusersPolicy):
 
     def _call_options(self) -> dict[str, Any]:
         return {"negative_prompt": self.settings.negative_prompt}
+
+    def _text_keys(self) -> slice:
+        patch = self.pipeline.transformer.config.patch_size
+        _, height, width = self.latent_shape
+        return slice((height // patch) * (width // patch), None)
 
     def _largest_latent(self) -> float:
         config = self.pipeline.transformer.config

@@ -119,9 +119,9 @@ class Block(nn.Module):
         from_image = self.image.project(image, *image_parts[:2])
         pairs = zip(from_text, from_image, strict=True)
         q, k, v = (torch.cat(pair, dim=2) for pair in pairs)
-        attended = attention(q, k, v, layer=self.layer)
-        attended = attended.transpose(1, 2).flatten(2)
         cut = text.shape[1]
+        attended = attention(q, k, v, layer=self.layer, text=cut)
+        attended = attended.transpose(1, 2).flatten(2)
         return (
             self.text.absorb(text, attended[:, :cut], text_parts),
             self.image.absorb(image, attended[:, cut:], image_parts),
@@ -143,7 +143,7 @@ class LastBlock(nn.Module):
         text_k, text_v = self.text.project(text, *self.text.modulation(condition))
         q, k, v = self.image.project(image, *parts[:2])
         k, v = torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2)
-        attended = attention(q, k, v, layer=self.layer)
+        attended = attention(q, k, v, layer=self.layer, text=text.shape[1])
         return self.image.absorb(image, attended.transpose(1, 2).flatten(2), parts)
 
 

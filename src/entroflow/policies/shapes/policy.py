@@ -13,6 +13,7 @@ from torch import Tensor
 
 from entroflow.checkpoints import read_tensors, write_bytes
 from entroflow.component import Component
+from entroflow.policies.attention import conditional
 from entroflow.policies.base import Condition, WeightSets
 from entroflow.policies.shapes.network import CHANNELS, RESOLUTION, ShapesNetwork
 from entroflow.policies.shapes.tokenizer import CAPTION_LENGTH, VOCABULARY, tokenize
@@ -68,13 +69,14 @@ class ShapesPolicy:
         words = cond.tensors["words"]
         if guidance == 1:
             return self._forward(x, sigma, words)
-        both = self._forward(
-            torch.cat([x, x]),
-            torch.cat([sigma, sigma]),
-            torch.cat([words, torch.zeros_like(words)]),
-        )
-        conditional, unconditional = both.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
+        with conditional(slice(0, len(x))):
+            both = self._forward(
+                torch.cat([x, x]),
+                torch.cat([sigma, sigma]),
+                torch.cat([words, torch.zeros_like(words)]),
+            )
+        of_prompt, of_none = both.chunk(2)
+        return of_none + guidance * (of_prompt - of_none)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels in [0, 1]."""

@@ -1,0 +1,145 @@
+"""What a run measures of attention, what it remembers of it, and what it says about it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from entroflow.entropy.curve import EntropyCurve
+from entroflow.entropy.probe import attention_shift, entropy_by_step
+from entroflow.ledger import Ledger
+from entroflow.plain_sections import Attention
+from entroflow.policies.base import Condition, Policy
+from entroflow.prompts import Prompt
+from entroflow.rewards.base import Scores
+from entroflow.sampling.kernels import ODE
+from entroflow.sampling.noise import Stream
+from entroflow.sampling.plan import Role, fresh_rows
+from entroflow.sampling.rollouts import Rollouts
+from entroflow.sampling.solver import sample
+
+
+class AttentionMeter:
+    """Measures where a part of the recipe needs it, or the section `attention` asks for it.
+
+    Attributes:
+        curve: Entropy(t), over the iterations so far.
+    """
+
+    def __init__(self, settings: Attention, allocation: object, exploration: object) -> None:
+        self.settings = settings
+        self._of_allocation = bool(getattr(allocation, "needs_attention", False))
+        self._of_exploration = bool(getattr(exploration, "needs_attention", False))
+        self.curve = EntropyCurve(settings.curve_ema)
+
+    def in_round(self, number: int) -> Attention | None:
+        """What is measured in a round, from 0: nothing after the first."""
+        on = self.settings.measure or self._of_allocation or self._of_exploration
+        return self.settings if on and number == 0 else None
+
+    def entropy_for_plans(
+        self,
+        policy: Policy,
+        prompts: list[Prompt],
+        base_grid: Tensor,
+        *,
+        seed: int,
+        guidance: float,
+        batch_size: int,
+        ledger: Ledger,
+    ) -> Tensor | None:
+        """[T] what an exploration plans by, if it does; at first by the ODE of the reference."""
+        if not self._of_exploration:
+            return None
+        if self.curve.values is None:
+            P, T = len(prompts), len(base_grid) - 1
+            plan = fresh_rows(
+                prompts, torch.ones(P, dtype=torch.long), torch.zeros(P, dtype=torch.long),
+                base_grid, torch.zeros(T, dtype=base_grid.dtype), scored=False,
+            )  # fmt: skip
+            rollouts = Rollouts.empty(plan, policy.latent_shape)
+            cond = policy.encode(plan.texts)
+            with policy.weights("reference"):
+                for _ in sample(
+                    policy, ODE(), rollouts, cond, seed=seed, iteration=0, guidance=guidance,
+                    batch_size=batch_size, initial=Stream.PROBE, attention=self.settings,
+                    ledger=ledger,
+                ):  # fmt: skip
+                    pass
+            self.curve.follow(entropy_by_step(rollouts))
+        return self.curve.values
+
+    def shift(
+        self,
+        policy: Policy,
+        rollouts: Rollouts,
+        cond: Condition,
+        *,
+        guidance: float,
+        batch_size: int,
+        ledger: Ledger,
+    ) -> Tensor:
+        """[P] how far attention has moved; see `attention_shift`.
+
+        Passes of the reference that serve the report alone are counted apart.
+        """
+        counted = ledger if self._of_allocation else Ledger()
+        with ledger.timed("attention"):
+            found = attention_shift(
+                policy, rollouts, cond, self.settings,
+                guidance=guidance, batch_size=batch_size, ledger=counted,
+            )  # fmt: skip
+        if counted is not ledger:
+            ledger.check_evaluations += counted.network_evaluations
+        return found
+
+    def passes(self, prompts: int, steps: int) -> int:
+        """States at which an iteration evaluates the reference to allocate."""
+        return prompts * min(self.settings.states, steps) if self._of_allocation else 0
+
+
+def attention_metrics(rollouts: Rollouts, scores: Scores) -> dict[str, Any]:
+    """Of an iteration that measured attention, ready for JSON; else nothing.
+
+    Returns:
+        `entropy`: [T], None where it was not measured; `explored`: the steps that were stochastic.
+        Of every prompt: the `shift` of its attention, its number of rollouts as `size`, and the
+        standard deviation of their reward within groups as `spread`. `rank_correlation`: of shift
+        and spread, as AEGPO takes the one for a sign of the other; None where it is undefined.
+    """
+    plan, shift = rollouts.plan, rollouts.attention_shift
+    if shift is None:
+        return {}
+    rollout = plan.role == Role.ROLLOUT
+    rated = rollout & plan.scored & ~scores.values.isnan()
+    spread = torch.full((len(plan.prompts),), torch.nan, dtype=torch.float64)
+    for prompt in range(len(plan.prompts)):
+        mine = rated & (plan.prompt == prompt)
+        groups = [scores.values[mine & (plan.group == g)] for g in plan.group[mine].unique()]
+        if groups:
+            spread[prompt] = torch.stack([g.double().std(correction=0) for g in groups]).mean()
+    random = (plan.std > 0) & rollout[:, None]
+    known = ~(shift.isnan() | spread.isnan())
+    return {
+        "entropy": _for_json(entropy_by_step(rollouts)),
+        "explored": plan.points[:, :-1][random].unique().tolist(),
+        "shift": _for_json(shift),
+        "size": torch.bincount(plan.prompt[rollout], minlength=len(plan.prompts)).tolist(),
+        "spread": _for_json(spread),
+        "rank_correlation": rank_correlation(shift[known], spread[known]),
+    }
+
+
+def rank_correlation(one: Tensor, other: Tensor) -> float | None:
+    """Spearman's; None where one of them is the same everywhere."""
+    if len(one) < 2 or any(bool((v == v[0]).all()) for v in (one, other)):
+        return None
+    return float(stats.spearmanr(one.numpy(), other.numpy()).statistic)
+
+
+def _for_json(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]

@@ -1,0 +1,54 @@
+"""Which steps of a curve over the grid stand out (AEGPO, 2602.06825)."""
+
+from __future__ import annotations
+
+import torch
+from scipy.signal import find_peaks, peak_prominences
+from torch import Tensor
+
+
+def highest(curve: Tensor, eligible: Tensor, count: int) -> Tensor:
+    """The eligible steps where a curve is highest; of equals the earlier, noisier one.
+
+    Args:
+        curve: [T].
+        eligible: [T] bool.
+
+    Returns:
+        [min(count, number of eligible)] rising step numbers.
+    """
+    steps = eligible.nonzero()[:, 0]
+    order = torch.argsort(curve[steps], descending=True, stable=True)
+    return steps[order[:count]].sort().values
+
+
+def prominent(curve: Tensor, eligible: Tensor, count: int, separation: int = 1) -> Tensor:
+    """The eligible local maxima that stand out most; filled up by height where they are too few.
+
+    A border counts as one if it is above its only neighbour, a plateau at its first step. First
+    come those of the largest prominence (how far the curve falls before it rises above them), of
+    equals the highest, then the earliest.
+
+    Args:
+        curve, eligible, count: see `highest`.
+        separation: a maximum nearer than this to a better one is passed over.
+
+    Returns:
+        As `highest`.
+    """
+    values = curve.double()
+    walls = torch.full((1,), -torch.inf, dtype=torch.float64)
+    padded = torch.cat([walls, values, walls]).numpy()
+    middle, plateau = find_peaks(padded, plateau_size=1)
+    depth = peak_prominences(padded, middle)[0].tolist()
+    peaks = (plateau["left_edges"] - 1).tolist()
+    ranked = sorted(zip(peaks, depth, strict=True), key=lambda p: (-p[1], -values[p[0]], p[0]))
+    chosen: list[int] = []
+    for peak, _ in ranked:
+        apart = all(abs(peak - other) >= separation for other in chosen)
+        if eligible[peak] and apart and len(chosen) < count:
+            chosen.append(peak)
+    rest = eligible.clone()
+    rest[chosen] = False
+    fill = highest(curve, rest, count - len(chosen))
+    return torch.cat([torch.tensor(chosen, dtype=torch.long), fill]).sort().values
