@@ -82,7 +82,7 @@ def test_the_same_methods_for_both_models():
         "tp_grpo_published",
     }  # fmt: skip
     both = {f"{model}_{method}" for model in ("sd35", "flux") for method in methods}
-    assert set(REAL) == both | {"flux_pref_grpo", "flux_pref_grpo_published"}
+    assert set(REAL) == both | {"flux_aegpo", "flux_pref_grpo", "flux_pref_grpo_published"}
 
 
 FAST = ("sampling.steps=4", "exploration.size=2", "exploration.last_start=0", "evaluation.steps=1")

@@ -44,6 +44,10 @@ CHANGES = {
     "prompts": {"per_iteration": 9, "split": "validation", "skills": ["colors"]},
     "allocation": {"group_size": 25},
     "sampling": {"steps": 9, "guidance": 2.0, "batch_size": 65, "state_dtype": "bfloat16"},
+    "attention": {
+        "measure": True, "keys": "text", "layer_stride": 2, "queries": 8, "normalised": False,
+        "states": 2, "shift": "relative", "curve_ema": 0.5, "seed": 1,
+    },
     "exploration": {
         "start": 1, "size": 2, "move": "decay", "last_start": 4, "every": 26, "stride": 2,
         "decay_rate": 0.2, "decay_from": 12, "share_noise": True,
@@ -58,7 +62,7 @@ CHANGES = {
     "credit": {"scale": "none", "ddof": 1, "epsilon": 0.0, "advantage_clip": 4.0},
     "objective": {
         "clip_total": 2.5, "kl": 0.1, "kl_weight": "step_length", "minibatches": 2, "epochs": 2,
-        "weight": "variance",
+        "weight": "variance", "loss_weighting": "prompt",
     },
     "optimizer": {
         "learning_rate": 2e-4, "warm_up": 1, "cool_down_share": 0.5, "betas": [0.9, 0.95],

@@ -168,7 +168,7 @@ class Recipe:
         """
         content = {section: _set(section, self.resolved[section]) for section in SECTIONS}
         for later in LATER_SECTIONS:
-            if not any(content[later].values()):
+            if all(value == {} for value in content[later].values()):
                 del content[later]
         run = self.resolved["run"]
         ends = {key: run[key] for key in ENDS if run.get(key) is not None}

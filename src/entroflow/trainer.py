@@ -51,6 +51,9 @@ log = logging.getLogger(__name__)
 
 Metrics = dict[str, Any]
 
+IDLE = 50
+"""Iterations in a row without an update after which a run that only updates end is given up."""
+
 
 class Trainer:
     """One run: a recipe, the policy it changes, and how far it has come."""
@@ -70,6 +73,7 @@ class Trainer:
         self.sentinel = Sentinel(recipe.monitors.band)
         self.attention = AttentionMeter(recipe.attention, recipe.allocation, recipe.exploration)
         self.stopped = False
+        self._idle = 0
         self._base: Drawn | None = None
         weights = self.policy.weights
         weights.keep_reference()
@@ -230,6 +234,7 @@ class Trainer:
         )  # fmt: skip
         self.policy.weights.follow("ema", settings.ema)
         self._check(statistics)
+        self._give_up(statistics)
         return statistics
 
     def _check(self, statistics: UpdateStatistics) -> None:
@@ -251,6 +256,20 @@ class Trainer:
                 "the KL to the reference is %.1e before any step, when it must be 0: the reference "
                 "weights are not those that sampled.",
                 statistics.kl,
+            )
+
+    def _give_up(self, statistics: UpdateStatistics) -> None:
+        """Refuse to go on for ever.
+
+        Raises:
+            InputError: only updates end the run, and there have been none for long.
+        """
+        self._idle = 0 if statistics.gradient_norm else self._idle + 1
+        if self._idle >= IDLE and set(self.recipe.run.ends) == {"updates"}:
+            raise InputError(
+                f"nothing was learnt in the last {IDLE} iterations (images of a prompt all earn "
+                "the same, or have no reward), and run.updates alone ends this run: look at the images "
+                "and the reward, or set run.iterations, too."
             )
 
     def evaluate(self) -> Evaluated:

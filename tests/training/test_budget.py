@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import entroflow
+from entroflow import trainer
 from entroflow.errors import InputError
 from entroflow.plain_sections import Run
 from entroflow.recipe import build_recipe, load_recipe
@@ -112,3 +113,14 @@ def test_a_run_without_an_end_is_refused():
         load_recipe("quickstart", ["run.iterations=null"])
     with pytest.raises(InputError, match=r"run\.budget"):
         build_recipe({"run": {"budget": 0}})
+
+
+def test_a_run_that_only_updates_end_gives_up_where_there_are_none(tmp_path, monkeypatch):
+    """All rewards are the same, so no iteration makes an update; with another end it goes on."""
+    monkeypatch.setattr(trainer, "IDLE", 4)
+    endless = {"iterations": None, "updates": 5, "evaluate_every": 100}
+    settings = {"reward": lambda images, *_: [1.0] * len(images), "objective": {"kl": 0.0}}
+    with pytest.raises(InputError, match="nothing was learnt in the last 4 iterations"):
+        train(tmp_path / "endless", run=endless, **settings)
+    folder = train(tmp_path / "ends", run=endless | {"iterations": 6}, **settings)
+    assert folder.metrics()[-1]["iteration"] == 6
