@@ -268,8 +268,8 @@ class Trainer:
         if self._idle >= IDLE and set(self.recipe.run.ends) == {"updates"}:
             raise InputError(
                 f"nothing was learnt in the last {IDLE} iterations (images of a prompt all earn "
-                "the same, or have no reward), and run.updates alone ends this run: look at the images "
-                "and the reward, or set run.iterations, too."
+                "the same, or have no reward), and run.updates alone ends this run: look at the "
+                "images and the reward, or set run.iterations, too."
             )
 
     def evaluate(self) -> Evaluated:

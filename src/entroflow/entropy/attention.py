@@ -22,7 +22,8 @@ def attention_entropy(
     """Entropy in nats of each query's attention, exact for any number of keys.
 
     Never holds more than `chunk` logits for a query: of every chunk the largest logit m, the sum of
-    e^(s - m) and that of e^(s - m) (s - m) say all, and two such triples make one.
+    e^(s - m) and that of e^(s - m) (s - m) say all, and two such triples make one. Where all keys
+    fit in one, it is computed as it is written.
 
     Args:
         q: [..., n, d]; computed in float32 or better.
@@ -34,6 +35,9 @@ def attention_entropy(
     """
     precise = torch.promote_types(q.dtype, torch.float32)
     q = q.to(precise) / math.sqrt(q.shape[-1])
+    if k.shape[-2] <= chunk and keep is None:
+        logs = torch.log_softmax(q @ k.to(precise).mT, dim=-1)
+        return -(logs.exp() * logs).sum(dim=-1)
     largest = q.new_full(q.shape[:-1], -torch.inf)
     total, moment = torch.zeros_like(largest), torch.zeros_like(largest)
     for start in range(0, k.shape[-2], chunk):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -19,6 +20,7 @@ from entroflow.sampling.plan import Plan, probed_rows
 from entroflow.sampling.rollouts import Rollouts
 
 
+@cache
 def stratified(tokens: int, count: int, seed: int) -> Tensor:
     """[min(count, tokens)] image tokens: one from each of `count` equal pieces of their order."""
     if count >= tokens:
@@ -149,15 +151,16 @@ class _Seen:
         settings = self.settings
         if layer % settings.layer_stride:
             return
-        rows, keys = self.rows.to(q.device), torch.arange(k.shape[2], device=k.device)
-        is_text = (keys >= text.start) & (keys < text.stop)
-        if settings.keys != "all":
-            keys = keys[is_text if settings.keys == "text" else ~is_text]
-        queries = stratified(q.shape[2], settings.queries, settings.seed).to(q.device)
+        rows, N = self.rows.to(q.device), q.shape[2]
+        q, k = q[rows], k[rows]
+        if settings.queries < N:
+            q = q[:, :, stratified(N, settings.queries, settings.seed).to(q.device)]
+        if settings.keys == "text":
+            k = k[:, :, text]
+        elif settings.keys == "image":
+            k = k[:, :, text.stop :] if text.start == 0 else k[:, :, : text.start]
         with torch.autocast(q.device.type, enabled=False):
-            entropy = attention_entropy(
-                q[rows][:, :, queries], k[rows] if len(keys) == k.shape[2] else k[rows][:, :, keys]
-            )
+            entropy = attention_entropy(q, k)
         if settings.normalised:
-            entropy = normalised(entropy, len(keys))
+            entropy = normalised(entropy, k.shape[2])
         self.layers.append(entropy.mean(dim=(1, 2)).float().cpu())
