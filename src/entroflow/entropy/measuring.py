@@ -107,7 +107,7 @@ def attention_metrics(rollouts: Rollouts, scores: Scores) -> dict[str, Any]:
 
     Returns:
         `entropy`: [T], None where it was not measured; `explored`: the steps that were stochastic.
-        Of every prompt: the `shift` of its attention, its number of rollouts as `size`, and the
+        Of every `prompt`: the `shift` of its attention, its number of rollouts as `size`, and the
         standard deviation of their reward within groups as `spread`. `rank_correlation`: of shift
         and spread, as AEGPO takes the one for a sign of the other; None where it is undefined.
     """
@@ -125,6 +125,7 @@ def attention_metrics(rollouts: Rollouts, scores: Scores) -> dict[str, Any]:
     random = (plan.std > 0) & rollout[:, None]
     known = ~(shift.isnan() | spread.isnan())
     return {
+        "prompt": plan.texts,
         "entropy": _for_json(entropy_by_step(rollouts)),
         "explored": plan.points[:, :-1][random].unique().tolist(),
         "shift": _for_json(shift),

@@ -172,6 +172,7 @@ def stages(state: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[Stag
         # Rollouts are scored as they finish, so their time includes the scoring.
         "sampling": timed.get("rollout", 0.0) - scoring,
         "scoring": scoring,
+        "measuring attention": timed.get("attention", 0.0),
         "updating": timed.get("update", 0.0),
         "evaluating": state.get("evaluation_ledger", {}).get("seconds", {}).get("evaluate", 0.0),
         "comparing": evaluation.get("cost", {}).get("seconds", {}).get("compare", 0.0),

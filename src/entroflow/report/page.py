@@ -21,7 +21,7 @@ import entroflow
 from entroflow.checkpoints import CheckpointError, read_state, write_text
 from entroflow.plain_sections import ENDS, Monitors, Run
 from entroflow.recipe import LATER_SECTIONS, SECTIONS, TEXTS, Recipe
-from entroflow.report import curves, examples, judging, outcome, trajectories
+from entroflow.report import attention, curves, examples, judging, outcome, trajectories
 from entroflow.report.wording import count
 from entroflow.runs import EVALUATION, RECIPE, REPORT, RunError, RunFolder, read_object, spent
 
@@ -103,6 +103,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "drift_figure": curves.drifts(moved, watching.band) if _is_curve(moved) else None,
         "held_out_rewards": curves.held_out_rewards(metrics, list(watching.rewards)),
         "alarms": outcome.alarms(metrics, stopped),
+        "attention": attention.attention(metrics),
         "credit": trajectories.credit(folder, metrics, done),
         "rewards": judging.mixture(metrics),
         "judges": judging.judges(metrics),
