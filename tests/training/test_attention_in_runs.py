@@ -173,6 +173,10 @@ def test_a_run_that_is_resumed_chooses_and_allocates_the_same(weights, tmp_path,
     entroflow.train("flow_grpo", settings, run=tmp_path / "cut", stop_after=stop)
     cut = resume(tmp_path / "cut")
     assert_same_run(whole, cut)
+    page = (whole.path / "report.html").read_text(encoding="utf-8")
+    assert "Where attention sent the rollouts" in page
+    for prompt in whole.metrics()[-1]["attention"]["prompt"]:
+        assert f'<th scope="row">{prompt}</th>' in page
 
 
 # --- compositions ---------------------------------------------------------------------------------
