@@ -309,6 +309,7 @@ def result_of(folder: Path, job: Job) -> dict[str, Any]:
         "training_seconds": last["seconds"],
         "ledger": {key: value for key, value in last.items() if key.startswith("ledger/")},
         "curve": curve_of(metrics),
+        **attention_of(metrics),
         "test": test,
     }
 
@@ -324,6 +325,13 @@ def curve_of(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for line in metrics
         if "eval/score" in line
     ]
+
+
+def attention_of(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of every iteration that measured attention, what chose and whether it was right to."""
+    found = [line["attention"] for line in metrics if line.get("attention")]
+    keys = ("rank_correlation", "explored")
+    return {"attention": {key: [of[key] for of in found] for key in keys}} if found else {}
 
 
 # --- the whole ------------------------------------------------------------------------------------
