@@ -329,9 +329,12 @@ def curve_of(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def attention_of(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of every iteration that measured attention, what chose and whether it was right to."""
-    found = [line["attention"] for line in metrics if line.get("attention")]
-    keys = ("rank_correlation", "explored")
-    return {"attention": {key: [of[key] for of in found] for key in keys}} if found else {}
+    found = [line for line in metrics if line.get("attention")]
+    if not found:
+        return {}
+    correlations = [line["attention/rank_correlation"] for line in found]
+    explored = [line["attention"]["explored"] for line in found]
+    return {"attention": {"rank_correlation": correlations, "explored": explored}}
 
 
 # --- the whole ------------------------------------------------------------------------------------

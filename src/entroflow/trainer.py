@@ -370,13 +370,9 @@ class Trainer:
             "policy/skipped": statistics.skipped,
             "policy/transitions": len(transitions),
             **credit,
-            **self._attention_metrics(rollouts, scores),
+            **attention_metrics(rollouts, total(self.reward, scores)),
             "by_step": by_step | credit["by_step"],
         }
-
-    def _attention_metrics(self, rollouts: Rollouts, scores: Mapping[str, Scores]) -> Metrics:
-        found = attention_metrics(rollouts, total(self.reward, scores))
-        return {"attention": found} if found else {}
 
     def _reward_metrics(self, plan: Plan, scores: Mapping[str, Scores]) -> Metrics:
         """Of the mixture, and of each of its rewards; and what they say of their own judging."""

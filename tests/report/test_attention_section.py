@@ -13,7 +13,7 @@ from entroflow.report.attention import CURVES, MOST_PROMPTS, attention
 GRID = [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
-def line(iteration, **changed):
+def line(iteration, correlation=0.5, **changed):
     found = {
         "prompt": ["a ring", "a cross", "two circles", "a star"],
         "entropy": [0.5 + 0.01 * iteration, 0.6, 0.7, 0.8],
@@ -21,9 +21,9 @@ def line(iteration, **changed):
         "shift": [0.001 * iteration, 0.004, 0.002, 0.003],
         "size": [4, 8, 4, 8],
         "spread": [0.1, 0.4, 0.2, 0.3],
-        "rank_correlation": 0.5,
     }
-    return {"iteration": iteration, "attention": found | changed}
+    return {"iteration": iteration, "attention/rank_correlation": correlation,
+            "attention": found | changed}  # fmt: skip
 
 
 def run(*lines):
@@ -88,8 +88,8 @@ def test_prompts_are_placed_by_rank_and_relative_spread():
 
 def test_correlations_have_a_mean_with_its_interval():
     values = [0.5, -0.1, 0.3]
-    found = attention(run(*(line(n, rank_correlation=v) for n, v in enumerate(values, 1)),
-                          line(4, rank_correlation=None)))  # fmt: skip
+    found = attention(run(*(line(n, correlation=v) for n, v in enumerate(values, 1)),
+                          line(4, correlation=None)))  # fmt: skip
     one = panel(found, "Rank correlation")
     reach = stats.t.ppf(0.975, 2) * math.sqrt(sum((v - 0.7 / 3) ** 2 for v in values) / 2 / 3)
     low, high = 0.7 / 3 - reach, 0.7 / 3 + reach
@@ -105,7 +105,7 @@ def test_prompts_are_listed_by_shift_and_the_middle_ones_left_out():
     many = 40
     found = attention(run(line(
         1, prompt=[f"prompt {n}" for n in range(many)], shift=[float(n) for n in range(many)],
-        size=[4] * many, spread=[None] * many, rank_correlation=None,
+        size=[4] * many, spread=[None] * many, correlation=None,
     )))  # fmt: skip
     assert not found.allocated
     assert len(found.prompts) == MOST_PROMPTS

@@ -103,7 +103,8 @@ def test_what_has_moved_more_gets_more(weights, monkeypatch):
         return seen["table"]
 
     monkeypatch.setattr(Terminal, "advantages", advantages_of)
-    found = trainer.step()["attention"]
+    metrics = trainer.step()
+    found = metrics["attention"]
     plan, scores = seen["rollouts"].plan, seen["scores"]
     order = sorted(range(3), key=lambda p: -found["shift"][p])
     assert len({*found["shift"]}) == 3
@@ -119,7 +120,8 @@ def test_what_has_moved_more_gets_more(weights, monkeypatch):
         spread = scores.values[mine].double().std(correction=0).item()
         assert found["spread"][prompt] == pytest.approx(spread)
     expected = stats.spearmanr(found["shift"], found["spread"]).statistic
-    assert found["rank_correlation"] == pytest.approx(expected)
+    assert metrics["attention/rank_correlation"] == pytest.approx(expected)
+    assert metrics["attention/shift"] == sorted(found["shift"])[1]
 
 
 def test_the_budget_is_what_was_expected(weights):

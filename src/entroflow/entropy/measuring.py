@@ -106,10 +106,11 @@ def attention_metrics(rollouts: Rollouts, scores: Scores) -> dict[str, Any]:
     """Of an iteration that measured attention, ready for JSON; else nothing.
 
     Returns:
-        `entropy`: [T], None where it was not measured; `explored`: the steps that were stochastic.
-        Of every `prompt`: the `shift` of its attention, its number of rollouts as `size`, and the
-        standard deviation of their reward within groups as `spread`. `rank_correlation`: of shift
-        and spread, as AEGPO takes the one for a sign of the other; None where it is undefined.
+        `attention/shift`: the median over prompts; `attention/rank_correlation`: of that shift and
+        the spread of rewards, as AEGPO takes the one for a sign of the other; None where it is
+        undefined. `attention`: `entropy`, [T], None where it was not measured; `explored`, the
+        steps that were stochastic; and of every `prompt` the `shift`, its number of rollouts as
+        `size`, and the standard deviation of their reward within groups as `spread`.
     """
     plan, shift = rollouts.plan, rollouts.attention_shift
     if shift is None:
@@ -124,14 +125,18 @@ def attention_metrics(rollouts: Rollouts, scores: Scores) -> dict[str, Any]:
             spread[prompt] = torch.stack([g.double().std(correction=0) for g in groups]).mean()
     random = (plan.std > 0) & rollout[:, None]
     known = ~(shift.isnan() | spread.isnan())
+    (median,) = _for_json(shift.nanmedian()[None])
     return {
-        "prompt": plan.texts,
-        "entropy": _for_json(entropy_by_step(rollouts)),
-        "explored": plan.points[:, :-1][random].unique().tolist(),
-        "shift": _for_json(shift),
-        "size": torch.bincount(plan.prompt[rollout], minlength=len(plan.prompts)).tolist(),
-        "spread": _for_json(spread),
-        "rank_correlation": rank_correlation(shift[known], spread[known]),
+        "attention/shift": median,
+        "attention/rank_correlation": rank_correlation(shift[known], spread[known]),
+        "attention": {
+            "prompt": plan.texts,
+            "entropy": _for_json(entropy_by_step(rollouts)),
+            "explored": plan.points[:, :-1][random].unique().tolist(),
+            "shift": _for_json(shift),
+            "size": torch.bincount(plan.prompt[rollout], minlength=len(plan.prompts)).tolist(),
+            "spread": _for_json(spread),
+        },
     }
 
 

@@ -20,6 +20,7 @@ from entroflow.report.figures import (
     figure_of,
     heat_map,
     is_finite,
+    series,
     trace_style,
 )
 from entroflow.report.wording import number
@@ -59,7 +60,7 @@ def attention(metrics: Metrics) -> Attention | None:
     allocated = any(len({*found["size"]}) > 1 for _, found in measured)
     panels = [
         _curves(measured, grid), _explored(measured, grid), _shifts(measured),
-        _spreads(measured, allocated), _correlation(measured),
+        _spreads(measured, allocated), _correlation(metrics),
     ]  # fmt: skip
     iteration, last = measured[-1]
     order = sorted(range(len(last["size"])), key=lambda p: -(last["shift"][p] or 0.0))
@@ -199,12 +200,10 @@ def _spreads(measured: Measured, allocated: bool) -> Panel | None:
     )  # fmt: skip
 
 
-def _correlation(measured: Measured) -> Panel | None:
-    known = [(n, found["rank_correlation"]) for n, found in measured]
-    known = [(n, value) for n, value in known if is_finite(value)]
-    if not known:
+def _correlation(metrics: Metrics) -> Panel | None:
+    x, y = series(metrics, "attention/rank_correlation")
+    if not x:
         return None
-    x, y = [n for n, _ in known], [value for _, value in known]
     mean = statistics.mean(y)
     said = f"Its mean is {mean:+.2f}"
     if len(y) > 1:
