@@ -16,6 +16,7 @@ from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated, HeldOutEvaluation
 from entroflow.evaluation.base_and_tuned import compare_with_base
 from entroflow.ledger import Ledger
+from entroflow.metrics import Metrics
 from entroflow.policies.base import Policy
 from entroflow.recipe import Recipe, chosen_type, load_recipe
 from entroflow.report.events import Events
@@ -23,7 +24,8 @@ from entroflow.report.page import write_report
 from entroflow.rewards.base import AnyReward, FunctionReward, GroupReward, Reward, RewardFunction
 from entroflow.rewards.mixture import Mixture
 from entroflow.runs import EVALUATION, RECIPE, RunFolder
-from entroflow.trainer import Metrics, Trainer, train_in
+from entroflow.trainer import Trainer
+from entroflow.training_run import train_in
 
 log = logging.getLogger(__name__)
 

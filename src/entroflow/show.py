@@ -27,12 +27,12 @@ from entroflow.compare import Job
 from entroflow.compared import Row, smallest_difference
 from entroflow.evaluation.base import Evaluated
 from entroflow.findings import Finding, Verdict
+from entroflow.metrics import Metrics
 from entroflow.plain_sections import ENDS, Run
 from entroflow.recipe import Recipe
 from entroflow.report.wording import Interval
 from entroflow.rewards.floors import Floor
 from entroflow.runs import EVALUATION, RunFolder, read_object, spent
-from entroflow.trainer import Metrics
 
 console = Console()
 

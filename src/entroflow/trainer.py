@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict
 from time import perf_counter
@@ -22,9 +22,8 @@ from entroflow.checkpoints import (
 )
 from entroflow.credit.base import StepCredit
 from entroflow.credit.mixed import mixed_advantages
-from entroflow.credit.normalise import is_tied
-from entroflow.credit.trace import Trace, Trajectories, trace_metrics, trajectories_of
-from entroflow.entropy.measuring import AttentionMeter, attention_metrics
+from entroflow.credit.trace import Trace, Trajectories, trajectories_of
+from entroflow.entropy.measuring import AttentionMeter
 from entroflow.entropy.probe import compared_states, entropy_by_step
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Drawn, Evaluated, HeldOutEvaluation, measure_of
@@ -34,22 +33,21 @@ from entroflow.evaluation.watching import compares, watched
 from entroflow.exploration.base import Request, refuse_undefined
 from entroflow.exploration.summary import summary_of
 from entroflow.ledger import Ledger
+from entroflow.metrics import Metrics, iteration_metrics, rated_rollouts
 from entroflow.objectives.base import loss_weighting
 from entroflow.objectives.update import UpdateStatistics, update
 from entroflow.policies.base import Condition, Policy
 from entroflow.prompts import Prompt
 from entroflow.recipe import Recipe
 from entroflow.rewards.base import AnyReward, FunctionReward, Scores
-from entroflow.rewards.mixture import Mixture, rewards_of, total
+from entroflow.rewards.mixture import rewards_of, total
 from entroflow.rewards.scoring import Scoring
-from entroflow.runs import RunFolder, package_version, spent
-from entroflow.sampling.plan import Plan, Role
+from entroflow.runs import package_version, spent
+from entroflow.sampling.plan import Plan
 from entroflow.sampling.rollouts import Rollouts, Transitions, join_rollouts, transitions_of
 from entroflow.sampling.solver import sample
 
 log = logging.getLogger(__name__)
-
-Metrics = dict[str, Any]
 
 IDLE = 50
 """Iterations in a row without an update after which a run that only updates end is given up."""
@@ -124,7 +122,8 @@ class Trainer:
             self.attention.curve.follow(entropy_by_step(rollouts))
         self.iteration += 1
         self.seconds += perf_counter() - start
-        return self._metrics(rollouts, scores, transitions, statistics, trace)
+        found = iteration_metrics(self.reward, rollouts, scores, transitions, statistics, trace)
+        return {**self._taken(), **found}
 
     def _encode(self, prompts: list[Prompt]) -> Condition:
         return self.policy.encode([prompt.text for prompt in prompts])
@@ -345,44 +344,6 @@ class Trainer:
         found = metrics.get(f"eval/{best}")
         return float(found) if found is not None and math.isfinite(found) else -math.inf
 
-    def _metrics(
-        self,
-        rollouts: Rollouts,
-        scores: Mapping[str, Scores],
-        transitions: Transitions,
-        statistics: UpdateStatistics,
-        trace: Trace | None,
-    ) -> Metrics:
-        terms = statistics.terms
-        credit = {"by_step": {}} if trace is None else trace_metrics(trace)
-        by_step = {
-            name: {str(step): value for step, value in values.items()}
-            for name, values in statistics.by_step.items()
-        }
-        return {
-            **self._taken(),
-            **self._reward_metrics(rollouts.plan, scores),
-            "policy/loss": terms.get("loss"),
-            "policy/ratio_max_deviation": statistics.ratio_deviation,
-            "policy/clip_fraction": terms.get("clipped"),
-            "policy/kl": statistics.kl,
-            "policy/gradient_norm": _mean(statistics.gradient_norm),
-            "policy/skipped": statistics.skipped,
-            "policy/transitions": len(transitions),
-            **credit,
-            **attention_metrics(rollouts, total(self.reward, scores)),
-            "by_step": by_step | credit["by_step"],
-        }
-
-    def _reward_metrics(self, plan: Plan, scores: Mapping[str, Scores]) -> Metrics:
-        """Of the mixture, and of each of its rewards; and what they say of their own judging."""
-        metrics = reward_metrics(plan, total(self.reward, scores), "reward")
-        for name, found in scores.items():
-            if isinstance(self.reward, Mixture):
-                metrics |= reward_metrics(plan, found, f"reward/{name}")
-            metrics |= {f"judge/{name}/{fact}": value for fact, value in found.facts.items()}
-        return metrics
-
     def expected(self) -> Metrics:
         """What an iteration is about to do, by its plan: that of the present iteration.
 
@@ -495,130 +456,3 @@ class Trainer:
     def _components_with_memory(self) -> list[tuple[str, Any]]:
         parts = vars(self.recipe).items()
         return [(name, part) for name, part in parts if hasattr(part, "load_state")]
-
-
-def rated_rollouts(plan: Plan) -> Tensor:
-    """[rows] bool: the rollouts that are scored, without anchors and completions."""
-    return plan.scored & (plan.role == Role.ROLLOUT)
-
-
-def reward_metrics(plan: Plan, scores: Scores, prefix: str) -> Metrics:
-    """Mean, spread within groups, failures and ties of a reward; None where nothing has one."""
-    rated = rated_rollouts(plan)
-    values, group = scores.values[rated], plan.group[rated]
-    valid = ~values.isnan()
-    groups = [values[(group == g) & valid] for g in group.unique()]
-    spread = [g.std(correction=0).item() for g in groups if len(g)]
-    return {
-        f"{prefix}/mean": values[valid].mean().item() if valid.any() else None,
-        f"{prefix}/std": _mean(spread),
-        f"{prefix}/failed": int(scores.values[plan.scored].isnan().sum()),
-        f"{prefix}/tied_groups": sum(is_tied(g) for g in groups if len(g) > 1),
-    }
-
-
-def evaluation_metrics(found: Evaluated) -> Metrics:
-    """An evaluation as keys of `metrics.jsonl`."""
-    overall = found.scores["overall"]
-    by_skill = {f"eval/score/{k}": s.value for k, s in found.scores.items() if k != "overall"}
-    alone = len(found.win_rates) == 1
-    wins = {
-        "eval/win_rate" if alone else f"eval/win_rate/{name}": values.nanmean().item()
-        for name, values in found.win_rates.items()
-    }
-    return {
-        "eval/score": overall.value,
-        "eval/score_low": overall.low,
-        "eval/score_high": overall.high,
-        **by_skill,
-        "eval/reward": found.reward,
-        **wins,
-        **{f"eval/{name}": value for name, value in found.monitor_means().items()},
-    }
-
-
-def train_in(
-    folder: RunFolder, trainer: Trainer, stop_after: int | None = None
-) -> Generator[tuple[Metrics, Evaluated | None], None, None]:
-    """Run a trainer in a run folder; yields the metrics of every iteration, from 0 on.
-
-    A checkpoint comes after the yield: what it holds, the caller has written down as well. Closing
-    the generator between two iterations leaves a checkpoint of the last one, throwing into it none.
-
-    Args:
-        stop_after: stop at this iteration as if interrupted there.
-    """
-    settings = trainer.recipe.run
-    saved = -1
-
-    def at_end() -> bool:
-        return trainer.at_end or (stop_after is not None and trainer.iteration >= stop_after)
-
-    def save() -> None:
-        nonlocal saved
-        if saved != trainer.iteration:
-            folder.save_checkpoint(
-                trainer.iteration, trainer.tensors(), trainer.state(), settings.keep_checkpoints
-            )
-            saved = trainer.iteration
-
-    def keep(line: Metrics) -> None:
-        """Save where it is due."""
-        n = trainer.iteration
-        by = trainer.recipe.monitors.best or "reward"
-        if trainer.standing(line) > folder.best_score(by):
-            save()
-            folder.mark_best(n, trainer.standing(line), by)
-            folder.prune(settings.keep_checkpoints)
-        if n % settings.checkpoint_every == 0 or at_end():
-            save()
-
-    def to_come() -> Iterator[Metrics]:
-        if trainer.iteration == 0 and not lines:
-            yield trainer.start_metrics()
-        while not at_end():
-            yield trainer.step()
-
-    lines = [line for line in folder.metrics() if line["iteration"] == trainer.iteration]
-    try:
-        if lines:
-            (line,), saved = lines, trainer.iteration
-            if trainer.at_end and "eval/score" not in line:
-                # The run was cut short to where it stands: what was no end is one now.
-                found = _evaluated(trainer, line)
-                folder.replace_metrics(line)
-                yield line, found
-            keep(line)
-        for line in to_come():
-            found = _evaluated(trainer, line)
-            folder.append_metrics(line)
-            yield line, found
-            keep(line)
-    except GeneratorExit:
-        # Closed between two iterations; after an error the last checkpoint stands instead.
-        keep(line)
-        save()
-        raise
-
-
-def _evaluated(trainer: Trainer, line: Metrics) -> Evaluated | None:
-    """Evaluate where it is due, and add that to the line."""
-    n = trainer.iteration
-    if n % trainer.recipe.run.evaluate_every and trainer.share_done < 1:
-        return None
-    found = trainer.evaluate()
-    line |= {**evaluation_metrics(found), **trainer.watch(found)}
-    spent = trainer.evaluation_ledger
-    line["ledger/held_out_network_evaluations"] = spent.network_evaluations
-    line["ledger/held_out_reward_calls"] = spent.reward_calls
-    if trainer.standing(line) == -math.inf:
-        log.warning(
-            "iteration %d: no held-out image has a %s, so this checkpoint can't be the best.",
-            n,
-            trainer.recipe.monitors.best or "reward",
-        )
-    return found
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None

@@ -21,6 +21,7 @@ from entroflow.credit.shuffled import Shuffled
 from entroflow.credit.terminal import Terminal
 from entroflow.credit.trace import Trace
 from entroflow.credit.turning_points import TurningPoints
+from entroflow.metrics import Metrics
 from entroflow.objectives.clipped import Clipped
 from entroflow.prompts import Prompt
 from entroflow.recipe import load_recipe, shipped_recipes
@@ -28,7 +29,7 @@ from entroflow.rewards.base import FunctionReward, Scores
 from entroflow.sampling.grid import shifted_grid
 from entroflow.sampling.plan import fresh_rows
 from entroflow.sampling.rollouts import Rollouts, Transitions
-from entroflow.trainer import Metrics, Trainer
+from entroflow.trainer import Trainer
 from gaussian_policy import GaussianPolicy
 
 RECIPES = list(shipped_recipes("shapes"))
