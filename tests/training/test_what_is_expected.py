@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from entroflow.recipe import load_recipe, shipped_recipes
+from entroflow.policies.attention import show
+from entroflow.recipe import chosen_type, load_recipe, shipped_recipes
 from entroflow.rewards.base import FunctionReward
 from entroflow.sampling.plan import Role
 from entroflow.trainer import Trainer
@@ -28,19 +29,41 @@ class Counting:
         return values
 
 
+class Attentive(PixelPolicy):
+    """Shows attention over four tokens, the first of them text."""
+
+    def velocity(self, x, sigma, cond, guidance):
+        tokens = x.float().flatten(1).reshape(len(x), 1, 4, 3) + self.shift.float().mean()
+        show(0, tokens, tokens, slice(0, 1))
+        return super().velocity(x, sigma, cond, guidance)
+
+
+SIZES = {
+    "uniform": ["allocation.group_size=4"],
+    "attention_shift": ["allocation.low=2", "allocation.high=6"],
+}
+
+
+def allocation_of(name):
+    return chosen_type(name, "allocation")
+
+
 @pytest.mark.parametrize("name", sorted(shipped_recipes("shapes")))
 @pytest.mark.parametrize("changes", [[], ["sampling.guidance=2"], ["objective.epochs=2"]], ids=str)
 def test_every_recipe_costs_what_was_expected(name, changes):
     """Counted by the ledger over one iteration of a Gaussian policy; guidance takes two passes."""
-    settings = load_recipe(name, ["prompts.per_iteration=2", "allocation.group_size=4", *changes])
-    policy = PixelPolicy()
+    settings = load_recipe(name, ["prompts.per_iteration=2", *SIZES[allocation_of(name)], *changes])
+    policy = Attentive()
     policy.evaluations = lambda guidance: 1 if guidance == 1 else 2
     trainer = Trainer(settings, policy, FunctionReward(Counting()))
-    expected = trainer.expected()
+    if allocation_of(name) == "attention_shift":
+        # While the weights are the reference's, nothing is compared.
+        trainer.step()
+    expected, before = trainer.expected(), trainer.ledger.counts()
     metrics = trainer.step()
     assert metrics["policy/skipped"] == 0
     for count in COUNTS:
-        assert metrics[f"ledger/{count}"] == expected[count], count
+        assert metrics[f"ledger/{count}"] - before[count] == expected[count], count
     assert expected["reward_calls"] > 0
 
 
