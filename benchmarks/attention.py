@@ -18,7 +18,7 @@ from time import perf_counter
 
 import torch
 
-from entroflow.entropy.probe import compared_states, probed_velocity
+from entroflow.entropy.probe import compared_states, probe_of, probed_velocity
 from entroflow.exploration.base import Request
 from entroflow.plain_sections import Attention
 from entroflow.recipe import load_recipe
@@ -69,7 +69,7 @@ def main() -> None:
             into = Rollouts.empty(plan, policy.latent_shape, keep_states=kept)
             for _ in sample(
                 policy, recipe.kernel, into, cond, seed=0, iteration=0,
-                batch_size=recipe.sampling.batch_size, attention=settings,
+                batch_size=recipe.sampling.batch_size, probe=probe_of(settings),
             ):  # fmt: skip
                 pass
 

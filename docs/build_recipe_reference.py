@@ -105,8 +105,9 @@ recipe file, then in the current folder. The run's recipe holds the path that wa
 resumes from anywhere. What `dataset` names is left to `datasets.load_dataset`, which looks in the
 current folder.
 
-`sampling`, `scoring`, `optimizer`, `monitors` and `run` have no types. [Extending](extending.md)
-shows a working part of your own for each of the other sections that need one.
+`sampling`, `scoring`, `attention`, `optimizer`, `monitors` and `run` have no types.
+[Extending](extending.md) shows a working part of your own for each of the other sections that
+need one.
 """
 
 

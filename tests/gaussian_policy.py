@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from entroflow.policies.attention import show
 from entroflow.policies.base import Condition, WeightSets
 from entroflow.sampling.grid import shifted_grid
 
@@ -17,7 +18,9 @@ from entroflow.sampling.grid import shifted_grid
 class GaussianPolicy:
     """The policy of the module's docstring; its one parameter is the learnable `shift`, at first 0.
 
-    Everything is float64, whatever the states are stored in. Guidance changes nothing.
+    Everything is float64, whatever the states are stored in. Guidance changes nothing. Attention has
+    no part in the velocity, but some is shown: every value looks at the velocity's values, and at a
+    text token of zeros.
 
     Attributes:
         mean, variance: of the data at shift 0.
@@ -52,7 +55,10 @@ class GaussianPolicy:
         t = sigma.double().reshape(-1, *[1] * len(self.latent_shape))
         V = (1 - t) ** 2 * self.variance + t**2
         kappa = (t - (1 - t) * self.variance) / V
-        return kappa * x.double() - t / V * (cond.tensors["mean"] + self.shift)
+        v = kappa * x.double() - t / V * (cond.tensors["mean"] + self.shift)
+        tokens = v.detach().reshape(len(x), 1, -1, 1)
+        show(0, tokens, torch.nn.functional.pad(tokens, (0, 0, 1, 0)), slice(0, 1))
+        return v
 
     def decode(self, latents: Tensor) -> Tensor:
         """The values of a latent as an image of one channel and one line: [B, 1, 1, D]."""

@@ -10,7 +10,7 @@ import entroflow
 from entroflow.checkpoints import read_tensors
 from entroflow.credit.terminal import Terminal
 from entroflow.evaluation.base import Evaluated, Score
-from entroflow.recipe import build_recipe
+from entroflow.recipe import build_recipe, chosen_type
 from entroflow.rewards.base import Scores, Status
 from entroflow.rewards.pairwise import Answers
 from entroflow.runs import RunFolder
@@ -97,6 +97,13 @@ class ByBrightness:
         for i in range(self.fails):
             points[i], statuses[i] = math.nan, self.status
         return Answers(points, tuple(statuses))
+
+
+def groups_of(name: str, mean: int) -> list[str]:
+    """Overrides that give the prompts of a shipped recipe so many rollouts, on average."""
+    if chosen_type(name, "allocation") == "attention_shift":
+        return [f"allocation.low={mean // 2}", f"allocation.high={2 * mean - mean // 2}"]
+    return [f"allocation.group_size={mean}"]
 
 
 def recipe(**sections):

@@ -249,7 +249,7 @@ class _Patient:
         small = replace(
             recipe,
             prompts=_with(recipe.prompts, {"per_iteration": 1}),
-            allocation=_with(recipe.allocation, {"group_size": FEW}),
+            allocation=_with(recipe.allocation, {"group_size": FEW, "low": FEW, "high": FEW}),
             sampling=_with(recipe.sampling, {"batch_size": FEW}),
             objective=_with(recipe.objective, {"minibatches": 1}),
             optimizer=_with(recipe.optimizer, {"micro_batch": FEW}),

@@ -11,6 +11,7 @@ from entroflow.credit.normalise import is_tied
 from entroflow.credit.trace import Trace, trace_metrics
 from entroflow.entropy.measuring import attention_metrics
 from entroflow.evaluation.base import Evaluated
+from entroflow.evaluation.watching import compares
 from entroflow.objectives.update import UpdateStatistics
 from entroflow.rewards.base import AnyReward, Scores
 from entroflow.rewards.mixture import Mixture, total
@@ -45,7 +46,7 @@ def iteration_metrics(
         "policy/skipped": statistics.skipped,
         "policy/transitions": len(transitions),
         **credit,
-        **attention_metrics(rollouts, summed),
+        **attention_metrics(rollouts, summed, relative=compares(reward)),
         "by_step": by_step | credit["by_step"],
     }
 

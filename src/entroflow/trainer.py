@@ -24,7 +24,7 @@ from entroflow.credit.base import StepCredit
 from entroflow.credit.mixed import mixed_advantages
 from entroflow.credit.trace import Trace, Trajectories, trajectories_of
 from entroflow.entropy.measuring import AttentionMeter
-from entroflow.entropy.probe import compared_states, entropy_by_step
+from entroflow.entropy.probe import compared_states, entropy_by_step, probe_of
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Drawn, Evaluated, HeldOutEvaluation, measure_of
 from entroflow.evaluation.images import one_by_one
@@ -43,7 +43,7 @@ from entroflow.rewards.base import AnyReward, FunctionReward, Scores
 from entroflow.rewards.mixture import rewards_of, total
 from entroflow.rewards.scoring import Scoring
 from entroflow.runs import package_version, spent
-from entroflow.sampling.plan import Plan
+from entroflow.sampling.plan import Plan, join
 from entroflow.sampling.rollouts import Rollouts, Transitions, join_rollouts, transitions_of
 from entroflow.sampling.solver import sample
 
@@ -99,9 +99,14 @@ class Trainer:
         """Plan the first iteration and encode its prompts, so that wrong input shows at once.
 
         Raises:
-            InputError: a prompt file, a caption or a range of steps is wrong.
+            InputError: a prompt file, a caption or a range of steps is wrong, or attention is to
+                be measured that the policy does not show.
         """
-        self._encode(self.recipe.prompts.batch(self.recipe.run.seed, self.iteration))
+        prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
+        self._encode(prompts)
+        self.attention.try_out(
+            self.policy, prompts, self.base_grid[:1], self.recipe.sampling.guidance
+        )
         self.expected()
         if isinstance(self.recipe.evaluation, HeldOutEvaluation):
             self.recipe.evaluation.check()
@@ -153,7 +158,7 @@ class Trainer:
                 self.policy, recipe.kernel, rollouts, cond,
                 seed=recipe.run.seed, iteration=self.iteration,
                 guidance=recipe.sampling.guidance, batch_size=recipe.sampling.batch_size,
-                attention=attention, ledger=self.ledger,
+                probe=probe_of(attention), ledger=self.ledger,
             )  # fmt: skip
             rounds.append(rollouts)
             with self.ledger.timed("rollout"):
@@ -282,7 +287,7 @@ class Trainer:
                     "drawn, so hacking can't be seen."
                 )
             base = found.drawn
-            if base is not None and compares(self.reward, monitors):
+            if base is not None and compares(self.reward, *monitors.values()):
                 base = self._base_of(base)
             return watched(
                 self.recipe.evaluation, found, self.reward, monitors, base,
@@ -347,7 +352,7 @@ class Trainer:
     def expected(self) -> Metrics:
         """What an iteration is about to do, by its plan: that of the present iteration.
 
-        Costs are those of an average allocation of which no transition is skipped:
+        Costs are those of a typical allocation of which no transition is skipped:
         `network_evaluations`, `weighted_evaluations` and `reward_calls` as in the ledger. The rest
         is `summary_of` it.
         """
@@ -370,17 +375,23 @@ class Trainer:
         }
 
     def first_plan(self) -> Plan:
-        """The plan of the present iteration with an average allocation; nothing remembers it."""
+        """The plan of the present iteration, all rounds, by the allocation that is to be expected.
+
+        No component remembers it; the curve of attention entropy begins here if it has not.
+        """
         memories = [(part, deepcopy(part.state())) for _, part in self._components_with_memory()]
         prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
-        none = torch.zeros(len(prompts), dtype=torch.long)
-        sizes = self.recipe.allocation.sizes(len(prompts), [])
-        if (size := getattr(self.recipe.allocation, "mean_size", None)) is not None:
-            sizes = torch.full_like(none, size)
-        plan = self._plan(prompts, none if sizes is None else sizes, none)
+        P, allocation = len(prompts), self.recipe.allocation
+        spent = torch.zeros(P, dtype=torch.long)
+        first = allocation.sizes(P, [])
+        typical = getattr(allocation, "typical", None)
+        plans = []
+        for sizes in [spent if first is None else first] if typical is None else typical(P):
+            plans.append(self._plan(prompts, sizes, spent))
+            spent = spent + sizes
         for part, memory in memories:
             part.load_state(memory)
-        return plan
+        return join(plans)
 
     def start_metrics(self) -> Metrics:
         """The line of iteration 0, with what says how to read the run's metrics."""

@@ -92,7 +92,8 @@ def test_who_would_get_more_than_the_cap_leaves_it_to_the_others():
 @pytest.mark.parametrize("split", ["median", "proportional"])
 def test_two_rounds_the_second_by_what_the_first_showed(split):
     allocation = AttentionShift(low=2, high=6, split=split)
-    assert (allocation.rounds, allocation.mean_size) == (2, 4)
+    assert (allocation.rounds, allocation.needs_attention) == (2, True)
+    assert [sizes.sum() for sizes in allocation.typical(4)] == [8, 8]
     assert allocation.sizes(4, []).tolist() == [2] * 4
     first = SimpleNamespace(attention_shift=torch.tensor([0.0, 0.9, 0.0, 0.8]))
     more = allocation.sizes(4, [first])
@@ -103,9 +104,23 @@ def test_two_rounds_the_second_by_what_the_first_showed(split):
 
 def test_equal_bounds_are_one_round_of_that_size():
     allocation = AttentionShift(low=5, high=5)
-    assert allocation.rounds == 1
+    assert (allocation.rounds, allocation.needs_attention) == (1, False)
     assert allocation.sizes(3, []).tolist() == [5] * 3
     assert allocation.sizes(3, [None]) is None
+    (only,) = allocation.typical(3)
+    assert only.tolist() == [5] * 3
+
+
+@pytest.mark.parametrize("split", ["median", "proportional"])
+def test_a_shift_that_overflowed_gets_least_and_breaks_no_budget(split):
+    allocation = AttentionShift(low=2, high=6, split=split)
+    for shift in ([math.nan, 0.9, 0.1, 0.8], [math.inf, math.nan, 0.1, 0.8], [math.nan] * 4):
+        more = allocation.sizes(4, [SimpleNamespace(attention_shift=torch.tensor(shift))])
+        assert more.sum() == 8
+        assert (more >= 0).all()
+        assert (more <= 4).all()
+        if not all(map(math.isnan, shift)):
+            assert more[shift.index(next(s for s in shift if math.isnan(s)))] == more.min()
 
 
 @pytest.mark.parametrize(

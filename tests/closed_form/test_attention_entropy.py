@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
 from entroflow.entropy.attention import attention_entropy, normalised
 
@@ -40,6 +41,20 @@ def test_any_chunking_is_the_dense_computation(chunk):
     torch.testing.assert_close(
         attention_entropy(q, k, chunk=chunk), dense(q, k), rtol=0, atol=1e-12
     )
+
+
+def test_it_is_what_fused_kernels_can_tell():
+    """H = LSE - E_p[s]: the mean logit by attention to the keys themselves, and the log-sum-exp
+    by a key of zeros, whose share is 1 / (1 + e^LSE)."""
+    q, k = drawn()
+    scale = 1 / math.sqrt(q.shape[-1])
+    mean = scale * (q * scaled_dot_product_attention(q, k, k)).sum(dim=-1)
+    ghost = torch.nn.functional.pad(k, (0, 0, 0, 1))
+    which = torch.zeros(*ghost.shape[:-1], 1, dtype=torch.float64)
+    which[..., -1, :] = 1
+    share = scaled_dot_product_attention(q, ghost, which)[..., 0]
+    expected = ((1 - share) / share).log() - mean
+    torch.testing.assert_close(attention_entropy(q, k, chunk=4), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])

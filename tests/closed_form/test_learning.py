@@ -31,13 +31,13 @@ from entroflow.sampling.plan import fresh_rows
 from entroflow.sampling.rollouts import Rollouts, Transitions
 from entroflow.trainer import Trainer
 from gaussian_policy import GaussianPolicy
+from tiny_run import groups_of
 
 RECIPES = list(shipped_recipes("shapes"))
 DIRECTION = torch.tensor([1.0, -2.0], dtype=torch.float64)
 RATE, ITERATIONS = 0.05, 30
 BUDGET = (
-    "prompts.per_iteration=2", "allocation.group_size=16", f"optimizer.learning_rate={RATE}",
-    "sampling.state_dtype=float64",
+    "prompts.per_iteration=2", f"optimizer.learning_rate={RATE}", "sampling.state_dtype=float64",
 )  # fmt: skip
 SEEDS = 12
 """Runs of the control."""
@@ -50,7 +50,8 @@ def linear(images: Tensor, prompts: object, metadata: object) -> list[float]:
 def toy(name: str, *overrides: str, seed: int = 0) -> Trainer:
     """A trainer by a shipped recipe, on the toy policy and its reward."""
     given = {"policy": GaussianPolicy(0.3, 0.5), "reward": FunctionReward(linear)}
-    recipe = load_recipe(name, [*BUDGET, f"run.seed={seed}", *overrides], given)
+    budget = [*BUDGET, *groups_of(name, 16), f"run.seed={seed}"]
+    recipe = load_recipe(name, [*budget, *overrides], given)
     return Trainer(recipe, given["policy"])
 
 

@@ -11,6 +11,7 @@ from entroflow.entropy.probe import (
     attention_shift,
     compared_states,
     entropy_by_step,
+    probe_of,
     probed_velocity,
     stratified,
 )
@@ -168,7 +169,48 @@ def test_image_rows_are_found_in_both_token_orders(text):
     assert seen == [(2, *expected), (3, *expected)]
 
 
-@pytest.mark.parametrize(("tokens", "count"), [(64, 128), (64, 64), (4096, 128), (100, 7)])
+def test_a_call_in_which_nobody_sees_the_prompt_shows_nothing():
+    tokens, seen = torch.ones(2, 1, 4, 1), []
+
+    class Watcher:
+        def see(self, *shown):
+            seen.append(shown)
+
+    with shown.watched_by(Watcher()), shown.conditional(slice(0, 0)):
+        shown.show(0, tokens, tokens, slice(0, 1))
+    assert seen == []
+
+
+class TwoCalls(PixelPolicy):
+    """Guidance by two calls of the network."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def velocity(self, x, sigma, cond, guidance):
+        tokens = x.float().flatten(1).reshape(len(x), 1, 4, 3)
+        for rows, scale in zip(self.rows, (1.0, 3.0), strict=True):
+            with shown.conditional(rows):
+                shown.show(0, scale * tokens, tokens, slice(0, 1))
+        return super().velocity(x, sigma, cond, guidance)
+
+
+def test_of_guidance_by_two_calls_one_is_measured_and_which_must_be_said():
+    policy = TwoCalls([slice(None), slice(0, 0)])
+    x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    given = x, torch.full((2,), 0.5), policy.encode(["a", "a"]), 2.0, torch.ones(2) > 0, EVERY
+    _, found = probed_velocity(policy, *given)
+    tokens = x.flatten(1).reshape(2, 1, 4, 3)
+    expected = entropy(tokens[:, :, 1:], tokens).mean(dim=1) / math.log(4)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    with pytest.raises(InputError, match="layer 0 twice"):
+        probed_velocity(TwoCalls([slice(None), slice(None)]), *given)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count"), [(64, 128), (64, 64), (4096, 128), (100, 7), (4096, 4095), (7, 6)]
+)
 def test_the_measured_tokens_are_spread_over_the_image(tokens, count):
     chosen = stratified(tokens, count, seed=0)
     assert torch.equal(chosen, stratified(tokens, count, seed=0))
@@ -194,7 +236,7 @@ def rolled_out(policy, plan, settings=EVERY, **options):
     kept = compared_states(plan, settings.states)
     rollouts = Rollouts.empty(plan, policy.latent_shape, keep_states=kept)
     for _ in sample(policy, FlowSDE(noise_level=0.7), rollouts, policy.encode(plan.texts),
-                    seed=0, iteration=0, attention=settings, **options):  # fmt: skip
+                    seed=0, iteration=0, probe=probe_of(settings), **options):  # fmt: skip
         pass
     return rollouts
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from entroflow.errors import InputError
 from entroflow.exploration.attention_peaks import AttentionPeaks
@@ -49,6 +50,7 @@ def same(one, other):
     ({"count": 3}, [1, 4, 5]),
     ({"count": 2, "select": "peaks"}, [1, 4]),
     ({"count": 3, "select": "peaks"}, [1, 4, 5]),
+    ({"count": 3, "select": "peaks", "separation": 2}, [1, 4, 6]),
     ({"count": 2, "exclude": (4,)}, [1, 5]),
     ({"count": 2, "select": "peaks", "exclude": (4,)}, [1, 5]),
     ({"count": 20}, [0, 1, 2, 3, 4, 5, 6]),
@@ -117,6 +119,17 @@ def test_they_are_merged_by_entropy():
     chosen = MergedSteps(starts="attention_peaks", count=2, select="peaks", **settings)
     given = request(shift=3.0)
     assert chosen.steps(given) == MergedSteps(starts=(1, 4), **settings).steps(given)
+
+
+@pytest.mark.parametrize(
+    "given", [{"count": 2}, {"select": "peaks"}, {"separation": 2}, {"exclude": (0,)}]
+)
+def test_keys_that_choose_nothing_are_refused(given):
+    (key,) = given
+    with pytest.raises(ValidationError, match=f"{key} chooses among starts by attention"):
+        MergedSteps(**given)
+    MergedSteps(starts="attention_peaks", **given)
+    MergedSteps(**{key: MergedSteps.model_fields[key].default})
 
 
 def test_a_start_that_may_come_later_must_be_possible_now():

@@ -140,9 +140,10 @@ def test_all_attention_goes_through_one_function(network, monkeypatch):
     """One call per block, in order, over text and image tokens together."""
     calls = []
 
-    def counted(q, k, v, layer):
+    def counted(q, k, v, layer, text):
+        assert text == CAPTION_LENGTH
         calls.append((layer, tuple(q.shape), tuple(k.shape), tuple(v.shape)))
-        return attention_module.attention(q, k, v, layer)
+        return attention_module.attention(q, k, v, layer, text)
 
     def refused(*_, **__):
         raise AssertionError("attention outside the one function")
@@ -166,7 +167,7 @@ def test_without_attention_pixels_stay_apart(network, monkeypatch):
         return torch.autograd.grad(corner, x)[0][0, :, 0, 0].abs().sum().item()
 
     assert reach() > 0
-    monkeypatch.setattr(network_module, "attention", lambda q, k, v, layer: torch.zeros_like(q))
+    monkeypatch.setattr(network_module, "attention", lambda q, *_, **__: torch.zeros_like(q))
     assert reach() == 0
 
 
@@ -184,7 +185,7 @@ def test_attention_is_softmax_attention():
     """Against the fused kernel and, for one query, the sum written out."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 7, 16, generator=generator).unbind(0)
-    result = attention_module.attention(q, k, v, layer=0)
+    result = attention_module.attention(q, k, v, layer=0, text=2)
     torch.testing.assert_close(
         result, F.scaled_dot_product_attention(q, k, v), atol=1e-6, rtol=1e-5
     )

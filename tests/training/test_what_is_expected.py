@@ -12,7 +12,7 @@ from entroflow.recipe import chosen_type, load_recipe, shipped_recipes
 from entroflow.rewards.base import FunctionReward
 from entroflow.sampling.plan import Role
 from entroflow.trainer import Trainer
-from tiny_run import ROLLOUTS, PixelPolicy, recipe
+from tiny_run import ROLLOUTS, PixelPolicy, groups_of, recipe
 
 COUNTS = ("network_evaluations", "weighted_evaluations", "reward_calls")
 
@@ -38,25 +38,15 @@ class Attentive(PixelPolicy):
         return super().velocity(x, sigma, cond, guidance)
 
 
-SIZES = {
-    "uniform": ["allocation.group_size=4"],
-    "attention_shift": ["allocation.low=2", "allocation.high=6"],
-}
-
-
-def allocation_of(name):
-    return chosen_type(name, "allocation")
-
-
 @pytest.mark.parametrize("name", sorted(shipped_recipes("shapes")))
 @pytest.mark.parametrize("changes", [[], ["sampling.guidance=2"], ["objective.epochs=2"]], ids=str)
 def test_every_recipe_costs_what_was_expected(name, changes):
     """Counted by the ledger over one iteration of a Gaussian policy; guidance takes two passes."""
-    settings = load_recipe(name, ["prompts.per_iteration=2", *SIZES[allocation_of(name)], *changes])
+    settings = load_recipe(name, ["prompts.per_iteration=2", *groups_of(name, 4), *changes])
     policy = Attentive()
     policy.evaluations = lambda guidance: 1 if guidance == 1 else 2
     trainer = Trainer(settings, policy, FunctionReward(Counting()))
-    if allocation_of(name) == "attention_shift":
+    if chosen_type(name, "allocation") == "attention_shift":
         # While the weights are the reference's, nothing is compared.
         trainer.step()
     expected, before = trainer.expected(), trainer.ledger.counts()

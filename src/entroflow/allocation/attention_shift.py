@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -96,8 +96,6 @@ class AttentionShift(Component):
         1.0, gt=0, description="of split: proportional, in standard deviations of the shift"
     )
 
-    needs_attention: ClassVar[bool] = True
-
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         if self.low > self.high:
@@ -115,9 +113,15 @@ class AttentionShift(Component):
         return 1 if self.low == self.high else 2
 
     @property
-    def mean_size(self) -> int:
-        """Rollouts per prompt, over both rounds and all prompts."""
-        return (self.low + self.high) // 2
+    def needs_attention(self) -> bool:
+        """Whether groups differ by it."""
+        return self.low < self.high
+
+    def typical(self, prompts: int) -> list[Tensor]:
+        """Of every round the [P] sizes, where no two prompts have the same shift."""
+        first = torch.full((prompts,), self.low)
+        shift = torch.arange(prompts, dtype=torch.float64)
+        return [first, *[self._split(shift) - self.low] * (self.rounds - 1)]
 
     def sizes(self, prompts: int, rounds: Sequence[Rollouts]) -> Tensor | None:
         """[P] `low` for all; then what is left, by the shift that the first round showed."""
@@ -127,6 +131,10 @@ class AttentionShift(Component):
             return None
         shift = rounds[0].attention_shift
         assert shift is not None
+        # Where a network's numbers overflow, nothing is known of the prompt.
+        return self._split(shift.nan_to_num(nan=0.0)) - self.low
+
+    def _split(self, shift: Tensor) -> Tensor:
         if self.split == "median":
-            return median_split(shift, self.low, self.high) - self.low
-        return water_filled(shift, self.low, self.high, self.temperature) - self.low
+            return median_split(shift, self.low, self.high)
+        return water_filled(shift, self.low, self.high, self.temperature)

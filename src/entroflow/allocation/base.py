@@ -14,9 +14,9 @@ class Allocation(Protocol):
     """Hands out rollouts in rounds.
 
     Attributes that it may have: `rounds`, how many there are, lets groups be compared while the
-    last one is still being sampled; `mean_size` is how many rollouts a prompt gets on average where
-    that is not what the first round says; with a true `needs_attention`, the rollouts of the first
-    round hold `attention_shift`.
+    last one is still being sampled; `typical(prompts)` are sizes of every round that are to be
+    expected, where there is more than the first; with a true `needs_attention`, the rollouts of the
+    first round hold `attention_shift`.
     """
 
     def sizes(self, prompts: int, rounds: Sequence[Rollouts]) -> Tensor | None:

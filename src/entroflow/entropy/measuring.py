@@ -10,7 +10,12 @@ from scipy import stats
 from torch import Tensor
 
 from entroflow.entropy.curve import EntropyCurve
-from entroflow.entropy.probe import attention_shift, entropy_by_step
+from entroflow.entropy.probe import (
+    attention_shift,
+    entropy_by_step,
+    probe_of,
+    probed_velocity,
+)
 from entroflow.ledger import Ledger
 from entroflow.plain_sections import Attention
 from entroflow.policies.base import Condition, Policy
@@ -18,7 +23,7 @@ from entroflow.prompts import Prompt
 from entroflow.rewards.base import Scores
 from entroflow.sampling.kernels import ODE
 from entroflow.sampling.noise import Stream
-from entroflow.sampling.plan import Role, fresh_rows
+from entroflow.sampling.plan import Plan, Role, fresh_rows
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.sampling.solver import sample
 
@@ -40,6 +45,24 @@ class AttentionMeter:
         """What is measured in a round, from 0: nothing after the first."""
         on = self.settings.measure or self._of_allocation or self._of_exploration
         return self.settings if on and number == 0 else None
+
+    def try_out(
+        self, policy: Policy, prompts: list[Prompt], sigma: Tensor, guidance: float
+    ) -> None:
+        """Measure one state, if any is to be.
+
+        Not counted: a run that is resumed asks again, and spends the same.
+
+        Raises:
+            InputError: the policy shows no attention, or it can't be looked at.
+        """
+        settings = self.in_round(0)
+        if settings is None:
+            return
+        cond = policy.encode([prompts[0].text])
+        x = torch.zeros(1, *policy.latent_shape)
+        with torch.no_grad():
+            probed_velocity(policy, x, sigma, cond, guidance, torch.ones(1).bool(), settings)
 
     def entropy_for_plans(
         self,
@@ -63,10 +86,10 @@ class AttentionMeter:
             )  # fmt: skip
             rollouts = Rollouts.empty(plan, policy.latent_shape)
             cond = policy.encode(plan.texts)
-            with policy.weights("reference"):
+            with ledger.timed("attention"), policy.weights("reference"):
                 for _ in sample(
                     policy, ODE(), rollouts, cond, seed=seed, iteration=0, guidance=guidance,
-                    batch_size=batch_size, initial=Stream.PROBE, attention=self.settings,
+                    batch_size=batch_size, initial=Stream.PROBE, probe=probe_of(self.settings),
                     ledger=ledger,
                 ):  # fmt: skip
                     pass
@@ -102,27 +125,26 @@ class AttentionMeter:
         return prompts * min(self.settings.states, steps) if self._of_allocation else 0
 
 
-def attention_metrics(rollouts: Rollouts, scores: Scores) -> dict[str, Any]:
+def attention_metrics(
+    rollouts: Rollouts, scores: Scores, *, relative: bool = False
+) -> dict[str, Any]:
     """Of an iteration that measured attention, ready for JSON; else nothing.
+
+    Args:
+        relative: whether a reward compares an image with the others of its group.
 
     Returns:
         `attention/shift`: the median over prompts; `attention/rank_correlation`: of that shift and
         the spread of rewards, as AEGPO takes the one for a sign of the other; None where it is
         undefined. `attention`: `entropy`, [T], None where it was not measured; `explored`, the
         steps that were stochastic; and of every `prompt` the `shift`, its number of rollouts as
-        `size`, and the standard deviation of their reward within groups as `spread`.
+        `size`, and the `spread` of their rewards, see `reward_spread`.
     """
     plan, shift = rollouts.plan, rollouts.attention_shift
     if shift is None:
         return {}
     rollout = plan.role == Role.ROLLOUT
-    rated = rollout & plan.scored & ~scores.values.isnan()
-    spread = torch.full((len(plan.prompts),), torch.nan, dtype=torch.float64)
-    for prompt in range(len(plan.prompts)):
-        mine = rated & (plan.prompt == prompt)
-        groups = [scores.values[mine & (plan.group == g)] for g in plan.group[mine].unique()]
-        if groups:
-            spread[prompt] = torch.stack([g.double().std(correction=0) for g in groups]).mean()
+    spread = reward_spread(plan, scores, relative=relative)
     random = (plan.std > 0) & rollout[:, None]
     known = ~(shift.isnan() | spread.isnan())
     (median,) = _for_json(shift.nanmedian()[None])
@@ -138,6 +160,30 @@ def attention_metrics(rollouts: Rollouts, scores: Scores) -> dict[str, Any]:
             "spread": _for_json(spread),
         },
     }
+
+
+def reward_spread(plan: Plan, scores: Scores, *, relative: bool) -> Tensor:
+    """[P] standard deviation of the rewards within the groups of a prompt, their mean.
+
+    That of a large group is larger in expectation. So of all groups as many members count as the
+    smallest has, or the size that a prompt was given would show as its spread.
+
+    Args:
+        relative: whether a reward compares an image with the others of its group. Its values depend
+            on the size, too: where groups differ in it, all are NaN.
+    """
+    rollout = plan.role == Role.ROLLOUT
+    spread = torch.full((len(plan.prompts),), torch.nan, dtype=torch.float64)
+    sizes = plan.group[rollout].unique(return_counts=True)[1]
+    if not len(sizes) or (relative and (sizes != sizes[0]).any()):
+        return spread
+    rated = rollout & plan.scored & ~scores.values.isnan() & (plan.member < sizes.min())
+    for prompt in range(len(plan.prompts)):
+        mine = rated & (plan.prompt == prompt)
+        groups = [scores.values[mine & (plan.group == g)] for g in plan.group[mine].unique()]
+        if groups:
+            spread[prompt] = torch.stack([g.double().std(correction=0) for g in groups]).mean()
+    return spread
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> float | None:

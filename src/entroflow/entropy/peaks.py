@@ -27,11 +27,11 @@ def prominent(curve: Tensor, eligible: Tensor, count: int, separation: int = 1) 
 
     A border counts as one if it is above its only neighbour, a plateau at its first step. First
     come those of the largest prominence (how far the curve falls before it rises above them), of
-    equals the highest, then the earliest.
+    equals the highest, then the earliest; then the other steps, the highest first.
 
     Args:
         curve, eligible, count: see `highest`.
-        separation: a maximum nearer than this to a better one is passed over.
+        separation: a step nearer than this to a better one is passed over, unless too few are left.
 
     Returns:
         As `highest`.
@@ -43,12 +43,12 @@ def prominent(curve: Tensor, eligible: Tensor, count: int, separation: int = 1) 
     depth = peak_prominences(padded, middle)[0].tolist()
     peaks = (plateau["left_edges"] - 1).tolist()
     ranked = sorted(zip(peaks, depth, strict=True), key=lambda p: (-p[1], -values[p[0]], p[0]))
+    best_first = [peak for peak, _ in ranked]
+    best_first += torch.argsort(values, descending=True, stable=True).tolist()
     chosen: list[int] = []
-    for peak, _ in ranked:
-        apart = all(abs(peak - other) >= separation for other in chosen)
-        if eligible[peak] and apart and len(chosen) < count:
-            chosen.append(peak)
-    rest = eligible.clone()
-    rest[chosen] = False
-    fill = highest(curve, rest, count - len(chosen))
-    return torch.cat([torch.tensor(chosen, dtype=torch.long), fill]).sort().values
+    for least in (separation, 1):
+        for step in best_first:
+            apart = all(abs(step - other) >= least for other in chosen)
+            if eligible[step] and apart and len(chosen) < count:
+                chosen.append(step)
+    return torch.tensor(sorted(chosen), dtype=torch.long)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
@@ -18,6 +18,10 @@ from entroflow.policies.base import Condition, Policy
 from entroflow.sampling.noise import Stream, generator
 from entroflow.sampling.plan import Plan, probed_rows
 from entroflow.sampling.rollouts import Rollouts
+from entroflow.sampling.solver import Probe
+
+TOKENS = -1
+"""Where the choice of tokens has its random numbers: a step that no state has."""
 
 
 @cache
@@ -25,8 +29,8 @@ def stratified(tokens: int, count: int, seed: int) -> Tensor:
     """[min(count, tokens)] image tokens: one from each of `count` equal pieces of their order."""
     if count >= tokens:
         return torch.arange(tokens)
-    edges = torch.linspace(0, tokens, count + 1).round().long().tolist()
-    source = generator(seed, Stream.PROBE)
+    edges = [piece * tokens // count for piece in range(count + 1)]
+    source = generator(seed, Stream.PROBE, step=TOKENS)
     return torch.tensor([int(source.integers(low, high)) for low, high in pairwise(edges)])
 
 
@@ -51,7 +55,7 @@ def probed_velocity(
         nats where it is not normalised), NaN where nothing was measured.
 
     Raises:
-        InputError: the policy shows no attention.
+        InputError: the policy shows no attention, or a layer twice.
     """
     entropy = torch.full((len(x),), torch.nan)
     if not rows.any():
@@ -64,8 +68,13 @@ def probed_velocity(
             "attention is to be measured, but the policy shows none; one of your own shows it with "
             "entroflow.policies.attention.show."
         )
-    entropy[rows] = torch.stack(seen.layers).mean(dim=0)
+    entropy[rows] = torch.stack([*seen.layers.values()]).mean(dim=0)
     return velocity, entropy
+
+
+def probe_of(settings: Attention | None) -> Probe | None:
+    """`probed_velocity` by some settings; None without."""
+    return None if settings is None else partial(probed_velocity, settings=settings)
 
 
 def compared_states(plan: Plan, count: int) -> Tensor:
@@ -105,7 +114,7 @@ def attention_shift(
     row, step = compared_states(plan, settings.states).nonzero(as_tuple=True)
     ours = rollouts.attention_entropy[row, step]
     theirs = ours.clone()
-    if not policy.weights.equal("live", "reference"):
+    if len(row) and not policy.weights.equal("live", "reference"):
         # Only conditional rows are looked at: where guidance takes a second pass, there is none.
         guidance = min(guidance, 1.0, key=policy.evaluations)
         sigma, prompt = plan.sigmas[row, step], plan.prompt[row]
@@ -138,12 +147,12 @@ class _Seen:
     """What is seen of one network call.
 
     Attributes:
-        layers: of every measured layer, the entropy [n] of the measured rows.
+        layers: by number, of every measured layer the entropy [n] of the measured rows.
     """
 
     settings: Attention
     rows: Tensor
-    layers: list[Tensor] = field(default_factory=list)
+    layers: dict[int, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def see(self, layer: int, q: Tensor, k: Tensor, text: slice) -> None:
@@ -151,6 +160,11 @@ class _Seen:
         settings = self.settings
         if layer % settings.layer_stride:
             return
+        if layer in self.layers:
+            raise InputError(
+                f"the policy shows its attention layer {layer} twice for one velocity; mark the "
+                "rows that see their prompt, with entroflow.policies.attention.conditional."
+            )
         rows, N = self.rows.to(q.device), q.shape[2]
         q, k = q[rows], k[rows]
         if settings.queries < N:
@@ -163,4 +177,4 @@ class _Seen:
             entropy = attention_entropy(q, k)
         if settings.normalised:
             entropy = normalised(entropy, k.shape[2])
-        self.layers.append(entropy.mean(dim=(1, 2)).float().cpu())
+        self.layers[layer] = entropy.mean(dim=(1, 2)).float().cpu()

@@ -23,10 +23,10 @@ from entroflow.rewards.scoring import attempt
 from entroflow.sampling.noise import Stream, generator
 
 
-def compares(reward: AnyReward | None, monitors: Mapping[str, AnyReward]) -> bool:
-    """Whether any of them judges an image against others only."""
-    trained = {} if reward is None else rewards_of(reward)
-    return any(isinstance(part, GroupReward) for part in [*trained.values(), *monitors.values()])
+def compares(*rewards: AnyReward) -> bool:
+    """Whether any of them, or of their parts, judges an image against others only."""
+    parts = [part for reward in rewards for part in rewards_of(reward).values()]
+    return any(isinstance(part, GroupReward) for part in parts)
 
 
 def watched(

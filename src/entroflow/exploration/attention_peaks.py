@@ -25,7 +25,9 @@ class PeakChoice(Component):
         "the highest others where they are too few",
     )
     separation: int = Field(
-        1, ge=1, description="of select: peaks; least distance between two of them, in steps"
+        1,
+        ge=1,
+        description="of select: peaks; least distance between two steps, where enough are left",
     )
     exclude: tuple[int, ...] = Field(
         (), description="steps that are never chosen; the last of the grid never is"

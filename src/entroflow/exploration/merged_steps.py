@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from entroflow.entropy.steps import Scale, merge_length
 from entroflow.errors import InputError
@@ -32,7 +32,7 @@ class MergedSteps(PeakChoice):
     starts: Part | Literal["attention_peaks"] | tuple[int, ...] = Field(
         "first_half",
         description="where rollouts branch off: a part of the steps, their indices, or where "
-        "attention is most spread out, which the last four keys choose",
+        "attention is most spread out, by count, select, separation and exclude",
     )
     merge: Literal["entropy"] | int | tuple[int, ...] = Field(
         "entropy",
@@ -51,6 +51,17 @@ class MergedSteps(PeakChoice):
     overlap: bool = Field(
         True, description="false: the next start is where the last merged step ended"
     )
+
+    @model_validator(mode="after")
+    def _chooses_only_by_attention(self) -> Self:
+        if self.starts != "attention_peaks":
+            for key, field in PeakChoice.model_fields.items():
+                if getattr(self, key) != field.default:
+                    raise ValueError(
+                        f"{key} chooses among starts by attention: set starts: attention_peaks, or "
+                        f"leave {key} out"
+                    )
+        return self
 
     @property
     def needs_attention(self) -> bool:

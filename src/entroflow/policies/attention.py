@@ -79,7 +79,8 @@ def show(layer: int, q: Tensor, k: Tensor, text: slice) -> None:
     start, stop, _ = text.indices(keys)
     if q.shape[2] == keys:
         q = q[:, :, stop:] if start == 0 else q[:, :, :start]
-    watcher.see(layer, q[rows], k[rows], slice(start, stop))
+    if len(q[rows]):
+        watcher.see(layer, q[rows], k[rows], slice(start, stop))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layer: int, text: int) -> Tensor:

@@ -9,18 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from entroflow.entropy.probe import probed_velocity
 from entroflow.ledger import Ledger
-from entroflow.plain_sections import Attention
 from entroflow.policies.base import Condition, Policy
 from entroflow.sampling.kernels import Kernel, log_prob
 from entroflow.sampling.noise import Stream, gaussian
 from entroflow.sampling.plan import FRESH, probed_rows
 from entroflow.sampling.rollouts import ABSENT, Rollouts
+
+
+class Probe(Protocol):
+    """A measurement of the network while it computes velocities, which it does not change."""
+
+    def __call__(
+        self,
+        policy: Policy,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Condition,
+        guidance: float,
+        rows: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The velocity [B, ...], and [B] a number for those of the rows [B] bool, NaN elsewhere."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,7 @@ def integrate(
     guidance: float = 1.0,
     batch_size: int = 64,
     velocity: Tensor | None = None,
-    attention: Attention | None = None,
+    probe: Probe | None = None,
     probed: Tensor | None = None,
     ledger: Ledger | None = None,
 ) -> Iterator[Moves]:
@@ -76,7 +91,7 @@ def integrate(
         guidance: guidance scale handed to the policy.
         batch_size: most rows in one network call.
         velocity: [B, *latent] known velocity at the first state; NaN rows are not known.
-        attention: which attention entropy is measured, if any.
+        probe: measures attention entropy, if anything does.
         probed: [B] bool, of which rows.
         ledger: counts the network evaluations.
     """
@@ -111,10 +126,10 @@ def integrate(
         row = waiting[:batch_size]
         sigma = sigmas[row, position[row]].to(torch.promote_types(x.dtype, torch.float32))
         given = x[row], sigma, cond.take(prompt[row]), guidance
-        if attention is None or probed is None:
+        if probe is None or probed is None:
             v, entropy = policy.velocity(*given), torch.full((len(row),), torch.nan)
         else:
-            v, entropy = probed_velocity(policy, *given, probed[row], attention)
+            v, entropy = probe(policy, *given, probed[row])
         if ledger is not None:
             ledger.forward(len(row) * policy.evaluations(guidance))
         yield advance(row, v, entropy)
@@ -132,7 +147,7 @@ def sample(
     guidance: float = 1.0,
     batch_size: int = 64,
     initial: Stream = Stream.INITIAL,
-    attention: Attention | None = None,
+    probe: Probe | None = None,
     ledger: Ledger | None = None,
 ) -> Iterator[Tensor]:
     """Sample the plan of `rollouts` and fill them; yields row numbers as their images are done.
@@ -145,7 +160,7 @@ def sample(
         guidance: guidance scale.
         batch_size: most rows in one network call.
         initial: stream of the initial noise.
-        attention: which attention entropy is measured, if any; of the rows of `probed_rows`.
+        probe: measures attention entropy, if anything does, of the rows of `probed_rows`.
         ledger: counts network evaluations and decodes.
     """
     plan, sigmas, latent_shape = rollouts.plan, rollouts.plan.sigmas, policy.latent_shape
@@ -163,7 +178,7 @@ def sample(
         moves = integrate(
             policy, kernel, x, cond, plan.prompt[wave], sigmas[wave], plan.std[wave],
             noise=step_noise, guidance=guidance, batch_size=batch_size,
-            velocity=velocity, attention=attention, probed=probed[wave], ledger=ledger,
+            velocity=velocity, probe=probe, probed=probed[wave], ledger=ledger,
         )  # fmt: skip
         for move in moves:
             _remember(rollouts, wave, move)

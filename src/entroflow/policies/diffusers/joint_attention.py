@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from entroflow.errors import InputError
 from entroflow.policies.attention import show
 
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
@@ -63,8 +64,11 @@ class _Intercepted(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention and self._layer is not None:
             named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-            # Neither model has a mask or a scale of its own; another one would need them here.
-            assert named.get("attn_mask") is None
-            assert named.get("scale") is None
+            if named.get("attn_mask") is not None or named.get("scale") is not None:
+                raise InputError(
+                    f"attention layer {self._layer} has a mask or a scale of its own, which the "
+                    "measurement of attention entropy does not know; leave the section attention "
+                    "and what needs it out."
+                )
             show(self._layer, named["query"], named["key"], self._text)
         return func(*args, **kwargs)
