@@ -18,9 +18,9 @@ from entroflow.sampling.grid import shifted_grid
 class GaussianPolicy:
     """The policy of the module's docstring; its one parameter is the learnable `shift`, at first 0.
 
-    Everything is float64, whatever the states are stored in. Guidance changes nothing. Attention has
-    no part in the velocity, but some is shown: every value looks at the velocity's values, and at a
-    text token of zeros.
+    Everything is float64, whatever the states are stored in. Guidance changes nothing. Attention
+    has no part in the velocity, but some is shown: every value looks at the velocity's values, and
+    at a text token of zeros.
 
     Attributes:
         mean, variance: of the data at shift 0.
