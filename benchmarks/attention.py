@@ -1,6 +1,6 @@
 """What does it cost to measure attention entropy?
 
-    python benchmarks/attention.py [--repeats 9] [--out FILE]
+    python benchmarks/attention.py [--repeats 15] [--out FILE]
 
 Rollouts of `flow_grpo` on the embedded model, with and without it in turn: the ratio of their times,
 with the settings as they are and with every layer. And the ratio for a single network call where every
@@ -22,6 +22,7 @@ from entroflow.entropy.probe import compared_states, probe_of, probed_velocity
 from entroflow.exploration.base import Request
 from entroflow.plain_sections import Attention
 from entroflow.recipe import load_recipe
+from entroflow.runs import package_version
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.sampling.solver import sample
 
@@ -50,7 +51,7 @@ def ratios(
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -96,7 +97,8 @@ def main() -> None:
         }
         for name, settings in SETTINGS.items()
     }  # fmt: skip
-    text = json.dumps(result, indent=1)
+    made = {"version": package_version(), "repeats": arguments.repeats, "threads": 1}
+    text = json.dumps({**made, "ratios": result}, indent=1)
     print(text)
     if arguments.out:
         arguments.out.write_text(text + "\n", encoding="utf-8")
