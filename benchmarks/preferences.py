@@ -41,11 +41,27 @@ def recipe_of(result: Mapping[str, Any]) -> str:
     return str(result["arm"]["recipe"])
 
 
-def farthest(point: Mapping[str, Any]) -> tuple[str, float]:
-    """The statistic that has moved farthest at an evaluation, and how far."""
-    drifts = {k.removeprefix("drift/"): v for k, v in point.items() if k.startswith("drift/")}
+def farthest(point: Mapping[str, Any], known: set[str]) -> tuple[str, float]:
+    """Of the known statistics that which has moved farthest at an evaluation, and how far."""
+    drifts = {name: moved for name in known if (moved := point.get(f"drift/{name}")) is not None}
     name = max(drifts, key=lambda key: abs(drifts[key]))
     return name, drifts[name]
+
+
+def statistics_of(results: Results) -> set[str]:
+    """Those that all evaluations have: older ones may lack some, and have others."""
+    points = [point for result in results for point in result["curve"]]
+    return set.intersection(
+        *({k.removeprefix("drift/") for k in p if k.startswith("drift/")} for p in points)
+    )
+
+
+def warned(result: Mapping[str, Any], known: set[str]) -> bool:
+    """Whether the sentinel has warned of one of the known statistics, or of a reward."""
+    return any(
+        name in known or f"drift/{name}" not in point
+        for point in result["curve"] for name in point.get("hacking") or ()
+    )  # fmt: skip
 
 
 def without_kl(result: Mapping[str, Any]) -> bool:
@@ -60,18 +76,19 @@ def table(results: Results) -> str:
         "texture | diversity | farthest drift | alarms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    known = statistics_of(results)
     for row in rows(results):
         of_row = [r for r in results if name_of(r) == row.name]
         ends = [r["curve"][-1] for r in of_row]
         recipe = recipe_of(of_row[0])
-        names = sorted({farthest(end)[0] for end in ends})
-        alarms = sum(any(point.get("hacking") for point in r["curve"]) for r in of_row)
+        names = sorted({farthest(end, known)[0] for end in ends})
+        alarms = sum(warned(result, known) for result in of_row)
         lines.append(
             f"| `{row.name}` | {row.score:.3f} ± {row.spread:.3f} | {row.gain:+.3f} | "
             f"{_spread([e[LEARNT[recipe]] - r['curve'][0][LEARNT[recipe]] for e, r in zip(ends, of_row, strict=True)], '+')} | "
             f"{_spread([end[WINS[recipe]] for end in ends])} | "
             f"× {row.ratio('texture'):.2f} | × {row.ratio('diversity'):.2f} | "
-            f"{_spread([abs(farthest(end)[1]) for end in ends])} ({', '.join(names)}) | "
+            f"{_spread([abs(farthest(end, known)[1]) for end in ends])} ({', '.join(names)}) | "
             f"{alarms} of {len(of_row)} |"
         )
     return "\n".join(lines)
@@ -88,11 +105,15 @@ def draw(results: Results) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    known = statistics_of(results)
     panels = (
         ("strict score, held-out prompts", lambda recipe, point: point["eval/score"]),
         ("learnt score (log-odds)", lambda recipe, point: point[LEARNT[recipe]]),
         ("win rate over the base", lambda recipe, point: point[WINS[recipe]]),
-        ("farthest drift (sd of the base's images)", lambda _, point: abs(farthest(point)[1])),
+        (
+            "farthest drift (sd of the base's images)",
+            lambda _, point: abs(farthest(point, known)[1]),
+        ),
     )
     figure, grid = pyplot.subplots(2, 2, figsize=(10, 6.4), dpi=110, sharex=True)
     colors = dict(zip(RECIPES, ("tab:blue", "tab:orange"), strict=True))

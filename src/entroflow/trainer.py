@@ -323,7 +323,8 @@ class Trainer:
         sighting = self.sentinel.look(
             torch.full((1,), torch.nan) if found.drawn is None else found.drawn.rewards,
             {name: values for name, values in vectors.items() if name not in settings.rewards},
-            {name: values for name, values in vectors.items() if name in settings.rewards},
+            {name: v for name, v in vectors.items() if name in settings.rewards}
+            | ({} if found.by_image is None else {"score": found.by_image}),
             first=self.iteration == 0,
         )
         drifts = {f"drift/{name}": moved for name, moved in sighting.drifts.items()}

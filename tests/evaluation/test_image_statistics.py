@@ -8,15 +8,15 @@ import scipy.ndimage
 import torch
 
 from entroflow.evaluation.image_statistics import (
-    bright,
+    black,
     brightness,
     colors,
-    dark,
     detail,
     diversity,
     edges,
     saturated,
     statistics,
+    white,
 )
 
 
@@ -28,9 +28,16 @@ def test_a_flat_picture_has_the_luma_of_its_colour_and_nothing_else():
     images = torch.cat([flat(1.0, 0, 0), flat(0, 1.0, 0), flat(0, 0, 1.0), flat(0.25, 0.25, 0.25)])
     assert brightness(images).tolist() == pytest.approx([0.299, 0.587, 0.114, 0.25])
     assert saturated(images).tolist() == [1, 1, 1, 0]
-    for nothing in (dark, bright, edges, colors):
+    for nothing in (black, white, edges, colors):
         assert nothing(images).tolist() == [0, 0, 0, 0], nothing
     assert detail(images).tolist() == pytest.approx([0, 0, 0, 0], abs=1e-6)
+
+
+def test_light_gray_is_not_white_nor_dark_gray_black():
+    """A background that is a little lighter than before has lost nothing."""
+    images = torch.cat([flat(*3 * [level]) for level in (0.0, 0.015, 0.03, 0.96, 0.985, 1.0)])
+    assert black(images).tolist() == [1, 1, 0, 0, 0, 0]
+    assert white(images).tolist() == [0, 0, 0, 0, 1, 1]
 
 
 def test_shares_of_pixels_are_counted():
@@ -38,7 +45,7 @@ def test_shares_of_pixels_are_counted():
     image = torch.full((1, 3, 4, 4), 0.5)
     image[..., 0, :], image[..., 1, :] = 0, 1
     image[:, :, 2, :2] = torch.tensor([1.0, 0, 0])[:, None]
-    assert (dark(image).item(), bright(image).item()) == (4 / 16, 4 / 16)
+    assert (black(image).item(), white(image).item()) == (4 / 16, 4 / 16)
     assert saturated(image).item() == 2 / 16
     shares = np.array([4, 4, 2, 6]) / 16
     assert colors(image).item() == pytest.approx(-(shares * np.log2(shares)).sum(), abs=1e-6)
@@ -75,7 +82,7 @@ def test_all_statistics_are_of_each_image_and_prompt():
     found = statistics(images, torch.tensor([0, 0, 0, 1, 1, 1]))
     assert {name: len(values) for name, values in found.items()} == {
         **dict.fromkeys(
-            ("brightness", "dark", "bright", "saturated", "edges", "detail", "colors"), 6
+            ("brightness", "black", "white", "saturated", "edges", "detail", "colors"), 6
         ),
         "diversity": 2,
     }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import entroflow
 from entroflow.errors import InputError, RecipeError
+from entroflow.evaluation.reward import RewardEvaluation
 from entroflow.launch import resume
 from entroflow.rewards.pairwise import Pairwise
 from entroflow.runs import RunFolder
@@ -57,6 +59,25 @@ def test_a_reward_that_is_hacked_is_seen(tmp_path, held_out, caplog):
     report = (folder.path / "report.html").read_text()
     assert "The reward rises, but brightness is +" in report
     assert "How far the images have moved" in report
+
+
+class Darkness(RewardEvaluation):
+    """Its score is the opposite of the reward."""
+
+    def judged(self, drawn):
+        return replace(super().judged(drawn), by_image=-drawn.rewards)
+
+
+def test_a_score_that_falls_while_the_reward_rises_is_seen(tmp_path, held_out, caplog):
+    other = held_out | {"type": f"{__name__}.Darkness"}
+    found = lines(hacked(tmp_path / "run", other, band=100.0))
+    (first, *_) = [line for line in found if "hacking" in line]
+    assert [*first["hacking"]] == ["score"]
+    assert first["eval/reward"] > found[0]["eval/reward"]
+    assert "the reward rises, but score has fallen from " in caplog.text
+    assert not any(
+        "hacking" in line for line in lines(hacked(tmp_path / "b", held_out, band=100.0))
+    )
 
 
 def test_it_ends_the_run_where_it_is_to(tmp_path, held_out, caplog):

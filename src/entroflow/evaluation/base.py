@@ -90,6 +90,8 @@ class Evaluated:
             is judged prompt by prompt; else as if the two evaluations were independent.
         drawn: all images that were judged, always in the same order; without them there are no
             monitors of the recipe and no win rates.
+        by_image: [n] the score of each image that was drawn, NaN where it has none. Where it is
+            given, a score that falls while the trained reward rises is warned of.
         win_rates: by name of a reward that compares, [n] points of each image over the base's.
     """
 
@@ -101,6 +103,7 @@ class Evaluated:
     passed: Sequence[bool | None]
     by_prompt: Tensor | None = None
     drawn: Drawn | None = None
+    by_image: Tensor | None = None
     win_rates: Mapping[str, Tensor] = field(default_factory=dict)
 
     def monitor_means(self) -> dict[str, float]:

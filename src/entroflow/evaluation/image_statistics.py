@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in the brightness of a pixel (ITU-R BT.601)."""
-DARK, BRIGHT = 0.1, 0.95
-"""Luma below and above which a pixel counts as dark and as bright."""
+BLACK, WHITE = 0.02, 0.98
+"""Luma below and above which a pixel has lost what there was to see; five levels of 255."""
 SATURATED = 0.8
 """Distance of the largest from the smallest channel above which a pixel counts as saturated."""
 EDGE = 0.1
@@ -31,7 +31,7 @@ def statistics(images: Tensor, prompt: Tensor) -> dict[str, Tensor]:
         images: [B, 3, H, W].
         prompt: [B] prompt numbers.
     """
-    each = (brightness, dark, bright, saturated, edges, detail, colors)
+    each = (brightness, black, white, saturated, edges, detail, colors)
     # A few at a time: of large images, copies of all would fill the memory.
     chunks = [chunk.float() for chunk in images.split(CHUNK)]
     by_image = {one.__name__: torch.cat([one(chunk) for chunk in chunks]) for one in each}
@@ -43,14 +43,14 @@ def brightness(images: Tensor) -> Tensor:
     return _luma(images).flatten(1).mean(dim=1)
 
 
-def dark(images: Tensor) -> Tensor:
-    """[B] share of pixels that are nearly black."""
-    return (_luma(images) < DARK).float().flatten(1).mean(dim=1)
+def black(images: Tensor) -> Tensor:
+    """[B] share of pixels that are black, or too dark to differ."""
+    return (_luma(images) < BLACK).float().flatten(1).mean(dim=1)
 
 
-def bright(images: Tensor) -> Tensor:
-    """[B] share of pixels that are nearly white."""
-    return (_luma(images) > BRIGHT).float().flatten(1).mean(dim=1)
+def white(images: Tensor) -> Tensor:
+    """[B] share of pixels that are white, or too bright to differ."""
+    return (_luma(images) > WHITE).float().flatten(1).mean(dim=1)
 
 
 def saturated(images: Tensor) -> Tensor:

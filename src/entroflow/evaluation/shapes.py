@@ -75,6 +75,7 @@ class ShapesEvaluation(HeldOutEvaluation):
             captions=[grammar.text(shown[row]) for row in examples],
             passed=strict[examples].tolist(),
             drawn=drawn,
+            by_image=strict.double(),
         )
 
 

@@ -163,8 +163,8 @@ NO_MONITORS = ("eval/score", "eval/score_low", "eval/score_high", "eval/reward",
 NAMES = {
     "texture": "background texture",
     "diversity": "diversity within a prompt",
-    "dark": "dark pixels",
-    "bright": "bright pixels",
+    "black": "black pixels",
+    "white": "white pixels",
     "saturated": "saturated pixels",
     "colors": "entropy of the colours",
 }

@@ -1,0 +1,1 @@
+"""Entropy control for language models (Entropy dynamics, 2602.03392)."""

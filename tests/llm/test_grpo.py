@@ -1,0 +1,292 @@
+"""Clip_B and Clip_V in TRL's trainer: plain GRPO where nothing is left out (B-8, B-10)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+import tiny_llm
+from entroflow.entropy.tokens import token_statistics
+from entroflow.errors import InputError
+from entroflow.llm.clips import clip_b, clip_v
+from entroflow.llm.grpo import EntropyGRPOConfig, EntropyGRPOTrainer
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def plain(folder, **changed):
+    return GRPOTrainer(
+        tiny_llm.model(), tiny_llm.reward, args=GRPOConfig(**tiny_llm.settings(folder, **changed)),
+        train_dataset=tiny_llm.prompts(), processing_class=tiny_llm.tokenizer(),
+    )  # fmt: skip
+
+
+def ours(folder, **changed):
+    arguments = EntropyGRPOConfig(**tiny_llm.settings(folder, **changed))
+    return EntropyGRPOTrainer(
+        tiny_llm.model(), tiny_llm.reward, args=arguments,
+        train_dataset=tiny_llm.prompts(), processing_class=tiny_llm.tokenizer(),
+    )  # fmt: skip
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def logged(trainer, key):
+    return [line[key] for line in trainer.state.log_history if key in line]
+
+
+def kept_batches(trainer, monkeypatch):
+    """What the trainer prepares for its updates, and the policy at that time."""
+    found, own = [], GRPOTrainer._generate_and_score_completions
+
+    def prepared(self, inputs):
+        batch = own(self, inputs)
+        found.append((dict(batch), tiny_llm.model()))
+        found[-1][1].load_state_dict(self.model.state_dict())
+        return batch
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", prepared)
+    return found
+
+
+def statistics(policy, batch, temperature=1.0):
+    """Of a batch at once, without TRL: the network on prompt and completion, dense logits."""
+    both = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    seen = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    with torch.no_grad():
+        logits = policy(input_ids=both, attention_mask=seen).logits
+    width = batch["completion_ids"].shape[1]
+    return token_statistics(logits[:, -width - 1 : -1], batch["completion_ids"], temperature)
+
+
+# --- nothing left out is plain GRPO ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [
+    {"entropy_clip": "none"},
+    {"entropy_clip": "b", "entropy_clip_mu": math.inf},
+    {"entropy_clip": "v", "entropy_clip_mu": math.inf, "entropy_clip_sides": "two"},
+    {"entropy_clip": "b", "entropy_clip_mu": math.inf, "entropy_clip_denominator": "shrink"},
+    {"entropy_clip": "v", "entropy_clip_mu": math.inf, "entropy_change": False},
+])  # fmt: skip
+@pytest.mark.parametrize("host", [
+    {},
+    {"loss_type": "grpo", "beta": 0.1, "num_iterations": 2},
+    {"loss_type": "cispo", "temperature": 0.7, "gradient_accumulation_steps": 2},
+    {"importance_sampling_level": "sequence", "entropy_coef": 0.01},
+], ids=str)  # fmt: skip
+def test_with_infinite_thresholds_it_is_trls_own_to_the_bit(tmp_path, host, changes):
+    first = plain(tmp_path / "plain", **host)
+    first.train()
+    second = ours(tmp_path / "ours", **host, **changes)
+    second.train()
+    start, before, after = tiny_llm.model().state_dict(), weights(first), weights(second)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(before[name], start[name]) for name in before)
+    assert logged(first, "loss") == logged(second, "loss")
+    assert logged(first, "grad_norm") == logged(second, "grad_norm")
+
+
+# --- what is left out -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", ["b", "v"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_tokens_left_out_are_those_of_the_definition(tmp_path, monkeypatch, clip, temperature):
+    trainer = ours(
+        tmp_path, entropy_clip=clip, entropy_clip_mu=0.5, entropy_clip_most=0.5,
+        temperature=temperature,
+    )  # fmt: skip
+    kept = kept_batches(trainer, monkeypatch)
+    used, own = [], GRPOTrainer._compute_loss
+    monkeypatch.setattr(
+        GRPOTrainer, "_compute_loss", lambda s, m, i: (used.append(i), own(s, m, i))[1]
+    )
+    trainer.train()
+    assert len(kept) == len(used) == 3
+    shares = []
+    for (batch, policy), inputs in zip(kept, used, strict=True):
+        tokens = statistics(policy, batch, temperature)
+        valid, A = batch["completion_mask"].bool(), batch["advantages"][:, None]
+        if clip == "b":
+            found = clip_b(tokens, A, valid, mu=0.5)
+        else:
+            found = clip_v(tokens, A, valid, mu=0.5, most=0.5)
+        expected = A * found.keep
+        # Batches are shuffled between preparation and use.
+        assert sorted(inputs["advantages"].tolist()) == sorted(expected.tolist())
+        dropped = ~found.keep & valid
+        shares.append((dropped.sum() / valid.sum()).item())
+        assert dropped.any()
+        assert (A.expand(valid.shape)[dropped] < 0).all()
+    assert logged(trainer, "entropy_clip/share") == pytest.approx(shares, abs=1e-6)
+    assert all(0 < share < 1 for share in logged(trainer, "entropy_clip/penalised"))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2])
+@pytest.mark.parametrize("denominator", ["keep", "shrink"])
+@pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "grpo"])
+def test_the_loss_by_hand(tmp_path, monkeypatch, beta, denominator, loss_type):
+    """At ratio 1 a token's is -A keep + beta KL; by `keep` it counts, by `shrink` not at all."""
+    trainer = ours(
+        tmp_path, entropy_clip="b", entropy_clip_mu=0.3, beta=beta, loss_type=loss_type,
+        entropy_clip_denominator=denominator, max_steps=2,
+    )  # fmt: skip
+    kept = kept_batches(trainer, monkeypatch)
+    trainer.train()
+    (batch, policy) = kept[1]
+    tokens = statistics(policy, batch)
+    valid, A = batch["completion_mask"].bool(), batch["advantages"][:, None]
+    keep = clip_b(tokens, A, valid, mu=0.3).keep
+    assert (~keep).any()
+    per_token = (-A * keep).expand(valid.shape)
+    if beta:
+        away = batch["ref_per_token_logps"] - tokens.log_prob
+        per_token = per_token + beta * (away.exp() - away - 1)
+    counted = (valid & keep if denominator == "shrink" else valid).float()
+    if loss_type == "grpo":
+        expected = ((per_token * counted).sum(1) / counted.sum(1).clamp(min=1)).mean()
+    else:
+        expected = (per_token * counted).sum() / counted.sum()
+    assert logged(trainer, "loss")[1] == pytest.approx(expected.item(), abs=2e-5)
+
+
+def test_a_token_that_is_left_out_moves_no_logit_of_its_own(tmp_path, monkeypatch):
+    """The others do, and KL still does where the token counts."""
+    for beta in (0.0, 0.2):
+        trainer = ours(tmp_path / str(beta), entropy_clip="b", entropy_clip_mu=0.3, beta=beta)
+        trainer.train()
+        inputs = trainer._buffered_inputs[0]
+        caught = []
+        own = trainer._get_per_token_logps_and_entropies
+
+        def spied(*given, own=own, caught=caught, **named):
+            logps, entropies, rest = own(*given, **named)
+            logps.retain_grad()
+            caught.append(logps)
+            return logps, entropies, rest
+
+        monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", spied)
+        GRPOTrainer._compute_loss(trainer, trainer.model, inputs).backward()
+        gradient, valid = caught[0].grad, inputs["completion_mask"].bool()
+        dropped = (inputs["advantages"] == 0) & valid
+        assert dropped.any()
+        assert (gradient[valid & ~dropped] != 0).all()
+        assert (gradient[dropped] != 0).any() == bool(beta)
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_the_change_of_entropy_is_that_of_the_same_tokens(tmp_path, monkeypatch, iterations):
+    """Measured when all updates of the batch are done; predicted by -A (S - S_bar), on average."""
+    trainer = ours(tmp_path, entropy_clip="b", num_iterations=iterations, max_steps=4)
+    kept = kept_batches(trainer, monkeypatch)
+    policies = []
+
+    class After(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            policies.append(tiny_llm.model())
+            policies[-1].load_state_dict(trainer.model.state_dict())
+
+    trainer.add_callback(After())
+    trainer.train()
+    predicted, measured = [], []
+    for number, (batch, before) in enumerate(kept):
+        after = policies[(number + 1) * iterations - 1]
+        valid, A = batch["completion_mask"].bool(), batch["advantages"][:, None]
+        tokens = statistics(before, batch)
+        keep = clip_b(tokens, A, valid).keep
+        change = -A * keep * (tokens.discriminator - tokens.baseline)
+        predicted.append(change[valid].mean().item())
+        now = statistics(after, batch).entropy
+        measured.append((now - tokens.entropy)[valid].mean().item())
+    assert len(kept) == 4 // iterations
+    assert logged(trainer, "entropy_change/predicted") == pytest.approx(predicted, abs=1e-6)
+    assert logged(trainer, "entropy_change/measured") == pytest.approx(measured, abs=1e-5)
+    assert any(abs(m) > 1e-3 for m in measured)
+
+
+# --- two processes --------------------------------------------------------------------------------
+
+TWO = """
+import json, sys, torch
+from accelerate import Accelerator
+from entroflow.entropy.tokens import TokenStatistics
+from entroflow.llm.clips import clip_b, clip_v
+from entroflow.llm.grpo import OfAccelerator
+
+accelerator = Accelerator(cpu=True)
+me = accelerator.process_index
+torch.manual_seed(0)
+columns, A = torch.randn(4, 6, 5), torch.randn(6, 1)
+valid = torch.arange(5) < torch.randint(1, 6, (6, 1))
+rows = slice(0, 2) if me == 0 else slice(2, 6)
+mine = TokenStatistics(*(x[rows] for x in columns))
+found = {}
+for name, clip in (("b", clip_b), ("v", clip_v)):
+    whole = clip(TokenStatistics(*columns), A, valid, mu=0.3)
+    part = clip(mine, A[rows], valid[rows], mu=0.3, processes=OfAccelerator(accelerator))
+    found[name] = [
+        part.keep.tolist() == whole.keep[rows].tolist(), bool((~whole.keep).any()),
+        abs(part.spread.mean - whole.spread.mean) < 1e-12,
+        abs(part.spread.std - whole.spread.std) < 1e-12,
+    ]
+open(f"{sys.argv[1]}/{me}.json", "w").write(json.dumps([accelerator.num_processes, found]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_leave_out_what_one_does(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO, encoding="utf-8")
+    source = Path(sys.modules["entroflow"].__file__).parents[1]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+         str(script), str(tmp_path)],
+        check=True, timeout=300, env={**os.environ, **OFFLINE, "PYTHONPATH": str(source)},
+    )  # fmt: skip
+    for number in range(2):
+        processes, found = json.loads((tmp_path / f"{number}.json").read_text())
+        assert processes == 2
+        assert all(all(checks) for checks in found.values())
+
+
+# --- wrong settings -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"entropy_clip": "b", "loss_type": "luspo"}, "luspo takes one advantage"),
+    ({"entropy_clip": "b", "entropy_clip_mu": -1.0}, "must be at least 0"),
+    ({"entropy_clip": "b", "entropy_clip_mu": math.nan}, "must be at least 0"),
+    ({"entropy_clip": "v", "entropy_clip_most": 0.0}, "must be a share"),
+    ({"entropy_clip": "c"}, "entropy_clip is 'c'"),
+    ({"entropy_clip": "b", "entropy_clip_sides": "three"}, "entropy_clip_sides is 'three'"),
+    ({"entropy_clip": "b", "entropy_clip_denominator": "halve"}, "entropy_clip_denominator is"),
+])  # fmt: skip
+def test_what_can_not_be_is_refused(tmp_path, changes, said):
+    with pytest.raises(InputError, match=said):
+        ours(tmp_path, **changes)
+
+
+def test_sampling_from_another_distribution_is_warned_of(tmp_path, caplog):
+    ours(tmp_path, top_p=0.9)
+    assert "sample from another distribution" in caplog.text
+    caplog.clear()
+    ours(tmp_path, top_p=0.9, entropy_change=False)
+    assert not caplog.records

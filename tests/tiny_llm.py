@@ -1,0 +1,57 @@
+"""A tiny causal language model and what TRL needs to train it, without a download."""
+
+from __future__ import annotations
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+WORDS = [f"w{n}" for n in range(20)]
+PROMPTS = ["w1 w2 w3", "w4", "w5 w6", "w7 w8 w9 w10"]
+
+
+def tokenizer():
+    special = ["<pad>", "<end>", "<unknown>"]
+    known = {word: number for number, word in enumerate([*special, *WORDS])}
+    inner = Tokenizer(models.WordLevel(known, unk_token="<unknown>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>",
+        padding_side="left",
+    )  # fmt: skip
+
+
+def model(seed=0):
+    """Weights so large that its tokens have probabilities of all sizes."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=23, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        initializer_range=0.5, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config)
+
+
+def reward(completions, **_):
+    """How many of the words are even: differs between completions."""
+    found = []
+    for text in completions:
+        words = [word for word in text.split() if word.startswith("w")]
+        found.append(sum(int(word[1:]) % 2 == 0 for word in words) / max(len(words), 1))
+    return found
+
+
+def prompts():
+    return Dataset.from_dict({"prompt": PROMPTS})
+
+
+def settings(folder, **changed):
+    """Of TRL, for the CPU."""
+    return {
+        "output_dir": str(folder), "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
+        "report_to": "none", "per_device_train_batch_size": 8, "num_generations": 4,
+        "max_completion_length": 8, "max_steps": 3, "learning_rate": 1e-2, "save_strategy": "no",
+        "logging_steps": 1, "seed": 0, "disable_tqdm": True, **changed,
+    }  # fmt: skip
