@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from tempfile import TemporaryDirectory
+
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,9 +25,21 @@ def tokenizer():
     )  # fmt: skip
 
 
-def model(seed=0):
+@cache
+def _folder():
+    """Where the model lies: TRL loads the reference of a KL from there."""
+    folder = TemporaryDirectory(prefix="tiny_llm_")
+    _built().save_pretrained(folder.name)
+    return folder
+
+
+def model():
     """Weights so large that its tokens have probabilities of all sizes."""
-    torch.manual_seed(seed)
+    return Qwen2ForCausalLM.from_pretrained(_folder().name)
+
+
+def _built():
+    torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=23, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,

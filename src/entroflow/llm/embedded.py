@@ -1,0 +1,91 @@
+"""The language model in the package: a Qwen2 of a million parameters that plays Countdown.
+
+`base/` holds it as transformers writes models, so that everything that loads a model from a folder
+loads it. `pretrain.py` made it; MODEL_CARD.md says how good it is.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from entroflow.llm.countdown import WORDS
+
+BASE = Path(str(resources.files("entroflow"))) / "llm" / "base"
+"""Folder of the shipped model."""
+PAD, END, UNKNOWN = "<pad>", "<end>", "<unknown>"
+MOST_WORDS = 64
+
+
+def new_tokenizer() -> PreTrainedTokenizerFast:
+    """Every word of the task is a token."""
+    known = {word: number for number, word in enumerate([PAD, END, UNKNOWN, *WORDS])}
+    inner = Tokenizer(models.WordLevel(known, unk_token=UNKNOWN))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=PAD, eos_token=END, unk_token=UNKNOWN,
+        padding_side="left", model_max_length=MOST_WORDS,
+    )  # fmt: skip
+
+
+def new_model(seed: int) -> Qwen2ForCausalLM:
+    """Untrained."""
+    torch.manual_seed(seed)
+    tokenizer = new_tokenizer()
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=MOST_WORDS,
+            tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        )
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def answers(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: list[str],
+    *,
+    each: int,
+    most_words: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> list[list[str]]:
+    """Sampled answers to questions, `each` to every one.
+
+    Args:
+        model: of transformers, for causal language modelling.
+        each: answers to a question.
+        most_words: tokens after which an answer ends in any case.
+        temperature: 0 takes the likeliest token.
+        seed: of the sampling; the global random state is left as it was.
+        batch_size: most answers at a time.
+    """
+    asked = [question for question in questions for _ in range(each)]
+    device = next(model.parameters()).device
+    said: list[str] = []
+    training = model.training
+    model.eval()
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else None):
+        torch.manual_seed(seed)
+        for start in range(0, len(asked), batch_size):
+            given = tokenizer(
+                asked[start : start + batch_size], return_tensors="pt", padding=True
+            ).to(device)  # fmt: skip
+            written: Tensor = model.generate(  # type: ignore[operator]
+                input_ids=given["input_ids"], attention_mask=given["attention_mask"],
+                max_new_tokens=most_words, **(sampled if temperature else {"do_sample": False}),
+            )  # fmt: skip
+            new = written[:, given["input_ids"].shape[1] :]
+            said += tokenizer.batch_decode(new, skip_special_tokens=True)
+    model.train(training)
+    return [said[place : place + each] for place in range(0, len(said), each)]
