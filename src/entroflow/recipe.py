@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from entroflow.component import Component
 from entroflow.errors import RecipeError
 from entroflow.plain_sections import ENDS, Attention, Monitors, Optimizer, Run, Sampling, Scoring
+from entroflow.settings_text import holder_of, override_of, parse_yaml
 from entroflow.users_code import home_of, imported, raised, refuse_shadowed, search_beside
 from entroflow.wrong_keys import explained, hint
 
@@ -247,7 +247,7 @@ def recipe_titles() -> dict[str, str]:
     """Name -> title (and paper) of the shipped recipes."""
     titles = {}
     for name, path in shipped_recipes().items():
-        mapping = _parse_yaml(path.read_text(encoding="utf-8"), name)
+        mapping = parse_yaml(path.read_text(encoding="utf-8"), name)
         paper = mapping.get("paper")
         titles[name] = mapping.get("title", "") + (f" [{paper}]" if paper else "")
     return titles
@@ -274,7 +274,7 @@ def load_recipe(
         if given and section in given:
             raise RecipeError(f"{override}: {section} is given as an object; set its fields there.")
     name, text, folder = _find(str(name_or_path))
-    mapping = _parse_yaml(text, name)
+    mapping = parse_yaml(text, name)
     folder = _home_folder(mapping, folder)
     # A type goes before its fields, wherever it stands.
     for override in sorted(overrides, key=lambda o: not o.partition("=")[0].endswith(".type")):
@@ -303,7 +303,7 @@ def load_component(name_or_path: str | Path, section: str) -> Any:
         RecipeError: see `load_recipe`.
     """
     name, text, folder = _find(str(name_or_path))
-    mapping = _parse_yaml(text, name)
+    mapping = parse_yaml(text, name)
     folder = _home_folder(mapping, folder)
     search_beside(_of_users(folder))
     return _build(section, dict(mapping.get(section) or {}), f"{name}: {section}", folder)[0]
@@ -325,7 +325,7 @@ def changed(component: ComponentT, fields: Mapping[str, Any], where: str) -> Com
 def chosen_type(name_or_path: str | Path, section: str) -> str:
     """What a recipe chooses for a section, without importing or building it."""
     name, text, _ = _find(str(name_or_path))
-    fields = _parse_yaml(text, name).get(section) or {}
+    fields = parse_yaml(text, name).get(section) or {}
     return str(fields.get("type", next(iter(COMPONENTS[section]))))
 
 
@@ -380,39 +380,9 @@ def _find(name: str) -> tuple[str, str, Path | None]:
     raise RecipeError(f"there is no recipe {name!r}{hint(name, list(shipped))}")
 
 
-def _parse_yaml(text: str, where: str) -> dict[str, Any]:
-    try:
-        parsed = YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{where} is not valid YAML: {reason}") from None
-    if parsed is None:
-        return {}
-    if not isinstance(parsed, dict):
-        raise RecipeError(f"{where} must be a mapping of sections, not a {type(parsed).__name__}.")
-    return parsed
-
-
 def _apply_override(mapping: dict[str, Any], override: str) -> None:
-    path, equals, value = override.partition("=")
-    keys = path.split(".")
-    if not equals or not all(keys):
-        raise RecipeError(f"an override is section.key=value, not {override!r}.")
-    if keys[0] not in SECTIONS:
-        raise RecipeError(f"{override}: unknown section {keys[0]!r}{hint(keys[0], SECTIONS)}")
-    if len(keys) == 1:
-        raise RecipeError(f"{override}: name a key inside {keys[0]}, as in {keys[0]}.key=value.")
-    target = mapping
-    for key in keys[:-1]:
-        inner = target.get(key) or {}
-        if not isinstance(inner, dict):
-            raise RecipeError(f"{override}: {key} holds {inner!r}, not keys.")
-        target[key] = dict(inner)
-        target = target[key]
-    try:
-        parsed = YAML(typ="safe", pure=True).load(value)
-    except YAMLError:
-        parsed = value
+    keys, parsed = override_of(override, SECTIONS)
+    target = holder_of(mapping, keys, override)
     default = next(iter(COMPONENTS.get(keys[0], {"": ""})))
     if keys[1:] == ["type"] and target.get("type", default) != parsed:
         # Fields of the old type mean nothing to the new one.
