@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from entroflow.errors import InputError
+from entroflow.llm.cli import app as llm
 
 if TYPE_CHECKING:
     from entroflow.recipe import Recipe
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 pretrain_app = typer.Typer(no_args_is_help=True, help="Make base weights.")
 app.add_typer(pretrain_app, name="pretrain")
+app.add_typer(llm, name="llm")
 
 
 class Weights(StrEnum):
@@ -429,10 +431,13 @@ def stand_in(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write the report of a run anew: one HTML page that works offline."""
+    from entroflow.report.llm_page import is_of_a_language_model, write_llm_report
     from entroflow.report.page import write_report
     from entroflow.runs import RunFolder
 
-    typer.echo(write_report(RunFolder.open(run)))
+    folder = RunFolder.open(run)
+    write = write_llm_report if is_of_a_language_model(folder) else write_report
+    typer.echo(write(folder))
 
 
 @app.command()

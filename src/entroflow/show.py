@@ -380,6 +380,36 @@ def steps_progress(what: str, total: int, number: str) -> Iterator[Callable[[int
         yield advance
 
 
+@contextmanager
+def llm_progress(updates: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A bar over the updates of a language model, and a line for every evaluation."""
+    with steps_progress("training", updates, "reward") as advance:
+
+        def watch(line: Mapping[str, Any]) -> None:
+            if "reward" in line:
+                advance(line["iteration"], line["reward"])
+            judged = {k: v for k, v in line.items() if k.startswith("eval/") and "_" not in k}
+            if judged:
+                n = max(int(key.partition("@")[2]) for key in judged)
+                found = [f"{kind}@{n} {judged[f'eval/{kind}@{n}']:.3f}" for kind in ("avg", "pass")]
+                entropy = f"  entropy {line['entropy']:.3f}" if "entropy" in line else ""
+                console.print(f"update {line['iteration']:>5}  {'  '.join(found)}{entropy}")
+
+        yield watch
+
+
+def pass_table(found: Mapping[str, Any]) -> Table:
+    """Avg@k and Pass@k of a model."""
+    table = Table(title=f"{found['problems']} test problems", title_justify="left")
+    for heading in ("measure", "value", "95% interval"):
+        table.add_column(heading)
+    for name, values in found.items():
+        if name != "problems":
+            value, low, high = values
+            table.add_row(name.capitalize(), f"{value:.3f}", f"[{low:.3f}, {high:.3f}]")
+    return table
+
+
 def compact(count: float) -> str:
     """1234567 as 1.2M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -12,16 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-import entroflow
 from entroflow.checkpoints import CheckpointError, read_state, write_text
 from entroflow.plain_sections import ENDS, Monitors, Run
 from entroflow.recipe import LATER_SECTIONS, SECTIONS, TEXTS, Recipe
 from entroflow.report import attention, curves, examples, judging, outcome, trajectories
+from entroflow.report.rendering import rendered
 from entroflow.report.wording import count
 from entroflow.runs import EVALUATION, RECIPE, REPORT, RunError, RunFolder, read_object, spent
 
@@ -34,20 +33,7 @@ def write_report(folder: RunFolder) -> Path:
     Returns:
         Its path.
     """
-    # Only the page needs plotly: importing it takes longer than most commands do.
-    from plotly.offline import get_plotlyjs
-
-    loader = PackageLoader("entroflow", "report")
-    environment = Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template(TEMPLATE).render(
-        version=entroflow.__version__, plotly_js=get_plotlyjs(), **_content(folder)
-    )
+    page = rendered(TEMPLATE, _content(folder))
     write_text(folder.path / REPORT, page)
     return folder.path / REPORT
 

@@ -1,0 +1,162 @@
+"""What a language model is asked while it trains and when it is judged, and what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from torch import Tensor
+
+from entroflow.errors import InputError
+from entroflow.evaluation.base import mean_over_prompts
+from entroflow.llm.countdown import LONGEST, Puzzle, fault, puzzles
+from entroflow.llm.embedded import answers
+from entroflow.llm.passing import avg_at, pass_at
+from entroflow.llm.recipe import Task
+from entroflow.users_code import imported
+from entroflow.wrong_keys import hint
+
+Rows = list[dict[str, Any]]
+Reward = Callable[..., Sequence[float | None]]
+PUZZLES, HELD_OUT = 4000, 400
+"""Of countdown, to train on and of each split that is held out."""
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Of a task.
+
+    Attributes:
+        train: with a column `prompt`, and what the reward takes besides.
+        validation, test: rows of the same columns, held out.
+        reward: (completions, **columns) -> one number per completion, None where it has none.
+        most_words: tokens that any answer needs at most, if that is known.
+    """
+
+    train: Dataset
+    validation: Rows
+    test: Rows
+    reward: Reward
+    most_words: int | None = None
+
+
+def problems_of(task: Task, tokenizer: Any) -> Problems:
+    """Those of a recipe.
+
+    Args:
+        tokenizer: one with a chat template gets the prompts of a dataset as a user's message.
+
+    Raises:
+        InputError: the data lack a column, or are too few.
+    """
+    return _countdown(task) if task.type == "countdown" else _of_dataset(task, tokenizer)
+
+
+def solved(completions: Sequence[str], prompts: Sequence[str], **_: Any) -> list[float]:
+    """The reward of countdown: 1 for a right answer."""
+    pairs = zip(prompts, completions, strict=True)
+    return [float(fault(Puzzle.of(prompt), answer) is None) for prompt, answer in pairs]
+
+
+def _countdown(task: Task) -> Problems:
+    data = Dataset.from_dict({"prompt": _asked("train", task.problems or PUZZLES)})
+    validation, test = (
+        [{"prompt": text} for text in _asked(split, HELD_OUT)] for split in ("validation", "test")
+    )
+    return Problems(data, validation, test, solved, LONGEST + 1)
+
+
+def _asked(split: Any, count: int) -> list[str]:
+    return [puzzle.text for puzzle in puzzles(split, count)]
+
+
+def _of_dataset(task: Task, tokenizer: Any) -> Problems:
+    assert task.path is not None
+    data = load_dataset(task.path, split=task.split)
+    for column in (task.prompt, task.answer):
+        if column not in data.column_names:
+            raise InputError(
+                f"task: {task.path} has no column {column!r}{hint(column, data.column_names)}"
+            )
+    # Drawn, not the last ones: a file may be sorted. The same ones whatever the run's seed is.
+    data = data.shuffle(seed=0)
+    if len(data) < 2 * task.held_out + 2:
+        raise InputError(
+            f"task: {task.path} has {len(data)} problems, too few to hold out {task.held_out} for "
+            "validation and as many for the test; lower task.held_out."
+        )
+
+    def row(given: Mapping[str, Any]) -> dict[str, Any]:
+        asked = given[task.prompt]
+        if isinstance(asked, str) and getattr(tokenizer, "chat_template", None):
+            asked = [{"role": "user", "content": asked}]
+        return {"prompt": asked, "solution": given[task.answer]}
+
+    data = data.map(row, remove_columns=data.column_names)
+    first, second = task.held_out, 2 * task.held_out
+    last = len(data) if task.problems is None else min(len(data), second + task.problems)
+    return Problems(
+        data.select(range(second, last)),
+        data.select(range(first)).to_list(),
+        data.select(range(first, second)).to_list(),
+        imported(task.reward, "task.reward"),
+    )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Answers to problems.
+
+    Attributes:
+        said: [P][n] the answers.
+        right: [P, n] bool.
+    """
+
+    said: list[list[str]]
+    right: Tensor
+
+    def numbers(self) -> dict[str, tuple[float, float, float]]:
+        """Avg@n, and Pass@k for k = 1, 2, 4, ... and n: mean and 95% interval over problems."""
+        n = self.right.shape[1]
+        ks = sorted({n, *(2**i for i in range(n.bit_length()))})
+        found = {f"avg@{n}": mean_over_prompts(avg_at(self.right))}
+        return found | {f"pass@{k}": mean_over_prompts(pass_at(self.right, k)) for k in ks}
+
+
+def judge(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    rows: Rows,
+    reward: Reward,
+    *,
+    each: int,
+    most_words: int,
+    temperature: float,
+    seed: int,
+) -> Judged:
+    """Sample `each` answers to every problem; right is what earns more than a half.
+
+    Args:
+        rows, reward: see `Problems`.
+        most_words, temperature, seed: see `embedded.answers`.
+    """
+    chat = isinstance(rows[0]["prompt"], list)
+    asked = [
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        if chat else row["prompt"]
+        for row in rows
+    ]  # fmt: skip
+    said = answers(
+        model, tokenizer, asked, each=each, most_words=most_words, temperature=temperature,
+        seed=seed,
+    )  # fmt: skip
+    flat = [answer for mine in said for answer in mine]
+    completions = [[{"role": "assistant", "content": text}] for text in flat] if chat else flat
+    columns = {key: [row[key] for row in rows for _ in range(each)] for key in rows[0]}
+    prompts = columns.pop("prompt")
+    earned = reward(completions=completions, prompts=prompts, **columns)
+    right = torch.tensor([value is not None and value > 0.5 for value in earned])
+    return Judged(said, right.view(len(rows), each))

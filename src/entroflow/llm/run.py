@@ -1,0 +1,235 @@
+"""A run of `EntropyGRPOTrainer` in its folder: what it says, how good it gets, and the model.
+
+recipe.yaml         the recipe
+metrics.jsonl       one object per update; iteration 0 is the start
+tensorboard/        the same numbers as events
+model/              the tuned model, as transformers writes it
+evaluation.json     it and the base on the test problems
+report.html         made from the above
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from datetime import datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
+
+from entroflow.checkpoints import to_json, write_text
+from entroflow.errors import InputError
+from entroflow.evaluation.base import mean_over_prompts
+from entroflow.launch import asked_to_stop
+from entroflow.llm.embedded import BASE
+from entroflow.llm.grpo import EntropyGRPOConfig, EntropyGRPOTrainer
+from entroflow.llm.passing import avg_at, pass_at
+from entroflow.llm.problems import Judged, Problems, judge, problems_of
+from entroflow.llm.recipe import EMBEDDED, LLMRecipe, load
+from entroflow.report.events import Events
+from entroflow.report.llm_page import write_llm_report
+from entroflow.runs import EVALUATION, RECIPE, RunFolder, package_version
+
+MODEL = "model"
+SHOWN = 8
+"""Test problems whose answers are written down."""
+
+Watch = Callable[[Mapping[str, Any]], None]
+
+
+def load_model(path: str, dtype: str = "float32") -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        path: `embedded`, a run folder, or what transformers finds.
+
+    Raises:
+        InputError: there is none.
+    """
+    place = str(BASE) if path == EMBEDDED else path
+    if (Path(place) / MODEL).is_dir():
+        place = str(Path(place) / MODEL)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"no language model can be loaded from {path!r}: {reason}") from None
+    return model, tokenizer
+
+
+def train(recipe: LLMRecipe, run: Path | None = None, watch: Watch | None = None) -> RunFolder:
+    """Train in a new run folder.
+
+    Args:
+        run: folder, `runs/<recipe>-<time>` if None; never overwritten.
+        watch: called with every line of the metrics.
+
+    Raises:
+        InputError: a model, a task or a setting is wrong.
+    """
+    model, tokenizer = load_model(recipe.model.path, recipe.model.dtype)
+    problems = problems_of(recipe.task, tokenizer)
+    place = run or Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        arguments = EntropyGRPOConfig(**recipe.trl_settings(place))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{recipe.name}: trainer: {error}") from None
+    trainer = EntropyGRPOTrainer(
+        model, problems.reward, args=arguments, train_dataset=problems.train,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    for silent in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(silent)
+    # Of several processes all judge, as weights may lie on all of them; one writes.
+    main = trainer.accelerator.is_main_process
+    folder = RunFolder.create(place, recipe.to_yaml()) if main else RunFolder(place)
+    with folder.held() if main else nullcontext(), asked_to_stop() as stopping:
+        recorder = _Recorder(folder, recipe, trainer, problems, watch, stopping)
+        trainer.add_callback(recorder)
+        base = recorder.judge(problems.test)
+        recorder.begin()
+        trainer.train()
+        recorder.close()
+        tuned = recorder.judge(problems.test)
+        trainer.save_model(str(folder.path / MODEL))
+        if main:
+            found = {"iteration": trainer.state.global_step, **compared(problems, base, tuned)}
+            write_text(folder.path / EVALUATION, to_json(found, indent=1) + "\n")
+            write_llm_report(folder)
+    return folder
+
+
+def compared(problems: Problems, base: Judged, tuned: Judged) -> dict[str, Any]:
+    """Both models' numbers, the gains problem by problem, and some answers."""
+    n = base.right.shape[1]
+    gains = {
+        f"avg@{n}": mean_over_prompts(avg_at(tuned.right) - avg_at(base.right)),
+        f"pass@{n}": mean_over_prompts(pass_at(tuned.right, n) - pass_at(base.right, n)),
+    }
+    rows = range(min(SHOWN, len(base.said)))
+    return {
+        "problems": len(base.said),
+        "each": n,
+        "base": base.numbers(),
+        "tuned": tuned.numbers(),
+        "gain": gains,
+        "answers": [
+            {
+                "prompt": problems.test[row]["prompt"],
+                "base": list(zip(base.said[row], base.right[row].tolist(), strict=True)),
+                "tuned": list(zip(tuned.said[row], tuned.right[row].tolist(), strict=True)),
+            }
+            for row in rows
+        ],
+    }
+
+
+class _Recorder(TrainerCallback):
+    """Writes down what TRL logs, and how good the policy is now and then."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        recipe: LLMRecipe,
+        trainer: EntropyGRPOTrainer,
+        problems: Problems,
+        watch: Watch | None,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.folder, self.recipe, self.trainer, self.problems = folder, recipe, trainer, problems
+        self.watch, self.stopping = watch, stopping
+        self.events = Events(folder.tensorboard)
+        self.seconds, self._since = 0.0, perf_counter()
+
+    def judge(self, rows: Sequence[dict[str, Any]]) -> Judged:
+        """The policy as it is, on problems that are held out."""
+        settings = self.recipe.evaluation
+        return judge(
+            self.trainer.accelerator.unwrap_model(self.trainer.model),
+            self.trainer.processing_class, [*rows][: settings.problems], self.problems.reward,
+            each=settings.each,
+            most_words=self.problems.most_words or self.trainer.args.max_completion_length or 256,
+            temperature=settings.temperature, seed=self.recipe.run.seed,
+        )  # fmt: skip
+
+    def begin(self) -> None:
+        """The line of iteration 0."""
+        self._write({"iteration": 0, "version": package_version(), **self._evaluated()})
+        self._since = perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop where that was asked for."""
+        if self.stopping():
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """One line per update."""
+        if "loss" not in (logs or {}):
+            return
+        self.seconds += perf_counter() - self._since
+        line = {"iteration": state.global_step, "seconds": round(self.seconds, 3)}
+        line |= {k: v for k, v in logs.items() if isinstance(v, int | float) and k != "epoch"}
+        due = state.global_step % self.recipe.evaluation.every == 0
+        if due or state.global_step == args.max_steps:
+            line |= self._evaluated()
+        self._write(line)
+        self._since = perf_counter()
+
+    def _evaluated(self) -> dict[str, float]:
+        found = self.judge(self.problems.validation).numbers()
+        line: dict[str, float] = {}
+        for name, (value, low, high) in found.items():
+            line |= {f"eval/{name}": value, f"eval/{name}_low": low, f"eval/{name}_high": high}
+        return line
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if not self.trainer.accelerator.is_main_process:
+            return
+        self.folder.append_metrics(line)
+        self.events.numbers(line)
+        if self.watch is not None:
+            self.watch(line)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.events.close()
+
+
+def evaluate(
+    path: str, *, problems: int, each: int, temperature: float, seed: int
+) -> dict[str, Any]:
+    """A model on test problems: those of its run's recipe, or of countdown.
+
+    Args:
+        path: see `load_model`.
+        problems, each: how many, and answers to each.
+        temperature, seed: see `embedded.answers`.
+
+    Returns:
+        `problems`, and by measure (`avg@16`, `pass@4`) its value and 95% interval over problems.
+
+    Raises:
+        InputError: there is no such model, or not as many problems.
+    """
+    of_run = Path(path) / RECIPE
+    recipe = load(of_run if of_run.is_file() else "countdown")
+    model, tokenizer = load_model(path, recipe.model.dtype)
+    known = problems_of(recipe.task, tokenizer)
+    if problems > len(known.test):
+        raise InputError(f"there are {len(known.test)} test problems, not {problems}.")
+    found = judge(
+        model, tokenizer, known.test[:problems], known.reward, each=each, seed=seed,
+        most_words=known.most_words or recipe.trainer.get("max_completion_length", 256),
+        temperature=temperature,
+    )  # fmt: skip
+    return {"problems": problems, **found.numbers()}
