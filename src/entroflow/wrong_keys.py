@@ -26,7 +26,11 @@ def explained(error: ValidationError, chosen: type[BaseModel], where: str) -> st
     key = ".".join(str(part) for part in first["loc"])
     more = f" ({len(errors) - 1} more like this)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
-        names = [field for field in chosen.model_fields if field != "type"]
+        # Where a type has one value, another part of the recipe has chosen it.
+        names = [
+            name for name, field in chosen.model_fields.items()
+            if name != "type" or len(get_args(field.annotation)) > 1
+        ]  # fmt: skip
         return f"{where}: unknown key {key!r}{hint(key, names)}{more}"
     if first["type"] == "missing":
         return f"{where}: key {key!r} is missing{more}."

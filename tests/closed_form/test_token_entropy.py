@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from numpy.polynomial.hermite_e import hermegauss
 
 from entroflow.entropy.tokens import entropy_change, token_statistics
 
@@ -271,3 +272,30 @@ def test_of_a_learned_spread_the_surprise_decides():
     moved = torch.distributions.Normal(0.0, (spread + alpha * score).exp()).entropy()
     before = torch.distributions.Normal(0.0, spread.exp()).entropy()
     close((moved - before).sum().detach(), alpha * (u.square() - 1).sum())
+
+
+# --- G-2: of what noise makes of a distribution of states, the entropy does move ----------------
+
+
+@pytest.mark.parametrize(("k", "tau", "s"), [(0.7, 1.3, 0.4), (-1.1, 0.5, 1.0)])
+def test_the_entropy_of_next_states_moves_with_the_mean(k, tau, s):
+    """x' = k x + s eps, x ~ N(0, tau^2): dh = -E[<grad log p'(x'), d mu>]; not 0, unlike a step's.
+
+    Expectations over x and eps are exact by Gauss-Hermite quadrature.
+    """
+    nodes, weights = (torch.tensor(part) for part in hermegauss(20))
+    weights = weights / weights.sum()
+    x, eps = tau * nodes[:, None], nodes[None]
+    V = k**2 * tau**2 + s**2
+    score = -(k * x + s * eps) / V
+
+    def mean(values):
+        return (weights[:, None] * weights[None] * values).sum().item()
+
+    slope = torch.tensor(k, requires_grad=True, dtype=torch.float64)
+    entropy = 0.5 * torch.log(2 * math.pi * math.e * (slope**2 * tau**2 + s**2))
+    (rise,) = torch.autograd.grad(entropy, slope)
+    assert rise.item() == pytest.approx(k * tau**2 / V, abs=1e-12)
+    assert -mean(score * x) == pytest.approx(rise.item(), abs=1e-12)
+    # And the sample's discriminator is not centred, as that of a softmax is.
+    assert mean(score * eps / s) == pytest.approx(-1 / V, abs=1e-12)

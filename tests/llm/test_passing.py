@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entroflow.llm.passing import avg_at, pass_at
@@ -14,6 +14,7 @@ from entroflow.llm.passing import avg_at, pass_at
 ANSWERS = st.lists(st.booleans(), min_size=1, max_size=7)
 
 
+@settings(deadline=None)
 @given(ANSWERS, st.data())
 def test_pass_at_k_is_the_share_of_choices_that_hold_a_right_answer(answers, data):
     k = data.draw(st.integers(1, len(answers)))
@@ -22,6 +23,7 @@ def test_pass_at_k_is_the_share_of_choices_that_hold_a_right_answer(answers, dat
     assert pass_at(torch.tensor([answers]), k).item() == pytest.approx(expected, abs=1e-12)
 
 
+@settings(deadline=None)
 @given(ANSWERS)
 def test_one_answer_passes_as_often_as_answers_are_right(answers):
     right = torch.tensor([answers, [False] * len(answers), [True] * len(answers)])

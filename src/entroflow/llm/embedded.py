@@ -1,4 +1,4 @@
-"""The language model in the package: a Qwen2 of a million parameters that plays Countdown.
+"""The language model in the package: a Llama of a million parameters that plays Countdown.
 
 `base/` holds it as transformers writes models, so that everything that loads a model from a folder
 loads it. `pretrain.py` made it; MODEL_CARD.md says how good it is.
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entroflow.llm.countdown import WORDS
 
@@ -33,12 +33,12 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def new_model(seed: int) -> Qwen2ForCausalLM:
+def new_model(seed: int) -> LlamaForCausalLM:
     """Untrained."""
     torch.manual_seed(seed)
     tokenizer = new_tokenizer()
-    return Qwen2ForCausalLM(
-        Qwen2Config(
+    return LlamaForCausalLM(
+        LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=MOST_WORDS,
             tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,

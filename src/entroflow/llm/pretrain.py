@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entroflow.checkpoints import to_json, write_text
 from entroflow.evaluation.base import mean_over_prompts
@@ -92,7 +92,7 @@ def learnt(
 
 
 def judged(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: Reading
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: Reading
 ) -> dict[str, Any]:
     """Avg@k and Pass@k on validation puzzles: value, and 95% interval over puzzles."""
     asked = puzzles("validation", settings.held_out, settings.seed)

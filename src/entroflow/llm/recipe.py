@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -132,6 +134,15 @@ class LLMRecipe:
     evaluation: Evaluation
     run: Run
     trainer: Mapping[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """A short hash of all settings but the seed, and how the run is judged and called."""
+        content = {key: getattr(self, key).model_dump(mode="json") for key in PARTS}
+        content |= {"run": {"updates": self.run.updates}, "trainer": dict(self.trainer)}
+        del content["evaluation"]
+        text = json.dumps(content, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
     def to_yaml(self) -> str:
         """With every key of ours written out; `load` reads it back."""

@@ -10,6 +10,7 @@ report.html         made from the above
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime
@@ -25,6 +26,7 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from entroflow.checkpoints import to_json, write_text
 from entroflow.errors import InputError
@@ -47,7 +49,7 @@ Watch = Callable[[Mapping[str, Any]], None]
 
 
 def load_model(path: str, dtype: str = "float32") -> tuple[Any, Any]:
-    """A causal language model and its tokenizer.
+    """A causal language model and its tokenizer; the libraries' own bars stay away.
 
     Args:
         path: `embedded`, a run folder, or what transformers finds.
@@ -55,6 +57,7 @@ def load_model(path: str, dtype: str = "float32") -> tuple[Any, Any]:
     Raises:
         InputError: there is none.
     """
+    disable_progress_bar()
     place = str(BASE) if path == EMBEDDED else path
     if (Path(place) / MODEL).is_dir():
         place = str(Path(place) / MODEL)
@@ -80,14 +83,18 @@ def train(recipe: LLMRecipe, run: Path | None = None, watch: Watch | None = None
     model, tokenizer = load_model(recipe.model.path, recipe.model.dtype)
     problems = problems_of(recipe.task, tokenizer)
     place = run or Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    try:
-        arguments = EntropyGRPOConfig(**recipe.trl_settings(place))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{recipe.name}: trainer: {error}") from None
-    trainer = EntropyGRPOTrainer(
-        model, problems.reward, args=arguments, train_dataset=problems.train,
-        processing_class=tokenizer,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        # TRL still sets what transformers will call otherwise.
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            arguments = EntropyGRPOConfig(**recipe.trl_settings(place))
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{recipe.name}: trainer: {reason}") from None
+        trainer = EntropyGRPOTrainer(
+            model, problems.reward, args=arguments, train_dataset=problems.train,
+            processing_class=tokenizer,
+        )  # fmt: skip
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
     # Of several processes all judge, as weights may lie on all of them; one writes.
@@ -102,6 +109,8 @@ def train(recipe: LLMRecipe, run: Path | None = None, watch: Watch | None = None
         recorder.close()
         tuned = recorder.judge(problems.test)
         trainer.save_model(str(folder.path / MODEL))
+        # TRL's settings, as a pickle: the recipe has them in plain sight.
+        (folder.path / MODEL / "training_args.bin").unlink(missing_ok=True)
         if main:
             found = {"iteration": trainer.state.global_step, **compared(problems, base, tuned)}
             write_text(folder.path / EVALUATION, to_json(found, indent=1) + "\n")

@@ -1,0 +1,207 @@
+"""Does control of entropy keep a language model trying? Clip_B, Clip_V and TRL's bonus on Countdown.
+
+    python benchmarks/entropy.py [--runs runs/entropy] [--at-once N]
+
+`entroflow llm train` without control, with Clip_B and Clip_V as published, and with TRL's entropy bonus, whose
+coefficient is the best of three by the first seed's Avg@16 on validation puzzles; equal updates, three
+seeds. Two hours on two cores. Raw results go to docs/claims/entropy.json, where none is made twice, a
+table to docs/language-models.md and a picture to docs/images/entropy.png. Interrupted, it goes on when
+called again. Needs the extras `llm` and `benchmarks`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from entroflow.checkpoints import to_json, write_text
+from entroflow.llm.recipe import load
+from entroflow.report.llm_page import change_correlation
+from entroflow.runs import RunFolder, package_version, read_object
+from methods import filled
+
+ROOT = Path(__file__).parents[1]
+CLAIMS = ROOT / "docs" / "claims" / "entropy.json"
+PAGE = ROOT / "docs" / "language-models.md"
+PICTURE = ROOT / "docs" / "images" / "entropy.png"
+SEEDS = range(3)
+COEFFICIENTS = ("0.003", "0.01", "0.03")
+"""Of TRL's bonus."""
+ARMS = {
+    "none": (),
+    "Clip_B": ("clip.type=b", "clip.denominator=shrink"),
+    "Clip_V": ("clip.type=v", "clip.denominator=shrink"),
+}
+KEPT = (
+    "iteration", "seconds", "entropy", "reward", "entropy_clip/share", "discriminator/centred",
+    "entropy_change/predicted", "entropy_change/measured",
+)  # fmt: skip
+"""What of a line of the metrics goes into the results, besides evaluations."""
+
+Results = list[dict[str, Any]]
+
+
+def bonus(coefficient: str) -> tuple[str, ...]:
+    """The overrides of TRL's entropy bonus."""
+    return (f"trainer.entropy_coef={coefficient}",)
+
+
+def stored() -> Results:
+    """What was measured so far."""
+    return read_object(CLAIMS)["results"] if CLAIMS.exists() else []
+
+
+def made(jobs: Sequence[tuple[str, tuple[str, ...], int]], runs: Path, at_once: int) -> None:
+    """Make those results that are not there; a job is an arm, its overrides and a seed."""
+    there = {(result["recipe_hash"], result["seed"]) for result in stored()}
+    wanted = [job for job in jobs if (load("countdown", job[1]).hash, job[2]) not in there]
+
+    def one(job: tuple[str, tuple[str, ...], int]) -> dict[str, Any]:
+        arm, overrides, seed = job
+        name = load("countdown", overrides).hash
+        folder = runs / f"{name}-seed{seed}"
+        if not (folder / "evaluation.json").exists():
+            if folder.exists():
+                # Torn by an interruption: a run of minutes begins anew.
+                subprocess.run(["rm", "-r", str(folder)], check=True)
+            command = [sys.executable, "-m", "entroflow.cli", "llm", "train", "countdown"]
+            subprocess.run(
+                [*command, *overrides, f"run.seed={seed}", "--run", str(folder)],
+                check=True, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+        return result_of(RunFolder.open(folder), arm, overrides, seed)
+
+    runs.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(at_once) as pool:
+        for result in pool.map(one, wanted):
+            write_text(CLAIMS, to_json({"results": [*stored(), result]}, indent=1) + "\n")
+            gain = result["evaluation"]["tuned"]["avg@16"][0]
+            print(f"{result['arm']}  seed {result['seed']}  Avg@16 {gain:.3f}", flush=True)
+
+
+def result_of(folder: RunFolder, arm: str, overrides: Sequence[str], seed: int) -> dict[str, Any]:
+    """What is kept of a run."""
+    lines = folder.metrics()
+    updates, correlation = change_correlation(lines)
+    evaluation = read_object(folder.path / "evaluation.json")
+    del evaluation["answers"]
+    curve = [
+        {key: value for key, value in line.items() if key in KEPT or key.startswith("eval/")}
+        for line in lines
+    ]
+    return {
+        "arm": arm, "overrides": list(overrides), "seed": seed,
+        "recipe_hash": load("countdown", overrides).hash, "version": package_version(),
+        "change_correlation": correlation, "updates": updates, "evaluation": evaluation,
+        "curve": curve,
+    }  # fmt: skip
+
+
+def best_bonus(results: Results) -> str:
+    """The coefficient with the best last Avg@16 on validation puzzles, of the first seed."""
+    tried = {
+        c: result["curve"][-1]["eval/avg@16"]
+        for c in COEFFICIENTS for result in results
+        if result["seed"] == SEEDS[0] and result["overrides"] == list(bonus(c))
+    }  # fmt: skip
+    return max(tried, key=tried.__getitem__)
+
+
+def spread(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{statistics.mean(values):{sign}.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table(by_arm: Mapping[str, Results]) -> str:
+    """A Markdown table with a line for each arm."""
+    lines = [
+        "| control | entropy at the end | Avg@16 | Pass@16 | Pass@4 | left out | mean S − S̄ | "
+        "predicted and measured |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    (base,) = {
+        json.dumps(r["evaluation"]["base"]) for rs in by_arm.values() for r in rs if r["seed"] == 0
+    }
+    known = json.loads(base)
+    lines.append(
+        f"| *base* | {next(iter(by_arm.values()))[0]['curve'][1]['entropy']:.3f} | {known['avg@16'][0]:.3f} | "
+        f"{known['pass@16'][0]:.3f} | {known['pass@4'][0]:.3f} | | | |"
+    )
+    for arm, results in by_arm.items():
+        tuned = [result["evaluation"]["tuned"] for result in results]
+        ends = [[line["entropy"] for line in r["curve"][-10:]] for r in results]
+        updates = [[line for line in r["curve"] if "entropy" in line] for r in results]
+        shares = [[line.get("entropy_clip/share", 0.0) for line in lines] for lines in updates]
+        centred = [
+            statistics.mean(line["discriminator/centred"] for line in lines) for lines in updates
+        ]
+        correlations = [r["change_correlation"] for r in results]
+        lines.append(
+            f"| {arm} | {spread([statistics.mean(end) for end in ends])} | "
+            f"{spread([t['avg@16'][0] for t in tuned])} | {spread([t['pass@16'][0] for t in tuned])} | "
+            f"{spread([t['pass@4'][0] for t in tuned])} | "
+            f"{statistics.mean(statistics.mean(s) for s in shares):.2%} | {spread(centred, 4, '+')} | "
+            f"{spread(correlations, 2, '+')} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(by_arm: Mapping[str, Results]) -> None:
+    """Entropy, Avg@16 and Pass@16 over updates, of every seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = (("entropy", "entropy (nats)"), ("eval/avg@16", "Avg@16"), ("eval/pass@16", "Pass@16"))
+    figure, grid = pyplot.subplots(1, 3, figsize=(12, 3.8), dpi=110)
+    colors = ("tab:gray", "tab:blue", "tab:orange", "tab:green")
+    for axes, (key, title) in zip(grid, panels, strict=True):
+        for (arm, results), color in zip(by_arm.items(), colors, strict=True):
+            for number, result in enumerate(results):
+                points = [(line["iteration"], line[key]) for line in result["curve"] if key in line]
+                axes.plot(*zip(*points, strict=True), color=color, alpha=0.8, linewidth=1.3,
+                          label=None if number else arm)  # fmt: skip
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("updates")
+        axes.grid(alpha=0.3)
+    handles = grid[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(PICTURE)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "entropy")
+    parser.add_argument("--at-once", type=int, default=2)
+    arguments = parser.parse_args()
+    jobs = [(f"bonus {c}", bonus(c), SEEDS[0]) for c in COEFFICIENTS]
+    jobs += [(arm, overrides, seed) for seed in SEEDS for arm, overrides in ARMS.items()]
+    made(jobs, arguments.runs, arguments.at_once)
+    chosen = best_bonus(stored())
+    made(
+        [(f"bonus {chosen}", bonus(chosen), seed) for seed in SEEDS],
+        arguments.runs,
+        arguments.at_once,
+    )
+    arms = {**ARMS, f"bonus {chosen}": bonus(chosen)}
+    by_arm = {
+        arm: [r for r in stored() if r["overrides"] == list(overrides)]
+        for arm, overrides in arms.items()
+    }
+    page = PAGE.read_text(encoding="utf-8")
+    write_text(PAGE, filled(page, {"entropy": table(by_arm)}))
+    draw(by_arm)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""`entroflow llm` from the recipe to the report, on the model in the package."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from entroflow.cli import main
+from entroflow.errors import InputError, RecipeError
+from entroflow.llm import recipe as recipes
+from entroflow.llm.embedded import BASE
+from entroflow.llm.problems import judge, problems_of, solved
+from entroflow.llm.recipe import Task
+from entroflow.llm.run import evaluate, load_model, train
+
+SMALL = (
+    "run.updates=3", "evaluation.every=2", "evaluation.problems=6", "evaluation.each=4",
+    "trainer.per_device_train_batch_size=64", "task.problems=40",
+)  # fmt: skip
+
+
+def run_of(folder, *changes):
+    return train(recipes.load("countdown", [*SMALL, *changes]), folder)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A run with Clip_B that leaves much out."""
+    return run_of(tmp_path_factory.mktemp("llm") / "run", "clip.type=b", "clip.mu=0.3")
+
+
+def entroflow(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr("sys.argv", ["entroflow", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code, *capsys.readouterr()
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_all_there_is_to_know(done):
+    lines = done.metrics()
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
+    assert [("eval/avg@4" in line) for line in lines] == [True, False, True, True]
+    for line in lines[1:]:
+        assert 0 <= line["entropy_clip/share"] <= line["entropy_clip/penalised"] < 1
+        assert line["entropy"] > 0
+        assert {"entropy_change/predicted", "entropy_change/measured"} <= line.keys()
+        assert {"discriminator/centred", "reward", "grad_norm", "seconds"} <= line.keys()
+    assert any(line["entropy_clip/share"] > 0 for line in lines[1:])
+    for line in (lines[0], lines[2]):
+        assert line["eval/pass@1"] == line["eval/avg@4"]
+        assert line["eval/pass@1"] <= line["eval/pass@2"] <= line["eval/pass@4"]
+    assert list(done.tensorboard.glob("events*"))
+    found = json.loads((done.path / "evaluation.json").read_text())
+    assert (found["iteration"], found["problems"], found["each"]) == (3, 6, 4)
+    assert [len(row["tuned"]) for row in found["answers"]] == [4] * 6
+
+
+def test_the_model_it_saves_is_the_one_it_judged(done):
+    model, tokenizer = load_model(str(done.path))
+    base = load_file(BASE / "model.safetensors")
+    now = model.state_dict()
+    assert any(not torch.equal(value, now[name]) for name, value in base.items())
+    problems = problems_of(Task(), tokenizer)
+    again = judge(model, tokenizer, problems.test[:6], solved, each=4, most_words=18,
+                  temperature=1.0, seed=0)  # fmt: skip
+    found = json.loads((done.path / "evaluation.json").read_text())
+    assert [[said for said, _ in row["tuned"]] for row in found["answers"]] == again.said
+    assert found["tuned"]["avg@4"][0] == pytest.approx(again.right.double().mean().item())
+    # No pickle: safetensors and JSON alone.
+    assert not [p for p in (done.path / "model").rglob("*") if p.suffix in (".bin", ".pt", ".pth")]
+
+
+def test_the_report_shows_it(done, monkeypatch, capsys):
+    page = (done.path / "report.html").read_text(encoding="utf-8")
+    titles = (
+        "Clip_B", "How often it is right", "Tokens left out", "Mean of S − S̄", "Pass@k",
+        "Did entropy go where it should?", "Base and tuned model on 6 test problems",
+    )  # fmt: skip
+    for said in titles:
+        assert said in page, said
+    (done.path / "report.html").unlink()
+    code, out, _ = entroflow(monkeypatch, capsys, "report", str(done.path))
+    assert code == 0
+    assert out.strip() == str(done.path / "report.html")
+    assert (done.path / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_the_same_seed_is_the_same_run(tmp_path):
+    first, second = (run_of(tmp_path / name, "run.updates=2") for name in "ab")
+    one, other = (load_file(run.path / "model" / "model.safetensors") for run in (first, second))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert recipes.load(first.path / "recipe.yaml") == recipes.load(second.path / "recipe.yaml")
+
+
+# --- the model in the package ---------------------------------------------------------------------
+
+
+def test_it_plays_well_enough_to_learn_and_badly_enough_to_have_room():
+    found = evaluate("embedded", problems=40, each=8, temperature=1.0, seed=0)
+    assert 0.1 < found["avg@8"][0] < 0.6
+    assert found["pass@8"][0] > found["avg@8"][0] + 0.15
+
+
+# --- data of one's own ----------------------------------------------------------------------------
+
+
+def long_answers(completions, solution, **_):
+    """Right is an answer with as many words as the solution says."""
+    return [
+        float(len(text.split()) == int(n)) for text, n in zip(completions, solution, strict=True)
+    ]
+
+
+def test_a_dataset_from_disk(tmp_path):
+    rows = [{"question": "1 2 3 4 -> 10 :", "words": str(n)} for n in range(60)]
+    (tmp_path / "data").mkdir()
+    Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    task = Task(
+        type="dataset", path=str(tmp_path / "data"), prompt="question", answer="words",
+        reward=f"{__name__}.long_answers", held_out=10, problems=30,
+    )  # fmt: skip
+    _, tokenizer = load_model("embedded")
+    found = problems_of(task, tokenizer)
+    parts = [
+        found.train["solution"],
+        *([row["solution"] for row in p] for p in (found.validation, found.test)),
+    ]
+    assert [len(part) for part in parts] == [30, 10, 10]
+    assert len({*parts[0], *parts[1], *parts[2]}) == 50, "no problem is in two parts"
+    assert found.reward(completions=["a b", "a"], solution=["2", "2"]) == [1.0, 0.0]
+    with pytest.raises(InputError, match="no column 'asked'"):
+        problems_of(task.model_copy(update={"prompt": "asked"}), tokenizer)
+    with pytest.raises(InputError, match="too few to hold out 40"):
+        problems_of(task.model_copy(update={"held_out": 40}), tokenizer)
+
+
+# --- recipes and wrong input ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*recipes.shipped()])
+def test_shipped_recipes_can_be_read_and_written(name, tmp_path):
+    recipe = recipes.load(name)
+    path = tmp_path / "again.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert recipes.load(path) == recipe
+
+
+def test_the_published_setting_is_what_is_known_of_it():
+    recipe = recipes.load("qwen_dapo")
+    t = recipe.trainer
+    assert recipe.model.path == "Qwen/Qwen2.5-7B-Instruct"
+    assert (recipe.clip.type, recipe.clip.mu, recipe.clip.denominator) == ("b", 2.5, "shrink")
+    # 64 prompts with 16 answers each, on eight processes.
+    assert t["per_device_train_batch_size"] * t["gradient_accumulation_steps"] * 8 == 64 * 16
+    assert (t["num_generations"], t["temperature"], t["beta"]) == (16, 1.0, 0.0)
+    assert recipe.task.held_out == 500
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    (["clip.typ=b"], "unknown key 'typ'; did you mean 'type'"),
+    (["clips.type=b"], "unknown section 'clips'; did you mean 'clip'"),
+    (["clip.type=c"], "clip.type: "),
+    (["clip.mu=-1"], "clip.mu: "),
+    (["task.type=dataset"], "path names the data"),
+    (["trainer.learning_rat=1"], "unknown key 'learning_rat'; did you mean 'learning_rate'"),
+    (["trainer.max_steps=5"], "trainer.max_steps is set by the other sections"),
+    (["run.updates=0"], "run.updates: "),
+    (["run=3"], "name a key inside run"),
+])  # fmt: skip
+def test_wrong_recipes_are_refused(overrides, said):
+    with pytest.raises(RecipeError, match=said.replace(".", r"\.").replace("'", "'")):
+        recipes.load("countdown", overrides)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["train", "countdwn"], "there is no recipe 'countdwn'; did you mean 'countdown'"),
+    (["train", "model.path=nowhere/at/all", *SMALL], "no language model can be loaded"),
+    (["train", *SMALL, "trainer.num_generations=7"], "trainer: "),
+    (["evaluate", "--problems", "100000"], "there are 400 test problems"),
+    (["evaluate", "nowhere/at/all"], "no language model can be loaded"),
+])  # fmt: skip
+def test_wrong_input_is_one_line(arguments, said, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = entroflow(monkeypatch, capsys, "llm", *arguments)
+    assert code == 2
+    assert said in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.rglob("recipe.yaml"))
+
+
+def test_recipes_are_listed_and_printed(monkeypatch, capsys):
+    code, out, _ = entroflow(monkeypatch, capsys, "llm", "recipes")
+    assert code == 0
+    assert {line.split()[0] for line in out.splitlines()} == {*recipes.shipped()}
+    code, out, _ = entroflow(monkeypatch, capsys, "llm", "recipes", "countdown")
+    assert code == 0
+    assert "learning_rate" in out
