@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def made(jobs: Sequence[tuple[str, tuple[str, ...], int]], runs: Path, at_once: 
         if not (folder / "evaluation.json").exists():
             if folder.exists():
                 # Torn by an interruption: a run of minutes begins anew.
-                subprocess.run(["rm", "-r", str(folder)], check=True)
+                shutil.rmtree(folder)
             command = [sys.executable, "-m", "entroflow.cli", "llm", "train", "countdown"]
             subprocess.run(
                 [*command, *overrides, f"run.seed={seed}", "--run", str(folder)],

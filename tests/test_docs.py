@@ -24,6 +24,7 @@ from ruamel.yaml import YAML
 
 import entroflow
 from entroflow import cli
+from entroflow.llm import recipe as llm_recipe
 from entroflow.recipe import build_recipe, load_recipe
 from entroflow.shapes import grammar
 
@@ -216,10 +217,14 @@ def test_marked_python_runs(block, elsewhere):
 
 
 @by_place([block for block in BLOCKS if block.language == "yaml"])
-def test_yaml_is_a_recipe_or_sections_of_one(block):
+def test_yaml_is_a_recipe_or_sections_of_one(block, tmp_path):
     mapping = yaml(block.code)
     if block.mark == "recipe":
         build_recipe(mapping)
+    elif block.where.startswith("language-models.md"):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(block.code, encoding="utf-8")
+        llm_recipe.load(path)
     else:
         assert mapping.keys() <= load_recipe("quickstart").resolved.keys()
 
@@ -236,16 +241,19 @@ COMMANDS = [
 @pytest.mark.parametrize("words", COMMANDS)
 def test_commands_take_what_they_are_given(words):
     """Options as the command line parses them, and overrides as the recipe does."""
-    command = typer.main.get_command(cli.app)
+    command, path = typer.main.get_command(cli.app), []
     while hasattr(command, "commands"):
         name, *words = words
+        path.append(name)
         command = command.commands[name]
     given = command.make_context(name, words).params
-    if name in ("train", "doctor"):
+    if path[-1] in ("train", "doctor"):
+        of_llm = path[0] == "llm"
         overrides = [word for word in given["arguments"] or () if "=" in word]
         recipes = [word for word in given["arguments"] or () if "=" not in word]
-        name = recipes[0] if recipes and not recipes[0].endswith(".yaml") else "quickstart"
-        load_recipe(name, overrides)
+        otherwise = "countdown" if of_llm else "quickstart"
+        name = recipes[0] if recipes and not recipes[0].endswith(".yaml") else otherwise
+        (llm_recipe.load if of_llm else load_recipe)(name, overrides)
 
 
 def test_every_command_is_shown():

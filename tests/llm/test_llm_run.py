@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -205,3 +207,32 @@ def test_recipes_are_listed_and_printed(monkeypatch, capsys):
     code, out, _ = entroflow(monkeypatch, capsys, "llm", "recipes", "countdown")
     assert code == 0
     assert "learning_rate" in out
+
+
+def test_without_the_extra_the_rest_works_and_this_says_what_is_missing(tmp_path):
+    """In a process in which TRL and what it brings can't be imported."""
+    script = """
+import sys
+for name in ("trl", "transformers", "tokenizers", "datasets", "accelerate"):
+    sys.modules[name] = None
+import entroflow
+from entroflow.cli import main
+sys.argv = ["entroflow", *sys.argv[1:]]
+main()
+"""
+    path = tmp_path / "without.py"
+    path.write_text(script, encoding="utf-8")
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, str(path), *arguments], capture_output=True, text=True, check=False,
+            cwd=tmp_path, timeout=120,
+        )  # fmt: skip
+
+    assert run("recipes").returncode == 0
+    assert run("llm", "--help").returncode == 0
+    for command in (("train",), ("recipes",)):
+        found = run("llm", *command)
+        assert found.returncode == 2, command
+        assert "pip install 'entroflow[llm]'" in found.stderr
+        assert "Traceback" not in found.stderr
