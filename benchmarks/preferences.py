@@ -16,9 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from entroflow.checkpoints import write_text
-from entroflow.compare import Arm
-from entroflow.compared import rows
+from entroflow.compare import Arm, stored_results
+from entroflow.compared import best_by_validation, rows
+from entroflow.evaluation.image_statistics import statistics as image_statistics
 from methods import RATES, SEEDS, asked, filled, measured, name_of
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +30,8 @@ PAGE = ROOT / "docs" / "rewards.md"
 PICTURE = ROOT / "docs" / "images" / "pref_grpo.png"
 RECIPES = ("pref_grpo", "pointwise_preference")
 NO_KL = "objective.kl=0"
+BLIND_SPOTS = ("texture", "contrast")
+"""Statistics of the shapes' evaluation alone."""
 UPDATES = {"updates": 160}
 LEARNT = {"pref_grpo": "eval/preference", "pointwise_preference": "eval/reward"}
 """Where the mean learnt score of held-out images is, by recipe."""
@@ -49,11 +54,11 @@ def farthest(point: Mapping[str, Any], known: set[str]) -> tuple[str, float]:
 
 
 def statistics_of(results: Results) -> set[str]:
-    """Those that all evaluations have: older ones may lack some, and have others."""
+    """Those that all evaluations have and that are still measured: older ones had others."""
     points = [point for result in results for point in result["curve"]]
-    return set.intersection(
-        *({k.removeprefix("drift/") for k in p if k.startswith("drift/")} for p in points)
-    )
+    drifts = ({k.removeprefix("drift/") for k in p if k.startswith("drift/")} for p in points)
+    measured_now = {*image_statistics(torch.zeros(2, 3, 4, 4), torch.zeros(2)), *BLIND_SPOTS}
+    return measured_now.intersection(*drifts)
 
 
 def warned(result: Mapping[str, Any], known: set[str]) -> bool:
@@ -67,6 +72,22 @@ def warned(result: Mapping[str, Any], known: set[str]) -> bool:
 def without_kl(result: Mapping[str, Any]) -> bool:
     """Whether it was made as published."""
     return NO_KL in result["arm"]["overrides"]
+
+
+def compared(results: Results) -> Results:
+    """Of every recipe its results without KL at the best rate, and as it is, where all are there."""
+    found: Results = []
+    for recipe in RECIPES:
+        own = [result for result in results if recipe_of(result) == recipe]
+        rates = [f"{recipe},{NO_KL},optimizer.learning_rate={rate}" for rate in RATES]
+        first = [r for r in own if r["seed"] == SEEDS[0] and name_of(r) in rates]
+        chosen = [recipe]
+        if len(first) == len(RATES):
+            chosen.insert(0, name_of(best_by_validation(first)))
+        for name in chosen:
+            same = [result for result in own if name_of(result) == name]
+            found += same if len(same) == len(SEEDS) else []
+    return found
 
 
 def table(results: Results) -> str:
@@ -144,8 +165,9 @@ def main() -> None:
     arguments = asked(__doc__, ROOT / "runs" / "preferences")
     settings: Any = {"seeds": SEEDS, "end": UPDATES}
     published = [Arm(name, (NO_KL,)) for name in RECIPES]
-    found = measured(arguments, CLAIMS, published, learning_rates=RATES, **settings)
-    found += measured(arguments, CLAIMS, [Arm(name) for name in RECIPES], **settings)
+    measured(arguments, CLAIMS, published, learning_rates=RATES, **settings)
+    measured(arguments, CLAIMS, [Arm(name) for name in RECIPES], **settings)
+    found = compared(stored_results(arguments.runs))
     page = PAGE.read_text(encoding="utf-8")
     write_text(PAGE, filled(page, {"preferences": table(found)}))
     draw(found)
