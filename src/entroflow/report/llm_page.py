@@ -32,6 +32,7 @@ from entroflow.runs import EVALUATION, RECIPE, REPORT, RunFolder, read_object
 from entroflow.settings_text import parse_yaml
 
 TEMPLATE = "llm.html.j2"
+UPDATES = {"title": {"text": "update"}}
 MOST_ANSWERS = 4
 """Different answers of a model to a problem that are shown."""
 
@@ -131,7 +132,7 @@ def _right(metrics: Metrics) -> Panel | None:
         "How often it is right",
         "On held-out problems: the share of right answers, and of problems that one of all answers "
         "solves. Where the first rises and the second falls, the policy has lost ways to be right.",
-        figure_of(traces, height=300, yaxis={"range": [0, 1.02]}),
+        figure_of(traces, height=300, xaxis=UPDATES, yaxis={"range": [0, 1.02]}),
         wide=True,
     )
 
@@ -152,7 +153,7 @@ def _by_k(evaluation: Mapping[str, Any]) -> Panel | None:
         "Pass@k",
         "Whether one of k answers is right. What control of entropy is for shows on the right.",
         figure_of(
-            traces, xaxis={"title": {"text": "k"}, "type": "log", "dtick": 0.30103},
+            traces, xaxis={"title": {"text": "k"}, "type": "log", "tickvals": traces[0]["x"]},
             yaxis={"range": [0, 1.02]},
         ),
     )  # fmt: skip
@@ -164,7 +165,8 @@ def _line(
     """A panel of some keys: key -> name and colour."""
     traces = [trace_of(metrics, key, name, color) for key, (name, color) in named.items()]
     traces = [trace for trace in traces if trace["x"]]
-    return Panel(title, reading, figure_of(traces)) if has_a_line(traces) else None
+    figure = figure_of(traces, xaxis=UPDATES)
+    return Panel(title, reading, figure) if has_a_line(traces) else None
 
 
 def _entropy(metrics: Metrics) -> Panel | None:
