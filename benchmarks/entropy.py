@@ -39,9 +39,10 @@ ARMS = {
     "none": (),
     "Clip_B": ("clip.type=b", "clip.denominator=shrink"),
     "Clip_V": ("clip.type=v", "clip.denominator=shrink"),
+    "Clip_V, up to 1%": ("clip.type=v", "clip.denominator=shrink", "clip.most=0.01"),
 }
 KEPT = (
-    "iteration", "seconds", "entropy", "reward", "entropy_clip/share", "discriminator/centred",
+    "iteration", "seconds", "token_entropy", "reward", "entropy_clip/share", "discriminator/centred",
     "entropy_change/predicted", "entropy_change/measured",
 )  # fmt: skip
 """What of a line of the metrics goes into the results, besides evaluations."""
@@ -110,7 +111,8 @@ def best_bonus(results: Results) -> str:
     tried = {
         c: result["curve"][-1]["eval/avg@16"]
         for c in COEFFICIENTS for result in results
-        if result["seed"] == SEEDS[0] and result["overrides"] == list(bonus(c))
+        if result["seed"] == SEEDS[0]
+        and result["recipe_hash"] == load("countdown", bonus(c)).hash
     }  # fmt: skip
     return max(tried, key=tried.__getitem__)
 
@@ -132,18 +134,18 @@ def table(by_arm: Mapping[str, Results]) -> str:
     }
     known = json.loads(base)
     lines.append(
-        f"| *base* | {next(iter(by_arm.values()))[0]['curve'][1]['entropy']:.3f} | {known['avg@16'][0]:.3f} | "
+        f"| *base* | {next(iter(by_arm.values()))[0]['curve'][1]['token_entropy']:.3f} | {known['avg@16'][0]:.3f} | "
         f"{known['pass@16'][0]:.3f} | {known['pass@4'][0]:.3f} | | | |"
     )
     for arm, results in by_arm.items():
         tuned = [result["evaluation"]["tuned"] for result in results]
-        ends = [[line["entropy"] for line in r["curve"][-10:]] for r in results]
-        updates = [[line for line in r["curve"] if "entropy" in line] for r in results]
+        ends = [[line["token_entropy"] for line in r["curve"][-10:]] for r in results]
+        updates = [[line for line in r["curve"] if "token_entropy" in line] for r in results]
         shares = [[line.get("entropy_clip/share", 0.0) for line in lines] for lines in updates]
         centred = [
             statistics.mean(line["discriminator/centred"] for line in lines) for lines in updates
         ]
-        correlations = [r["change_correlation"] for r in results]
+        correlations = [r["change_correlation"] or 0.0 for r in results]
         lines.append(
             f"| {arm} | {spread([statistics.mean(end) for end in ends])} | "
             f"{spread([t['avg@16'][0] for t in tuned])} | {spread([t['pass@16'][0] for t in tuned])} | "
@@ -161,9 +163,13 @@ def draw(by_arm: Mapping[str, Results]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = (("entropy", "entropy (nats)"), ("eval/avg@16", "Avg@16"), ("eval/pass@16", "Pass@16"))
+    panels = (
+        ("token_entropy", "entropy (nats)"),
+        ("eval/avg@16", "Avg@16"),
+        ("eval/pass@16", "Pass@16"),
+    )
     figure, grid = pyplot.subplots(1, 3, figsize=(12, 3.8), dpi=110)
-    colors = ("tab:gray", "tab:blue", "tab:orange", "tab:green")
+    colors = ("tab:gray", "tab:blue", "tab:orange", "tab:red", "tab:green")
     for axes, (key, title) in zip(grid, panels, strict=True):
         for (arm, results), color in zip(by_arm.items(), colors, strict=True):
             for number, result in enumerate(results):
@@ -196,7 +202,7 @@ def main() -> None:
     )
     arms = {**ARMS, f"bonus {chosen}": bonus(chosen)}
     by_arm = {
-        arm: [r for r in stored() if r["overrides"] == list(overrides)]
+        arm: [r for r in stored() if r["recipe_hash"] == load("countdown", overrides).hash]
         for arm, overrides in arms.items()
     }
     page = PAGE.read_text(encoding="utf-8")

@@ -392,7 +392,9 @@ def llm_progress(updates: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
             if judged:
                 n = max(int(key.partition("@")[2]) for key in judged)
                 found = [f"{kind}@{n} {judged[f'eval/{kind}@{n}']:.3f}" for kind in ("avg", "pass")]
-                entropy = f"  entropy {line['entropy']:.3f}" if "entropy" in line else ""
+                entropy = (
+                    f"  entropy {line['token_entropy']:.3f}" if "token_entropy" in line else ""
+                )
                 console.print(f"update {line['iteration']:>5}  {'  '.join(found)}{entropy}")
 
         yield watch

@@ -115,7 +115,10 @@ def test_with_one_ratio_for_a_completion_it_is_trls_own_but_for_rounding(tmp_pat
     host = {"importance_sampling_level": "sequence"}
     first = plain(tmp_path / "plain", **host)
     first.train()
-    second = ours(tmp_path / "ours", **host, entropy_clip=clip, entropy_clip_mu=math.inf)
+    second = ours(
+        tmp_path / "ours", **host, entropy_clip=clip, entropy_clip_mu=math.inf,
+        entropy_clip_denominator="shrink",
+    )  # fmt: skip
     second.train()
     assert logged(first, "grad_norm") == pytest.approx(logged(second, "grad_norm"), rel=1e-4)
 
@@ -242,6 +245,25 @@ def test_the_change_of_entropy_is_that_of_the_same_tokens(tmp_path, monkeypatch,
     assert any(abs(m) > 1e-3 for m in measured)
 
 
+@pytest.mark.parametrize("denominator", ["keep", "shrink"])
+def test_weights_that_stay_move_no_entropy(tmp_path, denominator):
+    """Whatever is left out: both times it is the mean over all tokens of the policy."""
+    trainer = ours(
+        tmp_path, entropy_clip="b", entropy_clip_mu=0.5, learning_rate=0.0,
+        entropy_clip_denominator=denominator,
+    )  # fmt: skip
+    trainer.train()
+    assert all(share > 0 for share in logged(trainer, "entropy_clip/share"))
+    assert logged(trainer, "entropy_change/measured") == pytest.approx([0.0] * 3, abs=1e-7)
+
+
+def test_settings_of_another_trainer_are_refused(tmp_path):
+    with pytest.raises(InputError, match="must be an EntropyGRPOConfig, not GRPOConfig"):
+        EntropyGRPOTrainer(
+            tiny_llm.model(), tiny_llm.reward, GRPOConfig(**tiny_llm.settings(tmp_path))
+        )
+
+
 # --- two processes --------------------------------------------------------------------------------
 
 TWO = """
@@ -259,9 +281,10 @@ valid = torch.arange(5) < torch.randint(1, 6, (6, 1))
 rows = slice(0, 2) if me == 0 else slice(2, 6)
 mine = TokenStatistics(*(x[rows] for x in columns))
 found = {}
-for name, clip in (("b", clip_b), ("v", clip_v)):
-    whole = clip(TokenStatistics(*columns), A, valid, mu=0.3)
-    part = clip(mine, A[rows], valid[rows], mu=0.3, processes=OfAccelerator(accelerator))
+cases = {"b": (clip_b, {}), "v": (clip_v, {"most": 0.2}), "all": (clip_v, {"most": 1.0})}
+for name, (clip, more) in cases.items():
+    whole = clip(TokenStatistics(*columns), A, valid, mu=0.3, **more)
+    part = clip(mine, A[rows], valid[rows], mu=0.3, processes=OfAccelerator(accelerator), **more)
     found[name] = [
         part.keep.tolist() == whole.keep[rows].tolist(), bool((~whole.keep).any()),
         abs(part.spread.mean - whole.spread.mean) < 1e-12,
@@ -295,6 +318,9 @@ def test_two_processes_of_accelerate_leave_out_what_one_does(tmp_path):
     ({"entropy_clip": "b", "entropy_clip_mu": -1.0}, "must be at least 0"),
     ({"entropy_clip": "b", "entropy_clip_mu": math.nan}, "must be at least 0"),
     ({"entropy_clip": "v", "entropy_clip_most": 0.0}, "must be a share"),
+    ({"entropy_clip": "b", "importance_sampling_level": "sequence"}, "one ratio for a whole"),
+    ({"loss_type": "foo"}, "loss_type is 'foo'"),
+    ({"entropy_change": "maybe"}, "entropy_change is 'maybe'"),
     ({"entropy_clip": "c"}, "entropy_clip is 'c'"),
     ({"entropy_clip": "b", "entropy_clip_sides": "three"}, "entropy_clip_sides is 'three'"),
     ({"entropy_clip": "b", "entropy_clip_denominator": "halve"}, "entropy_clip_denominator is"),
@@ -306,6 +332,9 @@ def test_what_can_not_be_is_refused(tmp_path, changes, said):
 
 def test_sampling_from_another_distribution_is_warned_of(tmp_path, caplog):
     ours(tmp_path, top_p=0.9)
+    assert "sample from another distribution" in caplog.text
+    caplog.clear()
+    ours(tmp_path, repetition_penalty=1.1)
     assert "sample from another distribution" in caplog.text
     caplog.clear()
     ours(tmp_path, top_p=0.9, entropy_change=False)

@@ -74,7 +74,7 @@ def test_the_model_it_saves_is_the_one_it_judged(done):
     assert any(not torch.equal(value, now[name]) for name, value in base.items())
     problems = problems_of(Task(), tokenizer)
     again = judge(model, tokenizer, problems.test[:6], solved, each=4, most_words=18,
-                  temperature=1.0, seed=0)  # fmt: skip
+                  temperature=1.0, seed=0, batch_size=256)  # fmt: skip
     found = json.loads((done.path / "evaluation.json").read_text())
     assert [[said for said, _ in row["tuned"]] for row in found["answers"]] == again.said
     assert found["tuned"]["avg@4"][0] == pytest.approx(again.right.double().mean().item())
@@ -161,7 +161,7 @@ def test_the_published_setting_is_what_is_known_of_it():
     recipe = recipes.load("qwen_dapo")
     t = recipe.trainer
     assert recipe.model.path == "Qwen/Qwen2.5-7B-Instruct"
-    assert (recipe.clip.type, recipe.clip.mu, recipe.clip.denominator) == ("b", 2.5, "shrink")
+    assert (recipe.clip.type, recipe.clip.mu, recipe.clip.denominator) == ("b", None, "shrink")
     # 64 prompts with 16 answers each, on eight processes.
     assert t["per_device_train_batch_size"] * t["gradient_accumulation_steps"] * 8 == 64 * 16
     assert (t["num_generations"], t["temperature"], t["beta"]) == (16, 1.0, 0.0)
@@ -175,6 +175,9 @@ def test_the_published_setting_is_what_is_known_of_it():
     (["clip.mu=-1"], "clip.mu: "),
     (["task.type=dataset"], "path names the data"),
     (["trainer.learning_rat=1"], "unknown key 'learning_rat'; did you mean 'learning_rate'"),
+    (["trainer.learning_rate=abc"], "trainer.learning_rate: must be of type float"),
+    (["trainer.use_cpu=3"], "trainer.use_cpu: must be of type bool"),
+    (["trainer.save_strategy=steps"], "save_strategy is set by the other sections"),
     (["trainer.max_steps=5"], "trainer.max_steps is set by the other sections"),
     (["run.updates=0"], "run.updates: "),
     (["run=3"], "name a key inside run"),
@@ -188,6 +191,9 @@ def test_wrong_recipes_are_refused(overrides, said):
     (["train", "countdwn"], "there is no recipe 'countdwn'; did you mean 'countdown'"),
     (["train", "model.path=nowhere/at/all", *SMALL], "no language model can be loaded"),
     (["train", *SMALL, "trainer.num_generations=7"], "trainer: "),
+    (["train", *SMALL, "trainer.loss_type=foo"], "loss_type is 'foo'"),
+    (["train", *SMALL, "trainer.sync_ref_model=true"], "trainer: "),
+    (["train", *SMALL, "task.type=dataset", "task.path=no/such/data"], "can't be loaded"),
     (["evaluate", "--problems", "100000"], "there are 400 test problems"),
     (["evaluate", "nowhere/at/all"], "no language model can be loaded"),
 ])  # fmt: skip

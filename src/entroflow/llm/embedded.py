@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entroflow.llm.countdown import WORDS
 
@@ -49,7 +50,7 @@ def new_model(seed: int) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def answers(
-    model: torch.nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     questions: list[str],
     *,
@@ -58,6 +59,7 @@ def answers(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 256,
+    special_tokens: bool = True,
 ) -> list[list[str]]:
     """Sampled answers to questions, `each` to every one.
 
@@ -68,24 +70,37 @@ def answers(
         temperature: 0 takes the likeliest token.
         seed: of the sampling; the global random state is left as it was.
         batch_size: most answers at a time.
+        special_tokens: whether the tokenizer adds its own; not to questions that have them.
     """
     asked = [question for question in questions for _ in range(each)]
     device = next(model.parameters()).device
     said: list[str] = []
     training = model.training
     model.eval()
+    # All of it said here: a model may come with settings of its own, as a repetition penalty.
     sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else None):
+    ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)}
+    settings = GenerationConfig(
+        max_new_tokens=most_words, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted(end for end in ends if end is not None),
+        **(sampled if temperature else {"do_sample": False}),
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)
         for start in range(0, len(asked), batch_size):
             given = tokenizer(
-                asked[start : start + batch_size], return_tensors="pt", padding=True
+                asked[start : start + batch_size], return_tensors="pt", padding=True,
+                add_special_tokens=special_tokens,
             ).to(device)  # fmt: skip
-            written: Tensor = model.generate(  # type: ignore[operator]
+            written: Tensor = model.generate(
                 input_ids=given["input_ids"], attention_mask=given["attention_mask"],
-                max_new_tokens=most_words, **(sampled if temperature else {"do_sample": False}),
+                generation_config=settings,
             )  # fmt: skip
             new = written[:, given["input_ids"].shape[1] :]
             said += tokenizer.batch_decode(new, skip_special_tokens=True)
     model.train(training)
     return [said[place : place + each] for place in range(0, len(said), each)]
+
+
+def _as_list(value: int | list[int] | None) -> list[int | None]:
+    return [*value] if isinstance(value, list) else [value]

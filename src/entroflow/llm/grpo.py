@@ -69,18 +69,21 @@ class EntropyGRPOConfig(GRPOConfig):
     )
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[Any, ...]] = {
     "entropy_clip": ("none", "b", "v"),
     "entropy_clip_sides": ("one", "two"),
     "entropy_clip_denominator": ("keep", "shrink"),
+    "entropy_change": (True, False),
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"),
 }
-"""What TRL's own settings do not check."""
+"""What TRL's own settings do not check, or only in the first update."""
 
 
 class EntropyGRPOTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer` with Clip_B or Clip_V (2602.03392); see the module.
 
-    Besides TRL's metrics it logs `entropy_clip/share` of the tokens and `entropy_clip/penalised`
+    Besides TRL's metrics it logs `token_entropy` over all tokens of the policy (TRL's `entropy` is
+    that of the tokens in its loss); `entropy_clip/share` of the tokens and `entropy_clip/penalised`
     of the tokens with a negative advantage, both left out; `entropy_clip/mean` and
     `entropy_clip/std` of what was compared; `discriminator/centred`, the mean of S - S_bar, in
     expectation 0; `entropy_change/predicted`, mean over tokens, of a step of size 1 on the logits,
@@ -92,59 +95,34 @@ class EntropyGRPOTrainer(GRPOTrainer):
 
     args: EntropyGRPOConfig
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
-        self._refuse()
-        self.processes = OfAccelerator(self.accelerator)
-        self._batch: _Batch | None = None
-        if self.args.entropy_change:
-            self.add_callback(_AfterStep(self._measure_change))
-
-    def _refuse(self) -> None:
-        settings = self.args
-        for name, known in CHOICES.items():
-            if (chosen := getattr(settings, name)) not in known:
-                raise InputError(f"{name} is {chosen!r}, but must be one of: {', '.join(known)}.")
-        if settings.entropy_clip != "none":
-            if settings.loss_type == "luspo":
-                raise InputError(
-                    "loss_type luspo takes one advantage for a whole completion, so no token can "
-                    "be left out; choose another loss_type, or entropy_clip='none'."
-                )
-            if settings.entropy_clip_mu is not None and not settings.entropy_clip_mu >= 0:
-                raise InputError(
-                    f"entropy_clip_mu is {settings.entropy_clip_mu}, but must be at least 0; inf "
-                    "leaves nothing out."
-                )
-            if not 0 < settings.entropy_clip_most <= 1:
-                raise InputError(
-                    f"entropy_clip_most is {settings.entropy_clip_most}, but must be a share in "
-                    "(0, 1]."
-                )
-        if self._looks() and self._is_vlm:
+    def __init__(
+        self, model: Any, reward_funcs: Any, args: EntropyGRPOConfig, **of_trl: Any
+    ) -> None:
+        if not isinstance(args, EntropyGRPOConfig):
+            raise InputError(f"args must be an EntropyGRPOConfig, not {type(args).__name__}.")
+        # Before a model is loaded, as far as settings alone can say.
+        _refuse(args)
+        super().__init__(model, reward_funcs, args=args, **of_trl)
+        if looks(args) and self._is_vlm:
             raise InputError(
                 "entropy control reads the logits of text models only; set entropy_clip='none' and "
                 "entropy_change=False for one that sees images."
             )
-        if self._looks() and (settings.top_p < 1 or settings.top_k or settings.min_p):
-            log.warning(
-                "top_p, top_k and min_p sample from another distribution than the one whose "
-                "entropy is controlled: S - S_bar is not 0 on average then."
-            )
+        self.processes = OfAccelerator(self.accelerator)
+        self._batch: _Batch | None = None
+        if self.args.entropy_change:
+            self.add_callback(_AfterStep(self._measure_change))
 
     @property
     def _policy(self) -> torch.nn.Module:
         assert self.model is not None
         return self.model
 
-    def _looks(self) -> bool:
-        return self.args.entropy_clip != "none" or self.args.entropy_change
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch, in which tokens that are left out have no advantage."""
         training = self._policy.training
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if not training or not self._looks():
+        if not training or not looks(self.args):
             return batch
         tokens, valid = self._tokens(batch)
         advantages = batch["advantages"][:, None]
@@ -156,13 +134,12 @@ class EntropyGRPOTrainer(GRPOTrainer):
             self._log_clip(clip, advantages, valid)
             if self.args.entropy_clip_denominator == "shrink":
                 self._shrink(batch, keep)
-        mean = self._mean(tokens.centred, valid)
-        self._metrics["train"]["discriminator/centred"].append(mean)
+        entropy, centred = self._mean(tokens.entropy, valid), self._mean(tokens.centred, valid)
+        self._metrics["train"]["token_entropy"].append(entropy)
+        self._metrics["train"]["discriminator/centred"].append(centred)
         if self.args.entropy_change:
             change = entropy_change(tokens, advantages * keep, self.temperature)
-            self._batch = _Batch(
-                batch, self._mean(tokens.entropy, valid), self._mean(change, valid)
-            )
+            self._batch = _Batch(batch, valid, entropy, self._mean(change, valid))
         return batch
 
     @torch.no_grad()
@@ -229,10 +206,55 @@ class EntropyGRPOTrainer(GRPOTrainer):
         if self._batch is None or self._step % every:
             return
         batch, self._batch = self._batch, None
-        tokens, valid = self._tokens(batch.inputs)
+        tokens, _ = self._tokens(batch.inputs)
+        now = self._mean(tokens.entropy, batch.valid)
         metrics = self._metrics["train"]
         metrics["entropy_change/predicted"].append(batch.predicted)
-        metrics["entropy_change/measured"].append(self._mean(tokens.entropy, valid) - batch.entropy)
+        metrics["entropy_change/measured"].append(now - batch.entropy)
+
+
+def looks(settings: EntropyGRPOConfig) -> bool:
+    """Whether the policy's tokens are looked at, to leave some out or to measure."""
+    return settings.entropy_clip != "none" or settings.entropy_change
+
+
+def _refuse(settings: EntropyGRPOConfig) -> None:
+    """See `EntropyGRPOTrainer`."""
+    for name, known in CHOICES.items():
+        if (chosen := getattr(settings, name)) not in known:
+            raise InputError(
+                f"{name} is {chosen!r}, but must be one of: {', '.join(map(str, known))}."
+            )
+    mu, most = settings.entropy_clip_mu, settings.entropy_clip_most
+    if mu is not None and not mu >= 0:
+        raise InputError(
+            f"entropy_clip_mu is {mu}, but must be at least 0; inf leaves nothing out."
+        )
+    if not 0 < most <= 1:
+        raise InputError(f"entropy_clip_most is {most}, but must be a share in (0, 1].")
+    if settings.entropy_clip != "none" and settings.loss_type == "luspo":
+        raise InputError(
+            "loss_type luspo takes one advantage for a whole completion, so no token can be left "
+            "out; choose another loss_type, or entropy_clip='none'."
+        )
+    by_sequence = settings.importance_sampling_level == "sequence"
+    keeps = settings.entropy_clip_denominator == "keep"
+    if settings.entropy_clip != "none" and by_sequence and keeps:
+        raise InputError(
+            "with one ratio for a whole completion (importance_sampling_level 'sequence') a token "
+            "moves by the advantages of the others; set entropy_clip_denominator='shrink', which "
+            "takes it out of the ratio, too."
+        )
+    other = (
+        settings.top_p < 1 or settings.top_k or settings.min_p
+        or settings.repetition_penalty != 1 or settings.generation_kwargs
+    )  # fmt: skip
+    if looks(settings) and other:
+        log.warning(
+            "top_p, top_k, min_p, repetition_penalty and generation_kwargs sample from another "
+            "distribution than the one whose entropy is controlled: S - S_bar is not 0 on average "
+            "then."
+        )
 
 
 @dataclass(frozen=True)
@@ -255,9 +277,14 @@ class OfAccelerator:
 
 @dataclass(frozen=True)
 class _Batch:
-    """What is known of a generation batch before its updates; see `entropy_change`."""
+    """What is known of a generation batch before its updates; see `entropy_change`.
+
+    Attributes:
+        valid: [B, T] bool, the policy's tokens, those that are left out among them.
+    """
 
     inputs: dict[str, Any]
+    valid: Tensor
     entropy: float
     predicted: float
 

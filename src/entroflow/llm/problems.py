@@ -75,7 +75,11 @@ def _asked(split: Any, count: int) -> list[str]:
 
 def _of_dataset(task: Task, tokenizer: Any) -> Problems:
     assert task.path is not None
-    data = load_dataset(task.path, split=task.split)
+    try:
+        data = load_dataset(task.path, task.name, split=task.split)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"task: {task.path} can't be loaded: {reason}") from None
     for column in (task.prompt, task.answer):
         if column not in data.column_names:
             raise InputError(
@@ -136,12 +140,13 @@ def judge(
     most_words: int,
     temperature: float,
     seed: int,
+    batch_size: int,
 ) -> Judged:
     """Sample `each` answers to every problem; right is what earns more than a half.
 
     Args:
         rows, reward: see `Problems`.
-        most_words, temperature, seed: see `embedded.answers`.
+        most_words, temperature, seed, batch_size: see `embedded.answers`.
     """
     chat = isinstance(rows[0]["prompt"], list)
     asked = [
@@ -151,7 +156,7 @@ def judge(
     ]  # fmt: skip
     said = answers(
         model, tokenizer, asked, each=each, most_words=most_words, temperature=temperature,
-        seed=seed,
+        seed=seed, batch_size=batch_size, special_tokens=not chat,
     )  # fmt: skip
     flat = [answer for mine in said for answer in mine]
     completions = [[{"role": "assistant", "content": text}] for text in flat] if chat else flat

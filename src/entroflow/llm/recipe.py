@@ -19,6 +19,7 @@ from entroflow.component import Component
 from entroflow.errors import RecipeError
 from entroflow.llm.clips import MOST, MU_B, MU_V
 from entroflow.settings_text import holder_of, override_of, parse_yaml
+from entroflow.users_code import search_beside
 from entroflow.wrong_keys import explained, hint
 
 SHIPPED = Path(str(resources.files("entroflow"))) / "llm" / "recipes"
@@ -49,6 +50,7 @@ class Task(Component):
     path: str | None = Field(
         None, description="of dataset: a folder or name that `datasets.load_dataset` finds"
     )
+    name: str | None = Field(None, description="of dataset: which of its configurations")
     split: str = Field("train", description="of dataset: which of its parts")
     prompt: str = Field("prompt", description="of dataset: the column with what is asked")
     answer: str = Field("solution", description="of dataset: the column with what is right")
@@ -95,6 +97,7 @@ class Evaluation(Component):
     problems: int = Field(100, ge=2, description="problems, always the same")
     each: int = Field(16, ge=1, description="answers to each")
     temperature: float = Field(1.0, ge=0, description="they are sampled with; 0: the likeliest")
+    batch_size: int = Field(256, ge=1, description="most answers that are sampled at once")
 
 
 class Run(Component):
@@ -110,10 +113,13 @@ PARTS: dict[str, type[Component]] = {
 """The sections whose keys are ours."""
 SECTIONS = (*PARTS, "trainer")
 OURS = (
-    "output_dir", "max_steps", "seed", "report_to", "logging_steps", "entropy_clip",
+    "output_dir", "max_steps", "seed", "report_to", "logging_steps", "logging_strategy",
+    "logging_first_step", "save_strategy", "log_completions", "entropy_clip",
     "entropy_clip_mu", "entropy_clip_sides", "entropy_clip_most", "entropy_clip_denominator",
 )  # fmt: skip
 """Settings of TRL that other sections make."""
+PLAIN: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str}
+"""Types of settings that are checked: what a value must be."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,8 @@ class LLMRecipe:
         return {
             **self.trainer,
             "output_dir": str(output), "max_steps": self.run.updates, "seed": self.run.seed,
-            "report_to": "none", "logging_steps": 1, "entropy_clip": clip.type,
+            "report_to": "none", "logging_steps": 1, "save_strategy": "no",
+            "entropy_clip": clip.type,
             "entropy_clip_mu": clip.mu, "entropy_clip_sides": clip.sides,
             "entropy_clip_most": clip.most, "entropy_clip_denominator": clip.denominator,
         }  # fmt: skip
@@ -176,7 +183,8 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LLMRecipe:
     Raises:
         RecipeError: unknown recipe, section or key; a value of the wrong type or out of range.
     """
-    name, text = _find(str(name_or_path))
+    name, text, folder = _find(str(name_or_path))
+    search_beside(folder)
     mapping = parse_yaml(text, name)
     for override in overrides:
         keys, value = override_of(override, SECTIONS)
@@ -205,26 +213,32 @@ def _fields(mapping: Mapping[str, Any], section: str, name: str) -> dict[str, An
 
 
 def _check_trainer(fields: Mapping[str, Any], where: str) -> None:
-    """Keys that TRL does not have, or that other sections set."""
+    """Refuse keys that TRL does not have or other sections set, and values of another type."""
     from entroflow.llm.grpo import EntropyGRPOConfig
 
-    known = [f.name for f in dataclasses.fields(EntropyGRPOConfig) if f.init]
-    for key in fields:
+    fields_of = [f for f in dataclasses.fields(EntropyGRPOConfig) if f.init]
+    # Names: some annotations are text.
+    types = {f.name: getattr(f.type, "__name__", str(f.type)) for f in fields_of}
+    known = [*types]
+    for key, value in fields.items():
         if key in OURS:
             raise RecipeError(f"{where}.{key} is set by the other sections; leave it out.")
         if key not in known:
             raise RecipeError(f"{where}: unknown key {key!r}{hint(key, known)}")
+        if types[key] in PLAIN and not isinstance(value, PLAIN[types[key]]):
+            raise RecipeError(f"{where}.{key}: must be of type {types[key]}, not {value!r}.")
 
 
-def _find(name: str) -> tuple[str, str]:
+def _find(name: str) -> tuple[str, str, Path | None]:
+    """Name and text of a recipe, and the folder of one that is the user's."""
     found = shipped()
     if name in found:
-        return name, found[name].read_text(encoding="utf-8")
+        return name, found[name].read_text(encoding="utf-8"), None
     path = Path(name)
     if path.suffix not in (".yaml", ".yml") and not path.exists():
         raise RecipeError(f"there is no recipe {name!r}{hint(name, list(found))}")
     try:
-        return path.stem, path.read_text(encoding="utf-8")
+        return path.stem, path.read_text(encoding="utf-8"), path.resolve().parent
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe file {path}.") from None
     except (UnicodeDecodeError, IsADirectoryError):

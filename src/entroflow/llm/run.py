@@ -3,22 +3,27 @@
 recipe.yaml         the recipe
 metrics.jsonl       one object per update; iteration 0 is the start
 tensorboard/        the same numbers as events
-model/              the tuned model, as transformers writes it
+model/              the model at the last evaluation, as transformers writes it
 evaluation.json     it and the base on the test problems
 report.html         made from the above
 """
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -64,9 +69,11 @@ def load_model(path: str, dtype: str = "float32") -> tuple[Any, Any]:
     try:
         model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"no language model can be loaded from {path!r}: {reason}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
 
@@ -82,24 +89,46 @@ def train(recipe: LLMRecipe, run: Path | None = None, watch: Watch | None = None
     """
     model, tokenizer = load_model(recipe.model.path, recipe.model.dtype)
     problems = problems_of(recipe.task, tokenizer)
-    place = run or Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    # What TRL itself may want to write goes nowhere: the run folder has its own files.
+    with TemporaryDirectory() as scratch:
+        trainer = _trainer(recipe, model, tokenizer, problems, Path(scratch))
+        return _run(recipe, trainer, problems, run, watch)
+
+
+def _trainer(
+    recipe: LLMRecipe, model: Any, tokenizer: Any, problems: Problems, scratch: Path
+) -> EntropyGRPOTrainer:
+    """TRL's trainer, which says nothing by itself.
+
+    Raises:
+        InputError: a setting that it does not take.
+    """
     with warnings.catch_warnings():
         # TRL still sets what transformers will call otherwise.
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            arguments = EntropyGRPOConfig(**recipe.trl_settings(place))
-        except (ValueError, TypeError) as error:
+            trainer = EntropyGRPOTrainer(
+                model, problems.reward, EntropyGRPOConfig(**recipe.trl_settings(scratch)),
+                train_dataset=problems.train, processing_class=tokenizer,
+            )  # fmt: skip
+        except (ValueError, TypeError, ImportError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{recipe.name}: trainer: {reason}") from None
-        trainer = EntropyGRPOTrainer(
-            model, problems.reward, args=arguments, train_dataset=problems.train,
-            processing_class=tokenizer,
-        )  # fmt: skip
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
+    return trainer
+
+
+def _run(
+    recipe: LLMRecipe,
+    trainer: EntropyGRPOTrainer,
+    problems: Problems,
+    run: Path | None,
+    watch: Watch | None,
+) -> RunFolder:
     # Of several processes all judge, as weights may lie on all of them; one writes.
     main = trainer.accelerator.is_main_process
-    folder = RunFolder.create(place, recipe.to_yaml()) if main else RunFolder(place)
+    folder = _shared(recipe, run, main)
     with folder.held() if main else nullcontext(), asked_to_stop() as stopping:
         recorder = _Recorder(folder, recipe, trainer, problems, watch, stopping)
         trainer.add_callback(recorder)
@@ -107,15 +136,32 @@ def train(recipe: LLMRecipe, run: Path | None = None, watch: Watch | None = None
         recorder.begin()
         trainer.train()
         recorder.close()
+        recorder.save()
         tuned = recorder.judge(problems.test)
-        trainer.save_model(str(folder.path / MODEL))
-        # TRL's settings, as a pickle: the recipe has them in plain sight.
-        (folder.path / MODEL / "training_args.bin").unlink(missing_ok=True)
         if main:
             found = {"iteration": trainer.state.global_step, **compared(problems, base, tuned)}
             write_text(folder.path / EVALUATION, to_json(found, indent=1) + "\n")
             write_llm_report(folder)
     return folder
+
+
+def _shared(recipe: LLMRecipe, run: Path | None, main: bool) -> RunFolder:
+    """The run folder, which one process names and makes for all.
+
+    Raises:
+        InputError: it is in use; in every process.
+    """
+    said: list[Any] = [None, None]
+    if main:
+        place = run or Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        try:
+            said = [str(RunFolder.create(place, recipe.to_yaml()).path), None]
+        except InputError as error:
+            said = [None, str(error)]
+    broadcast_object_list(said)
+    if said[1] is not None:
+        raise InputError(said[1])
+    return RunFolder(Path(said[0]))
 
 
 def compared(problems: Problems, base: Judged, tuned: Judged) -> dict[str, Any]:
@@ -169,6 +215,7 @@ class _Recorder(TrainerCallback):
             each=settings.each,
             most_words=self.problems.most_words or self.trainer.args.max_completion_length or 256,
             temperature=settings.temperature, seed=self.recipe.run.seed,
+            batch_size=settings.batch_size,
         )  # fmt: skip
 
     def begin(self) -> None:
@@ -177,9 +224,22 @@ class _Recorder(TrainerCallback):
         self._since = perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop where that was asked for."""
-        if self.stopping():
+        """Stop where that was asked for, in any of the processes: in all after the same update."""
+        asked = torch.tensor(float(self.stopping()))
+        if self.trainer.processes.sum(asked).item() > 0:
             control.should_training_stop = True
+
+    def save(self) -> None:
+        """Write the model as it is; an older one stays until the new one is whole."""
+        whole, part = self.folder.path / MODEL, self.folder.path / f".{MODEL}.part"
+        self.trainer.save_model(str(part))
+        if not self.trainer.accelerator.is_main_process:
+            return
+        # TRL's settings, as a pickle: the recipe has them in plain sight.
+        (part / "training_args.bin").unlink(missing_ok=True)
+        if whole.exists():
+            shutil.rmtree(whole)
+        part.rename(whole)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """One line per update."""
@@ -191,6 +251,7 @@ class _Recorder(TrainerCallback):
         due = state.global_step % self.recipe.evaluation.every == 0
         if due or state.global_step == args.max_steps:
             line |= self._evaluated()
+            self.save()
         self._write(line)
         self._since = perf_counter()
 
@@ -233,12 +294,13 @@ def evaluate(
     of_run = Path(path) / RECIPE
     recipe = load(of_run if of_run.is_file() else "countdown")
     model, tokenizer = load_model(path, recipe.model.dtype)
+    model.to(PartialState().device)
     known = problems_of(recipe.task, tokenizer)
     if problems > len(known.test):
         raise InputError(f"there are {len(known.test)} test problems, not {problems}.")
     found = judge(
         model, tokenizer, known.test[:problems], known.reward, each=each, seed=seed,
         most_words=known.most_words or recipe.trainer.get("max_completion_length", 256),
-        temperature=temperature,
+        temperature=temperature, batch_size=recipe.evaluation.batch_size,
     )  # fmt: skip
     return {"problems": problems, **found.numbers()}

@@ -173,7 +173,7 @@ def _entropy(metrics: Metrics) -> Panel | None:
     return _line(
         metrics, "Entropy",
         "Of the next token, in nats, over the tokens of an update. Near 0 nothing new is tried.",
-        {"entropy": ("entropy", BLUE)},
+        {"token_entropy": ("entropy", BLUE)},
     )  # fmt: skip
 
 
