@@ -154,6 +154,14 @@ def test_the_tables_of_methods_are_those_of_the_raw_results():
         assert between("methods.md", name) == tables.get(name, "Not measured yet."), name
 
 
+def test_the_table_of_preferences_is_that_of_the_raw_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = runpy.run_path(str(ROOT / "benchmarks" / "preferences.py"))
+    chosen = script["compared"](claims("pref_grpo")["results"])
+    assert len(chosen) == 4 * 3
+    assert between("rewards.md", "preferences") == script["table"](chosen)
+
+
 def test_the_table_of_memory_is_that_of_the_raw_results():
     pytest.importorskip("diffusers")
     script = runpy.run_path(str(ROOT / "benchmarks" / "memory.py"))
