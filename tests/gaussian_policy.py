@@ -19,8 +19,8 @@ class GaussianPolicy:
     """The policy of the module's docstring; its one parameter is the learnable `shift`, at first 0.
 
     Everything is float64, whatever the states are stored in. Guidance changes nothing. Attention
-    has no part in the velocity, but some is shown: every value looks at the velocity's values, and
-    at a text token of zeros.
+    has no part in the velocity, but some is shown (unless `shows_attention` is false): every value
+    looks at the velocity's values, and at a text token of zeros.
 
     Attributes:
         mean, variance: of the data at shift 0.
@@ -28,6 +28,8 @@ class GaussianPolicy:
         shift: [*latent_shape] parameter.
         grid_shift: of the sampling grid.
     """
+
+    shows_attention = True
 
     def __init__(
         self,
@@ -56,8 +58,9 @@ class GaussianPolicy:
         V = (1 - t) ** 2 * self.variance + t**2
         kappa = (t - (1 - t) * self.variance) / V
         v = kappa * x.double() - t / V * (cond.tensors["mean"] + self.shift)
-        tokens = v.detach().reshape(len(x), 1, -1, 1)
-        show(0, tokens, torch.nn.functional.pad(tokens, (0, 0, 1, 0)), slice(0, 1))
+        if self.shows_attention:
+            tokens = v.detach().reshape(len(x), 1, -1, 1)
+            show(0, tokens, torch.nn.functional.pad(tokens, (0, 0, 1, 0)), slice(0, 1))
         return v
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -24,7 +24,9 @@ ROLLOUTS = PROMPTS * GROUP
 
 
 class PixelPolicy(GaussianPolicy):
-    """Images of 2 x 2 pixels whose values are those of the latent."""
+    """Images of 2 x 2 pixels whose values are those of the latent; shows no attention."""
+
+    shows_attention = False
 
     def __init__(self, shift=0.0):
         super().__init__(0.5, 0.05, latent_shape=(3, 2, 2))
