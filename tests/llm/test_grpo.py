@@ -81,6 +81,12 @@ HOSTS = {
     "two epochs, KL": {"loss_type": "grpo", "beta": 0.1, "num_iterations": 2},
     "cispo": {"loss_type": "cispo", "temperature": 0.7, "gradient_accumulation_steps": 2},
     "bonus": {"loss_type": "bnpo", "entropy_coef": 0.01, "top_entropy_quantile": 0.5},
+    "two updates a generation": {"steps_per_generation": 2, "mask_truncated_completions": True},
+    "dr_grpo": {
+        "loss_type": "dr_grpo",
+        "steps_per_generation": 4,
+        "gradient_accumulation_steps": 2,
+    },
 }
 INFINITE = {
     "none": {"entropy_clip": "none"},
@@ -89,7 +95,10 @@ INFINITE = {
     "b, shrink": {"entropy_clip": "b", "entropy_clip_denominator": "shrink"},
     "v, unmeasured": {"entropy_clip": "v", "entropy_change": False},
 }
-QUICK = {("plain", "none"), ("two epochs, KL", "b, shrink"), ("cispo", "v, two sides")}
+QUICK = {
+    ("plain", "none"), ("two epochs, KL", "b, shrink"), ("cispo", "v, two sides"),
+    ("two updates a generation", "b, shrink"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("host", "changes"), [
@@ -212,13 +221,75 @@ def test_a_token_that_is_left_out_moves_no_logit_of_its_own(tmp_path, monkeypatc
         assert (gradient[dropped] != 0).any() == bool(beta)
 
 
+def test_where_all_is_left_out_only_the_kl_is_left(tmp_path):
+    """B-10: then the weights are those of TRL's trainer whose rewards are all alike."""
+    host = {"beta": 0.2, "loss_type": "dapo"}
+    first = GRPOTrainer(
+        tiny_llm.model(), lambda completions, **_: [0.0] * len(completions),
+        args=GRPOConfig(**tiny_llm.settings(tmp_path / "plain", **host)),
+        train_dataset=tiny_llm.prompts(), processing_class=tiny_llm.tokenizer(),
+    )  # fmt: skip
+    second = ours(
+        tmp_path / "ours", entropy_clip="b", entropy_clip_sides="two", entropy_clip_mu=0.0, **host
+    )  # fmt: skip
+    for trainer in (first, second):
+        # Away from the reference, or there is no KL to lower.
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for weight in trainer.model.parameters():
+                weight += 0.1 * torch.randn_like(weight)
+        start = weights(trainer)
+        trainer.train()
+    assert logged(second, "entropy_clip/share") == pytest.approx([1.0] * 3)
+    assert logged(first, "kl") == logged(second, "kl")
+    assert all(kl > 0.1 for kl in logged(second, "kl"))
+    before, after = weights(first), weights(second)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(start[name], after[name]) for name in start)
+
+
+@pytest.mark.parametrize("denominator", ["keep", "shrink"])
+def test_what_a_tool_wrote_is_none_of_the_policys(tmp_path, monkeypatch, denominator):
+    """It is in no statistic, is not left out, and stays out of the loss as before."""
+    own = GRPOTrainer._generate_and_score_completions
+
+    def with_a_tool(self, inputs):
+        batch = own(self, inputs)
+        batch["tool_mask"] = (torch.arange(batch["completion_ids"].shape[1]) % 3 != 1).long()
+        batch["tool_mask"] = batch["tool_mask"].expand_as(batch["completion_mask"]).clone()
+        return batch
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", with_a_tool)
+    trainer = ours(
+        tmp_path, entropy_clip="b", entropy_clip_mu=0.3, entropy_clip_denominator=denominator,
+    )  # fmt: skip
+    kept = kept_batches(trainer, monkeypatch)
+    used, loss = [], GRPOTrainer._compute_loss
+    monkeypatch.setattr(
+        GRPOTrainer, "_compute_loss", lambda s, m, i: (used.append(i), loss(s, m, i))[1]
+    )
+    trainer.train()
+    shares = []
+    for (batch, policy), inputs in zip(kept, used, strict=True):
+        valid = (batch["completion_mask"] * batch["tool_mask"]).bool()
+        found = clip_b(statistics(policy, batch), batch["advantages"][:, None], valid, mu=0.3)
+        shares.append((~found.keep & valid).sum().item() / valid.sum().item())
+        counted = valid & found.keep if denominator == "shrink" else valid
+        in_loss = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+        assert sorted(in_loss.sum(dim=1).tolist()) == sorted(counted.sum(dim=1).tolist())
+    assert logged(trainer, "entropy_clip/share") == pytest.approx(shares, abs=1e-6)
+    assert all(0 < share < 1 for share in shares)
+
+
 # --- what is measured -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("iterations", [1, 2])
-def test_the_change_of_entropy_is_that_of_the_same_tokens(tmp_path, monkeypatch, iterations):
+@pytest.mark.parametrize(("changes", "updates"), [
+    ({}, 1), ({"num_iterations": 2}, 2), ({"steps_per_generation": 2}, 2),
+])  # fmt: skip
+def test_the_change_of_entropy_is_that_of_the_same_tokens(tmp_path, monkeypatch, changes, updates):
     """Measured when all updates of the batch are done; predicted by -A (S - S_bar), on average."""
-    trainer = ours(tmp_path, entropy_clip="b", num_iterations=iterations, max_steps=4)
+    trainer = ours(tmp_path, entropy_clip="b", max_steps=4, **changes)
     kept = kept_batches(trainer, monkeypatch)
     policies = []
 
@@ -231,7 +302,7 @@ def test_the_change_of_entropy_is_that_of_the_same_tokens(tmp_path, monkeypatch,
     trainer.train()
     predicted, measured = [], []
     for number, (batch, before) in enumerate(kept):
-        after = policies[(number + 1) * iterations - 1]
+        after = policies[(number + 1) * updates - 1]
         valid, A = batch["completion_mask"].bool(), batch["advantages"][:, None]
         tokens = statistics(before, batch)
         keep = clip_b(tokens, A, valid).keep
@@ -239,7 +310,7 @@ def test_the_change_of_entropy_is_that_of_the_same_tokens(tmp_path, monkeypatch,
         predicted.append(change[valid].mean().item())
         now = statistics(after, batch).entropy
         measured.append((now - tokens.entropy)[valid].mean().item())
-    assert len(kept) == 4 // iterations
+    assert len(kept) == 4 // updates
     assert logged(trainer, "entropy_change/predicted") == pytest.approx(predicted, abs=1e-6)
     assert logged(trainer, "entropy_change/measured") == pytest.approx(measured, abs=1e-5)
     assert any(abs(m) > 1e-3 for m in measured)

@@ -69,6 +69,7 @@ def test_a_run_leaves_all_there_is_to_know(done):
 
 def test_the_model_it_saves_is_the_one_it_judged(done):
     model, tokenizer = load_model(str(done.path))
+    assert (done.latest() / "model.safetensors").is_file()
     base = load_file(BASE / "model.safetensors")
     now = model.state_dict()
     assert any(not torch.equal(value, now[name]) for name, value in base.items())
@@ -79,7 +80,7 @@ def test_the_model_it_saves_is_the_one_it_judged(done):
     assert [[said for said, _ in row["tuned"]] for row in found["answers"]] == again.said
     assert found["tuned"]["avg@4"][0] == pytest.approx(again.right.double().mean().item())
     # No pickle: safetensors and JSON alone.
-    assert not [p for p in (done.path / "model").rglob("*") if p.suffix in (".bin", ".pt", ".pth")]
+    assert not [p for p in done.path.rglob("*") if p.suffix in (".bin", ".pt", ".pth")]
 
 
 def test_the_report_shows_it(done, monkeypatch, capsys):
@@ -99,7 +100,7 @@ def test_the_report_shows_it(done, monkeypatch, capsys):
 
 def test_the_same_seed_is_the_same_run(tmp_path):
     first, second = (run_of(tmp_path / name, "run.updates=2") for name in "ab")
-    one, other = (load_file(run.path / "model" / "model.safetensors") for run in (first, second))
+    one, other = (load_file(run.latest() / "model.safetensors") for run in (first, second))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     assert recipes.load(first.path / "recipe.yaml") == recipes.load(second.path / "recipe.yaml")
 
@@ -144,6 +145,31 @@ def test_a_dataset_from_disk(tmp_path):
         problems_of(task.model_copy(update={"prompt": "asked"}), tokenizer)
     with pytest.raises(InputError, match="too few to hold out 40"):
         problems_of(task.model_copy(update={"held_out": 40}), tokenizer)
+
+
+def failing(completions, solution, **_):
+    raise KeyError("no such word")
+
+
+def too_few(completions, solution, **_):
+    return [0.0]
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("failing", "failed: KeyError: 'no such word'"),
+    ("too_few", "gave 1 values for 3 completions"),
+])  # fmt: skip
+def test_a_reward_that_fails_is_said_in_one_line(tmp_path, name, said):
+    rows = [{"prompt": f"{n} 2 3 4 -> 10 :", "solution": "1"} for n in range(60)]
+    (tmp_path / "data").mkdir()
+    Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    task = Task(
+        type="dataset", path=str(tmp_path / "data"), reward=f"{__name__}.{name}", held_out=10
+    )
+    _, tokenizer = load_model("embedded")
+    found = problems_of(task, tokenizer)
+    with pytest.raises(InputError, match=f"task.reward: .*{name} {said}"):
+        found.reward(completions=["a", "b", "c"], prompts=["p"] * 3, solution=["1"] * 3)
 
 
 # --- recipes and wrong input ----------------------------------------------------------------------

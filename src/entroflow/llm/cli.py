@@ -42,6 +42,7 @@ def _extra() -> Iterator[None]:
 @app.command(
     epilog="Examples: `entroflow llm train` · `entroflow llm train --clip b` · "
     "`entroflow llm train run.updates=50 trainer.learning_rate=1e-4` · "
+    "`entroflow llm train --resume runs/mine run.updates=400` · "
     "`accelerate launch -m entroflow.cli llm train qwen_dapo`"
 )
 def train(
@@ -60,23 +61,39 @@ def train(
     run: Annotated[
         Path | None, typer.Option(help="Run folder; runs/RECIPE-TIME if not given.")
     ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder.")
+    ] = None,
 ) -> None:
-    """Train a language model by a recipe. Ctrl-C finishes the update, judges, and saves."""
+    """Train a language model by a recipe.
+
+    Ctrl-C finishes the update, judges, and saves; `--resume` goes on.
+    """
     names = [argument for argument in arguments or [] if "=" not in argument]
     overrides = [argument for argument in arguments or [] if "=" in argument]
     if len(names) > 1:
         raise InputError(f"one recipe at a time, not {' and '.join(names)}.")
+    if resume is not None and (names or run is not None or clip is not None):
+        raise InputError(
+            "--resume takes recipe and folder from the run; leave RECIPE, --run and --clip out."
+        )
     if clip is not None:
         overrides.append(f"clip.type={clip.value}")
     with _extra():
         from entroflow.llm import recipe as recipes
         from entroflow.llm import run as runs
-        from entroflow.runs import REPORT
+        from entroflow.runs import RECIPE, REPORT, RunFolder
         from entroflow.show import llm_progress
 
-        recipe = recipes.load(names[0] if names else "countdown", overrides)
+        name = names[0] if names else "countdown"
+        if resume is not None:
+            name = str(RunFolder.open(resume).path / RECIPE)
+        recipe = recipes.load(name, overrides)
         with llm_progress(recipe.run.updates) as watch:
-            folder = runs.train(recipe, run, watch)
+            if resume is not None:
+                folder = runs.resume(resume, overrides, watch)
+            else:
+                folder = runs.train(recipe, run, watch)
     typer.echo(f"run     {folder.path}")
     typer.echo(f"report  {folder.path / REPORT}")
 

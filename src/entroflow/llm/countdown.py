@@ -28,6 +28,7 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "*": lambda a, b: a * b,
 }
 ARROW, ASK, THEN, IS = "->", ":", ";", "="
+NUMBERS = frozenset(map(str, range(LARGEST + 1)))
 WORDS = (*map(str, range(LARGEST + 1)), *OPERATIONS, ARROW, ASK, THEN, IS)
 """All words that a puzzle or an answer has."""
 STEP_WORDS = 5
@@ -72,7 +73,7 @@ def fault(puzzle: Puzzle, answer: str) -> str | None:
         words = step.split()
         if len(words) != STEP_WORDS or words[1] not in OPERATIONS or words[3] != IS:
             return f"{step.strip()!r} is no step"
-        if not all(words[place].isdecimal() for place in (0, 2, 4)):
+        if not {words[place] for place in (0, 2, 4)} <= NUMBERS:
             return f"{step.strip()!r} is no step"
         first, second, said = (int(words[place]) for place in (0, 2, 4))
         for number in (first, second):

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entroflow.llm.countdown import WORDS
+from entroflow.sampling.noise import Stream, generator
 
 BASE = Path(str(resources.files("entroflow"))) / "llm" / "base"
 """Folder of the shipped model."""
@@ -61,7 +64,9 @@ def answers(
     batch_size: int = 256,
     special_tokens: bool = True,
 ) -> list[list[str]]:
-    """Sampled answers to questions, `each` to every one.
+    """Sampled answers to questions, `each` to every one; all of them in every process.
+
+    The processes of accelerate share the work, which changes no answer.
 
     Args:
         model: of transformers, for causal language modelling.
@@ -69,12 +74,18 @@ def answers(
         most_words: tokens after which an answer ends in any case.
         temperature: 0 takes the likeliest token.
         seed: of the sampling; the global random state is left as it was.
-        batch_size: most answers at a time.
+        batch_size: most answers at a time; each batch draws from its own seed.
         special_tokens: whether the tokenizer adds its own; not to questions that have them.
     """
     asked = [question for question in questions for _ in range(each)]
     device = next(model.parameters()).device
-    said: list[str] = []
+    starts = range(0, len(asked), batch_size)
+    state = PartialState()
+    mine = [*starts[state.process_index :: state.num_processes]]
+    # Where weights lie on all processes, each has to call the model as often as the others.
+    turns = -(-len(starts) // state.num_processes)
+    mine += [0] * (turns - len(mine))
+    said: list[tuple[int, list[str]]] = []
     training = model.training
     model.eval()
     # All of it said here: a model may come with settings of its own, as a repetition penalty.
@@ -86,8 +97,9 @@ def answers(
         **(sampled if temperature else {"do_sample": False}),
     )  # fmt: skip
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-        torch.manual_seed(seed)
-        for start in range(0, len(asked), batch_size):
+        for start in mine:
+            source = generator(seed, Stream.EVALUATION, row=start)
+            torch.manual_seed(int(source.integers(2**62)))
             given = tokenizer(
                 asked[start : start + batch_size], return_tensors="pt", padding=True,
                 add_special_tokens=special_tokens,
@@ -97,9 +109,11 @@ def answers(
                 generation_config=settings,
             )  # fmt: skip
             new = written[:, given["input_ids"].shape[1] :]
-            said += tokenizer.batch_decode(new, skip_special_tokens=True)
+            said.append((start, tokenizer.batch_decode(new, skip_special_tokens=True)))
     model.train(training)
-    return [said[place : place + each] for place in range(0, len(said), each)]
+    known = dict(gather_object(said))
+    flat = [answer for start in starts for answer in known[start]]
+    return [flat[place : place + each] for place in range(0, len(flat), each)]
 
 
 def _as_list(value: int | list[int] | None) -> list[int | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -106,8 +107,33 @@ def _of_dataset(task: Task, tokenizer: Any) -> Problems:
         data.select(range(second, last)),
         data.select(range(first)).to_list(),
         data.select(range(first, second)).to_list(),
-        imported(task.reward, "task.reward"),
+        guarded(imported(task.reward, "task.reward"), task.reward),
     )
+
+
+def guarded(reward: Reward, name: str) -> Reward:
+    """A reward of the user's, whose failure is said in one line.
+
+    Raises:
+        InputError: when it is called and raises, or returns another number of values.
+    """
+
+    @wraps(reward)
+    def safe(completions: Sequence[Any], **columns: Any) -> Sequence[float | None]:
+        try:
+            found = reward(completions=completions, **columns)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"task.reward: {name} failed: {type(error).__name__}: {reason}"
+            ) from error
+        if len(found) != len(completions):
+            raise InputError(
+                f"task.reward: {name} gave {len(found)} values for {len(completions)} completions."
+            )
+        return found
+
+    return safe
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from entroflow.wrong_keys import explained, hint
 
 SHIPPED = Path(str(resources.files("entroflow"))) / "llm" / "recipes"
 """Folder of the recipes in the package."""
+EMBEDDED_WEIGHTS = SHIPPED.parent / "base" / "model.safetensors"
 TEXTS = ("title", "paper", "notes")
 EMBEDDED = "embedded"
 
@@ -36,6 +37,11 @@ class Model(Component):
         "transformers finds"
     )  # fmt: skip
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights")
+    lora_rank: int | None = Field(
+        None, ge=1, description="of a LoRA on all linear layers that is trained instead; null: "
+        "all weights are"
+    )  # fmt: skip
+    lora_alpha: int = Field(64, ge=1, description="scale of the LoRA, over its rank")
 
 
 class Task(Component):
@@ -143,10 +149,15 @@ class LLMRecipe:
 
     @property
     def hash(self) -> str:
-        """A short hash of all settings but the seed, and how the run is judged and called."""
+        """A short hash of all settings but the seed, and how the run is judged and called.
+
+        The weights in the package are part of it.
+        """
         content = {key: getattr(self, key).model_dump(mode="json") for key in PARTS}
         content |= {"run": {"updates": self.run.updates}, "trainer": dict(self.trainer)}
         del content["evaluation"]
+        if self.model.path == EMBEDDED:
+            content["weights"] = hashlib.blake2b(EMBEDDED_WEIGHTS.read_bytes()).hexdigest()
         text = json.dumps(content, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 

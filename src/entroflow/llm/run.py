@@ -1,19 +1,20 @@
 """A run of `EntropyGRPOTrainer` in its folder: what it says, how good it gets, and the model.
 
-recipe.yaml         the recipe
-metrics.jsonl       one object per update; iteration 0 is the start
-tensorboard/        the same numbers as events
-model/              the model at the last evaluation, as transformers writes it
-evaluation.json     it and the base on the test problems
-report.html         made from the above
+recipe.yaml             the recipe
+metrics.jsonl           one object per update; iteration 0 is the start
+tensorboard/            the same numbers as events
+checkpoints/00000200/   the model at the last evaluation, as transformers writes it, and the rest
+                        that it takes to go on (state.py)
+base.json               what the model answered to the test problems before it was trained
+evaluation.json         it and the tuned model on the test problems
+report.html             made from the above
 """
 
 from __future__ import annotations
 
-import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,21 +33,23 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.utils.logging import disable_progress_bar
+from trl.models.utils import unwrap_model_for_generation
 
 from entroflow.checkpoints import to_json, write_text
 from entroflow.errors import InputError
 from entroflow.evaluation.base import mean_over_prompts
 from entroflow.launch import asked_to_stop
 from entroflow.llm.embedded import BASE
-from entroflow.llm.grpo import EntropyGRPOConfig, EntropyGRPOTrainer
+from entroflow.llm.grpo import EntropyGRPOConfig
 from entroflow.llm.passing import avg_at, pass_at
 from entroflow.llm.problems import Judged, Problems, judge, problems_of
-from entroflow.llm.recipe import EMBEDDED, LLMRecipe, load
+from entroflow.llm.recipe import EMBEDDED, LLMRecipe, Model, load
+from entroflow.llm.state import ResumableTrainer, check_state
 from entroflow.report.events import Events
 from entroflow.report.llm_page import write_llm_report
-from entroflow.runs import EVALUATION, RECIPE, RunFolder, package_version
+from entroflow.runs import EVALUATION, RECIPE, RunFolder, package_version, read_object
 
-MODEL = "model"
+BASE_ANSWERS, ADAPTER = "base.json", "adapter_config.json"
 SHOWN = 8
 """Test problems whose answers are written down."""
 
@@ -57,17 +60,27 @@ def load_model(path: str, dtype: str = "float32") -> tuple[Any, Any]:
     """A causal language model and its tokenizer; the libraries' own bars stay away.
 
     Args:
-        path: `embedded`, a run folder, or what transformers finds.
+        path: `embedded`, a run folder, or what transformers finds. A LoRA is merged into its base.
 
     Raises:
         InputError: there is none.
     """
     disable_progress_bar()
     place = str(BASE) if path == EMBEDDED else path
-    if (Path(place) / MODEL).is_dir():
-        place = str(Path(place) / MODEL)
+    if (Path(place) / RECIPE).is_file():
+        place = str(RunFolder(Path(place)).latest())
+    settings = {"dtype": getattr(torch, dtype)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype))
+        if (Path(place) / ADAPTER).is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            with _without_future():
+                adapted = AutoPeftModelForCausalLM.from_pretrained(place, **settings)
+            model = adapted.merge_and_unload()
+            # Its weights came frozen, under the LoRA.
+            model.requires_grad_(True)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(place, **settings)
         tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
@@ -75,6 +88,14 @@ def load_model(path: str, dtype: str = "float32") -> tuple[Any, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+@contextmanager
+def _without_future() -> Iterator[None]:
+    """Within, nothing is heard of what the libraries will call otherwise among themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def train(recipe: LLMRecipe, run: Path | None = None, watch: Watch | None = None) -> RunFolder:
@@ -87,75 +108,113 @@ def train(recipe: LLMRecipe, run: Path | None = None, watch: Watch | None = None
     Raises:
         InputError: a model, a task or a setting is wrong.
     """
-    model, tokenizer = load_model(recipe.model.path, recipe.model.dtype)
-    problems = problems_of(recipe.task, tokenizer)
     # What TRL itself may want to write goes nowhere: the run folder has its own files.
     with TemporaryDirectory() as scratch:
-        trainer = _trainer(recipe, model, tokenizer, problems, Path(scratch))
-        return _run(recipe, trainer, problems, run, watch)
+        trainer, problems = _prepared(recipe, Path(scratch))
+
+        def new() -> RunFolder:
+            place = run or Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+            return RunFolder.create(place, recipe.to_yaml())
+
+        folder = _shared(new, trainer.accelerator.is_main_process)
+        _run(recipe, trainer, problems, folder, None, watch)
+    return folder
 
 
-def _trainer(
-    recipe: LLMRecipe, model: Any, tokenizer: Any, problems: Problems, scratch: Path
-) -> EntropyGRPOTrainer:
-    """TRL's trainer, which says nothing by itself.
+def resume(path: Path, overrides: Sequence[str] = (), watch: Watch | None = None) -> RunFolder:
+    """Go on from the last checkpoint of a run, with the same weights as if it never stopped.
+
+    Args:
+        path: the run folder.
+        overrides: `run.updates=N` to go further than it was meant to; no other, as that would make
+            it another run.
+        watch: see `train`.
 
     Raises:
-        InputError: a setting that it does not take.
+        InputError: no run folder, no checkpoint, a torn one, or nothing left to do.
     """
-    with warnings.catch_warnings():
-        # TRL still sets what transformers will call otherwise.
-        warnings.simplefilter("ignore", FutureWarning)
+    folder = RunFolder.open(path)
+    for override in overrides:
+        if not override.startswith("run.updates="):
+            raise InputError(
+                f"a resumed run can change run.updates, not {override!r}; start a new run for "
+                "another recipe."
+            )
+    recipe = load(path / RECIPE, overrides)
+    checkpoint = folder.latest()
+    with TemporaryDirectory() as scratch:
+        trainer, problems = _prepared(recipe, Path(scratch))
+        done = check_state(checkpoint, trainer.accelerator.num_processes)
+        if done >= recipe.run.updates:
+            raise InputError(f"{path} has made its {done} updates; go further with run.updates=N.")
+        _run(recipe, trainer, problems, folder, checkpoint, watch)
+    return folder
+
+
+def _prepared(recipe: LLMRecipe, scratch: Path) -> tuple[ResumableTrainer, Problems]:
+    """TRL's trainer, which says nothing by itself, and what it is to solve.
+
+    Raises:
+        InputError: a model, a task or a setting is wrong.
+    """
+    model, tokenizer = load_model(recipe.model.path, recipe.model.dtype)
+    problems = problems_of(recipe.task, tokenizer)
+    with _without_future():
         try:
-            trainer = EntropyGRPOTrainer(
+            trainer = ResumableTrainer(
                 model, problems.reward, EntropyGRPOConfig(**recipe.trl_settings(scratch)),
                 train_dataset=problems.train, processing_class=tokenizer,
+                peft_config=_lora(recipe.model),
             )  # fmt: skip
         except (ValueError, TypeError, ImportError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{recipe.name}: trainer: {reason}") from None
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
-    return trainer
+    return trainer, problems
+
+
+def _lora(model: Model) -> Any:
+    if model.lora_rank is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=model.lora_rank, lora_alpha=model.lora_alpha, target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
 
 
 def _run(
     recipe: LLMRecipe,
-    trainer: EntropyGRPOTrainer,
+    trainer: ResumableTrainer,
     problems: Problems,
-    run: Path | None,
+    folder: RunFolder,
+    checkpoint: Path | None,
     watch: Watch | None,
-) -> RunFolder:
-    # Of several processes all judge, as weights may lie on all of them; one writes.
+) -> None:
     main = trainer.accelerator.is_main_process
-    folder = _shared(recipe, run, main)
     with folder.held() if main else nullcontext(), asked_to_stop() as stopping:
+        if main and checkpoint is not None:
+            folder.cut_after(int(checkpoint.name))
+            folder.write_recipe(recipe.to_yaml())
         recorder = _Recorder(folder, recipe, trainer, problems, watch, stopping)
         trainer.add_callback(recorder)
-        base = recorder.judge(problems.test)
-        recorder.begin()
-        trainer.train()
+        with _without_future():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         recorder.close()
-        recorder.save()
-        tuned = recorder.judge(problems.test)
-        if main:
-            found = {"iteration": trainer.state.global_step, **compared(problems, base, tuned)}
-            write_text(folder.path / EVALUATION, to_json(found, indent=1) + "\n")
-            write_llm_report(folder)
-    return folder
 
 
-def _shared(recipe: LLMRecipe, run: Path | None, main: bool) -> RunFolder:
-    """The run folder, which one process names and makes for all.
+def _shared(new: Callable[[], RunFolder], main: bool) -> RunFolder:
+    """The run folder, which one process makes for all.
 
     Raises:
         InputError: it is in use; in every process.
     """
     said: list[Any] = [None, None]
     if main:
-        place = run or Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
         try:
-            said = [str(RunFolder.create(place, recipe.to_yaml()).path), None]
+            said = [str(new().path), None]
         except InputError as error:
             said = [None, str(error)]
     broadcast_object_list(said)
@@ -190,37 +249,54 @@ def compared(problems: Problems, base: Judged, tuned: Judged) -> dict[str, Any]:
 
 
 class _Recorder(TrainerCallback):
-    """Writes down what TRL logs, and how good the policy is now and then."""
+    """Writes down what TRL logs, and how good the policy is now and then.
+
+    All processes judge, as weights may lie on all of them; one writes.
+    """
 
     def __init__(
         self,
         folder: RunFolder,
         recipe: LLMRecipe,
-        trainer: EntropyGRPOTrainer,
+        trainer: ResumableTrainer,
         problems: Problems,
         watch: Watch | None,
         stopping: Callable[[], bool],
     ) -> None:
         self.folder, self.recipe, self.trainer, self.problems = folder, recipe, trainer, problems
         self.watch, self.stopping = watch, stopping
+        self.main = trainer.accelerator.is_main_process
         self.events = Events(folder.tensorboard)
-        self.seconds, self._since = 0.0, perf_counter()
+        lines = folder.metrics()
+        self.seconds = lines[-1].get("seconds", 0.0) if lines else 0.0
+        self._since = perf_counter()
 
     def judge(self, rows: Sequence[dict[str, Any]]) -> Judged:
         """The policy as it is, on problems that are held out."""
-        settings = self.recipe.evaluation
-        return judge(
-            self.trainer.accelerator.unwrap_model(self.trainer.model),
-            self.trainer.processing_class, [*rows][: settings.problems], self.problems.reward,
-            each=settings.each,
-            most_words=self.problems.most_words or self.trainer.args.max_completion_length or 256,
-            temperature=settings.temperature, seed=self.recipe.run.seed,
-            batch_size=settings.batch_size,
-        )  # fmt: skip
+        settings, trainer = self.recipe.evaluation, self.trainer
+        with (
+            unwrap_model_for_generation(
+                trainer.model_wrapped, trainer.accelerator,
+                gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+            ) as model,
+            trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
+        ):  # fmt: skip
+            return judge(
+                model, trainer.processing_class, [*rows][: settings.problems],
+                self.problems.reward, each=settings.each,
+                most_words=self.problems.most_words or trainer.args.max_completion_length or 256,
+                temperature=settings.temperature, seed=self.recipe.run.seed,
+                batch_size=settings.batch_size,
+            )  # fmt: skip
 
-    def begin(self) -> None:
-        """The line of iteration 0."""
-        self._write({"iteration": 0, "version": package_version(), **self._evaluated()})
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The base, and the line of iteration 0, unless they are there."""
+        if not state.global_step:
+            base = self.judge(self.problems.test)
+            start = {"iteration": 0, "version": package_version(), **self._evaluated()}
+            if self.main:
+                write_text(self.folder.path / BASE_ANSWERS, to_json(_as_json(base)) + "\n")
+                self._write(start)
         self._since = perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -229,31 +305,48 @@ class _Recorder(TrainerCallback):
         if self.trainer.processes.sum(asked).item() > 0:
             control.should_training_stop = True
 
-    def save(self) -> None:
-        """Write the model as it is; an older one stays until the new one is whole."""
-        whole, part = self.folder.path / MODEL, self.folder.path / f".{MODEL}.part"
-        self.trainer.save_model(str(part))
-        if not self.trainer.accelerator.is_main_process:
-            return
-        # TRL's settings, as a pickle: the recipe has them in plain sight.
-        (part / "training_args.bin").unlink(missing_ok=True)
-        if whole.exists():
-            shutil.rmtree(whole)
-        part.rename(whole)
-
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """One line per update."""
+        """One line per update, before the checkpoint that may follow it."""
         if "loss" not in (logs or {}):
             return
         self.seconds += perf_counter() - self._since
         line = {"iteration": state.global_step, "seconds": round(self.seconds, 3)}
         line |= {k: v for k, v in logs.items() if isinstance(v, int | float) and k != "epoch"}
         due = state.global_step % self.recipe.evaluation.every == 0
-        if due or state.global_step == args.max_steps:
+        last = control.should_training_stop or state.global_step == args.max_steps
+        if due or last:
             line |= self._evaluated()
-            self.save()
         self._write(line)
+        if due or last:
+            self._save(state.global_step)
         self._since = perf_counter()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Both models on the test problems."""
+        tuned = self.judge(self.problems.test)
+        if self.main:
+            base = _from_json(read_object(self.folder.path / BASE_ANSWERS))
+            found = {"iteration": state.global_step, **compared(self.problems, base, tuned)}
+            write_text(self.folder.path / EVALUATION, to_json(found, indent=1) + "\n")
+            write_llm_report(self.folder)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.events.close()
+
+    def _save(self, update: int) -> None:
+        """Write a checkpoint; the one before goes when it is whole."""
+        whole = self.folder.checkpoints / f"{update:08d}"
+        part = whole.with_name(f".{whole.name}.part")
+        if self.main:
+            part.mkdir()
+        self.trainer.save_model(str(part))
+        self.trainer.write_state(part)
+        if self.main:
+            # TRL's settings, as a pickle: the recipe has them in plain sight.
+            (part / "training_args.bin").unlink(missing_ok=True)
+            part.rename(whole)
+            self.folder.prune(keep=1)
 
     def _evaluated(self) -> dict[str, float]:
         found = self.judge(self.problems.validation).numbers()
@@ -263,16 +356,20 @@ class _Recorder(TrainerCallback):
         return line
 
     def _write(self, line: dict[str, Any]) -> None:
-        if not self.trainer.accelerator.is_main_process:
+        if not self.main:
             return
         self.folder.append_metrics(line)
         self.events.numbers(line)
         if self.watch is not None:
             self.watch(line)
 
-    def close(self) -> None:
-        """Write what is left."""
-        self.events.close()
+
+def _as_json(judged: Judged) -> dict[str, Any]:
+    return {"said": judged.said, "right": judged.right.tolist()}
+
+
+def _from_json(found: Mapping[str, Any]) -> Judged:
+    return Judged(found["said"], torch.tensor(found["right"]))
 
 
 def evaluate(

@@ -1,0 +1,162 @@
+"""What the training of a language model needs to go on, as safetensors and JSON.
+
+trainer_state.json      TRL's own: updates, epoch, what was logged
+optimizer.safetensors   moments of the optimizer
+progress.json           its learning rates, the scheduler, and the random states of every process
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
+from transformers.trainer_callback import TrainerState
+
+from entroflow.checkpoints import (
+    CheckpointError,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    read_tensors,
+)
+from entroflow.llm.grpo import EntropyGRPOTrainer
+
+TRAINER_STATE, OPTIMIZER, PROGRESS = (
+    "trainer_state.json", "optimizer.safetensors", "progress.json",
+)  # fmt: skip
+
+
+class ResumableTrainer(EntropyGRPOTrainer):
+    """Goes on from what `write_state` left, with the same weights as if it had never stopped.
+
+    So where a generation batch ends with the update at which it stopped, which is so unless
+    `num_iterations` or `steps_per_generation` make one last longer. TRL's own checkpoints are
+    pickles, and forget how often the prompts were shuffled.
+    """
+
+    def write_state(self, folder: Path) -> None:
+        """Write all but the model into a folder; called in every process.
+
+        Optimizers that FSDP or DeepSpeed have cut into shards are left out: they can only be
+        written as pickles.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        states = gather_object([_random_state()])
+        if not self.accelerator.is_main_process:
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        scaler = self.accelerator.scaler
+        progress = {
+            "rates": [group["lr"] for group in self.optimizer.param_groups],
+            "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "random": states,
+        }
+        tensors = {k: v.contiguous() for k, v in optimizer_tensors(self.optimizer).items()}
+        save_file(tensors, folder / OPTIMIZER)
+        (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+        self.state.save_to_json(str(folder / TRAINER_STATE))
+
+    def _get_train_sampler(self, *given: Any) -> Any:
+        self._sampler: Any = super()._get_train_sampler(*given)
+        return self._sampler
+
+    def _init_training_state(self, *given: Any, **named: Any) -> tuple[int, int]:
+        epochs, steps = super()._init_training_state(*given, **named)
+        # Each epoch has its own order, drawn from where the one before left the generator.
+        for _ in range(epochs if self.shuffle_dataset else 0):
+            torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
+        return epochs, steps
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        progress = _progress(Path(checkpoint))
+        load_optimizer_tensors(self.optimizer, read_tensors(Path(checkpoint) / OPTIMIZER))
+        for group, rate in zip(self.optimizer.param_groups, progress["rates"], strict=True):
+            group["lr"] = rate
+        self.lr_scheduler.load_state_dict(progress["scheduler"])
+        # TRL counts again from 0, but which part of a generation batch is next depends on it.
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A weight that shares its values with another is written once.
+        missing = {*load_result.missing_keys} - {*self._policy.all_tied_weights_keys}  # type: ignore[misc]
+        if wrong := sorted(missing | {*load_result.unexpected_keys}):
+            raise CheckpointError(f"the checkpoint is of another model: {', '.join(wrong[:3])} ...")
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(_progress(Path(checkpoint))["scaler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            states = _progress(Path(checkpoint))["random"]
+            _set_random_state(states[self.accelerator.process_index])
+
+
+def check_state(folder: Path, processes: int) -> int:
+    """Whether a training can go on from a folder.
+
+    Returns:
+        Its updates.
+
+    Raises:
+        CheckpointError: it holds the model alone, is torn, or of another number of processes.
+    """
+    if not (folder / PROGRESS).is_file():
+        raise CheckpointError(
+            f"{folder} holds the model alone, as FSDP's and DeepSpeed's shards of an optimizer are "
+            f"not written down; start a new run from it: model.path={folder}"
+        )
+    before = len(_progress(folder)["random"])
+    if before != processes:
+        raise CheckpointError(
+            f"{folder} was written by {before} processes, not {processes}; launch as many again."
+        )
+    try:
+        return int(TrainerState.load_from_json(str(folder / TRAINER_STATE)).global_step)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / TRAINER_STATE} is torn ({error}).") from None
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / PROGRESS} is torn ({error}).") from None
+    return found
+
+
+def _random_state() -> dict[str, Any]:
+    """Of this process, for JSON: what samples answers, and what a reward may use."""
+    version, words, gauss = random.getstate()
+    numpy = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    cuda = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": numpy,
+        "torch": torch.random.get_rng_state().tolist(),
+        "cuda": cuda,
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    numpy = state["numpy"]
+    numpy["state"]["key"] = np.array(numpy["state"]["key"], dtype=np.uint32)
+    np.random.set_state(numpy)
+    torch.random.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if torch.cuda.is_available() and state["cuda"] is not None:
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
