@@ -183,6 +183,19 @@ def test_shipped_recipes_can_be_read_and_written(name, tmp_path):
     assert recipes.load(path) == recipe
 
 
+def test_the_hash_is_of_what_is_trained(tmp_path, monkeypatch):
+    """Not of the seed or of how it is judged, but of the weights in the package."""
+    own = recipes.load("countdown").hash
+    for same in ("run.seed=3", "evaluation.each=4"):
+        assert recipes.load("countdown", [same]).hash == own
+    for other in ("clip.type=b", "run.updates=3", "trainer.beta=0.1", "model.lora_rank=4"):
+        assert recipes.load("countdown", [other]).hash != own, other
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"others")
+    monkeypatch.setattr(recipes, "EMBEDDED_WEIGHTS", weights)
+    assert recipes.load("countdown").hash != own
+
+
 def test_the_published_setting_is_what_is_known_of_it():
     recipe = recipes.load("qwen_dapo")
     t = recipe.trainer
