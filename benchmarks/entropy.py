@@ -70,14 +70,13 @@ def made(jobs: Sequence[tuple[str, tuple[str, ...], int]], runs: Path, at_once: 
         name = load("countdown", overrides).hash
         folder = runs / f"{name}-seed{seed}"
         if not (folder / "evaluation.json").exists():
-            if folder.exists():
-                # Torn by an interruption: a run of minutes begins anew.
-                shutil.rmtree(folder)
-            command = [sys.executable, "-m", "entroflow.cli", "llm", "train", "countdown"]
-            subprocess.run(
-                [*command, *overrides, f"run.seed={seed}", "--run", str(folder)],
-                check=True, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
+            command = [sys.executable, "-m", "entroflow.cli", "llm", "train"]
+            if folder.exists() and RunFolder(folder).all_checkpoints():
+                command += ["--resume", str(folder)]
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+                command += ["countdown", *overrides, f"run.seed={seed}", "--run", str(folder)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return result_of(RunFolder.open(folder), arm, overrides, seed)
 
     runs.mkdir(parents=True, exist_ok=True)
@@ -145,7 +144,7 @@ def table(by_arm: Mapping[str, Results]) -> str:
         centred = [
             statistics.mean(line["discriminator/centred"] for line in lines) for lines in updates
         ]
-        correlations = [r["change_correlation"] or 0.0 for r in results]
+        correlations = [r["change_correlation"] for r in results]
         lines.append(
             f"| {arm} | {spread([statistics.mean(end) for end in ends])} | "
             f"{spread([t['avg@16'][0] for t in tuned])} | {spread([t['pass@16'][0] for t in tuned])} | "

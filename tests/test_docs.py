@@ -162,6 +162,25 @@ def test_the_table_of_preferences_is_that_of_the_raw_results(monkeypatch):
     assert between("rewards.md", "preferences") == script["table"](chosen)
 
 
+def test_the_table_of_attention_is_that_of_the_raw_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = runpy.run_path(str(ROOT / "benchmarks" / "aegpo.py"))
+    chosen = script["best"](claims("aegpo")["results"])
+    assert len(chosen) == 5 * 3
+    assert between("attention.md", "aegpo") == script["table"](chosen)
+
+
+def test_what_measuring_attention_costs_is_that_of_the_raw_results():
+    found = claims("attention")["ratios"]
+    page = " ".join((ROOT / "docs" / "attention.md").read_text(encoding="utf-8").split())
+    default, every = (found[name]["rollouts"]["median"] for name in ("default", "every layer"))
+    assert (
+        f"take {default:.3f} times as long with the default settings, {every:.3f} times with all "
+        "four layers" in page
+    )
+    assert default < 1.05
+
+
 def test_the_table_of_memory_is_that_of_the_raw_results():
     pytest.importorskip("diffusers")
     script = runpy.run_path(str(ROOT / "benchmarks" / "memory.py"))

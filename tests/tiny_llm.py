@@ -8,7 +8,13 @@ from tempfile import TemporaryDirectory
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
 WORDS = [f"w{n}" for n in range(20)]
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6", "w7 w8 w9 w10"]
@@ -70,3 +76,31 @@ def settings(folder, **changed):
         "max_completion_length": 8, "max_steps": 3, "learning_rate": 1e-2, "save_strategy": "no",
         "logging_steps": 1, "seed": 0, "disable_tqdm": True, **changed,
     }  # fmt: skip
+
+
+def save_qwen2(folder):
+    """A random Qwen2 with its own tokenizer (bytes, no merges) and a chat template.
+
+    Its own settings for generation are those that nobody may take over: no two tokens twice.
+    """
+    vocabulary = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"):
+        vocabulary[name] = len(vocabulary)
+    words = Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    words.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    torch.manual_seed(0)
+    network = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, pad_token_id=words.pad_token_id,
+            eos_token_id=words.eos_token_id, bos_token_id=None,
+        )
+    )  # fmt: skip
+    network.generation_config.no_repeat_ngram_size = 1
+    network.save_pretrained(folder)
+    words.save_pretrained(folder)

@@ -121,17 +121,27 @@ def write_checkpoint(
             raise CheckpointError(f"{temporary} can't be written ({error}).") from error
     # Not `to_json`: a component must get back the NaN or infinity that it remembered.
     (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for file in temporary.iterdir():
-        # safetensors lets nobody but the owner read what it writes.
-        shutil.copymode(temporary / STATE_FILE, file)
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
+    settled(temporary)
     outdated = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         shutil.rmtree(outdated, ignore_errors=True)
         folder.replace(outdated)
     temporary.replace(folder)
     shutil.rmtree(outdated, ignore_errors=True)
+
+
+def settled(folder: Path) -> None:
+    """Bring the files of a folder to disk, and let all read them who may read what is new there.
+
+    safetensors lets nobody but the owner read what it writes.
+    """
+    usual = folder / ".usual"
+    usual.touch()
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        shutil.copymode(usual, file)
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+    usual.unlink()
 
 
 def checkpoint_exists(folder: Path) -> bool:

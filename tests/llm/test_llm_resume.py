@@ -54,7 +54,13 @@ def same(one, other):
     [],
     ["trainer.gradient_accumulation_steps=2", "trainer.per_device_train_batch_size=32",
      "clip.type=b", "clip.mu=0.3", "trainer.beta=0.1"],
-    ["trainer.num_iterations=2"],
+    *(pytest.param(changes, marks=pytest.mark.slow) for changes in (
+        ["trainer.num_iterations=2"],
+        ["trainer.optim=adafactor"],
+        ["trainer.beta=0.1", "trainer.sync_ref_model=true", "trainer.ref_model_sync_steps=2"],
+        ["trainer.use_adaptive_entropy=true", "trainer.entropy_target=0.35",
+         "trainer.entropy_coef=0.01", "trainer.entropy_coef_delta=0.003"],
+    )),
 ])  # fmt: skip
 def test_a_resumed_run_is_one_that_never_stopped(tmp_path, changes):
     """To the bit, over the end of an epoch, whose prompts come in another order than before."""
@@ -93,6 +99,32 @@ def test_a_run_that_was_interrupted_goes_on_along_its_schedule(tmp_path):
     assert same(weights(whole), weights(parts))
 
 
+def test_what_is_asked_to_stop_ends_its_batch_first(tmp_path):
+    """Of answers that serve two updates; so it can go on as if it had not been asked."""
+    changes = ("run.updates=4", "trainer.num_iterations=2", "evaluation.every=1")
+
+    def interrupt(line):
+        if line["iteration"] == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    parts = train(recipes.load("countdown", [*SMALL, *changes]), tmp_path / "parts", interrupt)
+    assert curve(parts, "iteration") == [0, 1, 2]
+    assert [path.name for path in parts.all_checkpoints()] == ["00000002"]
+    resume(tmp_path / "parts")
+    assert same(weights(run_of(tmp_path / "whole", *changes)), weights(parts))
+
+
+def test_a_run_that_lacks_only_its_end_gets_it(tmp_path):
+    """Killed while the tuned model was judged."""
+    run = run_of(tmp_path / "run", "run.updates=2")
+    before = (run.path / "evaluation.json").read_text(), run.metrics(), weights(run)
+    (run.path / "evaluation.json").unlink()
+    resume(run.path)
+    after = (run.path / "evaluation.json").read_text(), run.metrics(), weights(run)
+    assert before[:2] == after[:2]
+    assert same(before[2], after[2])
+
+
 def test_a_lora_is_all_that_is_trained_and_saved(tmp_path):
     changes = ("model.lora_rank=4", "trainer.learning_rate=1e-2", "trainer.beta=0.05")
     whole = run_of(tmp_path / "whole", "run.updates=4", *changes)
@@ -112,8 +144,14 @@ def test_a_lora_is_all_that_is_trained_and_saved(tmp_path):
     assert [[said for said, _ in row["tuned"]] for row in found["answers"]] == again.said
     assert found["tuned"] != found["base"]
     # And can be trained as a whole.
-    more = run_of(tmp_path / "more", "run.updates=1", f"model.path={whole.path}")
+    more = run_of(
+        tmp_path / "more", "run.updates=1", f"model.path={whole.path}", "trainer.beta=0.1"
+    )
     assert not same(weights(more), model.state_dict())
+    # The reference of its KL is where it began, not the model that the LoRA was made for.
+    assert curve(more, "kl") == pytest.approx([0.0], abs=1e-6)
+    # And that is what it goes on from, wherever the other run has come to.
+    assert recipes.load(more.path / "recipe.yaml").model.path == str(whole.latest().resolve())
 
 
 # --- wrong input ----------------------------------------------------------------------------------
@@ -172,7 +210,13 @@ def test_two_processes_train_judge_and_go_on(tmp_path):
         )  # fmt: skip
 
     # Three batches of answers, which two processes can't share evenly.
-    changes = (*SMALL, "evaluation.batch_size=8", "clip.type=b", "clip.mu=0.3")
+    changes = (
+        *SMALL,
+        "evaluation.batch_size=8",
+        "clip.type=b",
+        "clip.mu=0.3",
+        "clip.denominator=shrink",
+    )
     for name, updates in (("whole", 6), ("parts", 4)):
         found = launched(2, *changes, f"run.updates={updates}", "--run", str(tmp_path / name))
         assert found.returncode == 0, found.stderr

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +16,17 @@ pytest.importorskip("trl")
 from datasets import Dataset
 from safetensors.torch import load_file
 
+import tiny_llm
 from entroflow.cli import main
 from entroflow.errors import InputError, RecipeError
 from entroflow.llm import recipe as recipes
-from entroflow.llm.embedded import BASE
+from entroflow.llm.embedded import BASE, answers
+from entroflow.llm.pretrain import Reading, judged, read
 from entroflow.llm.problems import judge, problems_of, solved
 from entroflow.llm.recipe import Task
 from entroflow.llm.run import evaluate, load_model, train
 
+DOCS = Path(__file__).parents[2] / "docs"
 SMALL = (
     "run.updates=3", "evaluation.every=2", "evaluation.problems=6", "evaluation.each=4",
     "trainer.per_device_train_batch_size=64", "task.problems=40",
@@ -114,6 +119,41 @@ def test_it_plays_well_enough_to_learn_and_badly_enough_to_have_room():
     assert found["pass@8"][0] > found["avg@8"][0] + 0.15
 
 
+def test_the_model_card_has_the_numbers_of_the_claims():
+    found = json.loads((DOCS / "claims" / "countdown.json").read_text(encoding="utf-8"))
+    card = (BASE.parent / "MODEL_CARD.md").read_text(encoding="utf-8")
+    for measure in ("avg@16", "pass@16"):
+        value, low, high = found[measure]
+        assert f"{value:.1%} [{low:.1%}, {high:.1%}]" in card, measure
+    settings = Reading()
+    assert found["settings"] == dataclasses.asdict(settings)
+    assert f"{settings.steps:,} steps of {settings.batch} puzzles" in card
+
+
+@pytest.mark.slow
+def test_the_shipped_weights_are_as_good_as_the_claims_say():
+    """Sampled anew: another machine may round otherwise, so within the interval."""
+    found = json.loads((DOCS / "claims" / "countdown.json").read_text(encoding="utf-8"))
+    again = judged(*load_model("embedded"), Reading())
+    for measure in ("avg@16", "pass@16"):
+        _, low, high = found[measure]
+        assert low < again[measure][0] < high, measure
+
+
+def test_a_model_is_made_from_nothing(tmp_path, monkeypatch, capsys):
+    """By the command that made the shipped one; what is there is not overwritten."""
+    folder = tmp_path / "made"
+    settings = Reading(steps=60, batch=16, warm_up=5, held_out=4, each=2)
+    losses = [loss for _, loss in read(settings, folder)]
+    assert losses[-1] < 0.7 * losses[0]
+    model, tokenizer = load_model(str(folder))
+    assert model.num_parameters() == load_model("embedded")[0].num_parameters()
+    assert tokenizer.get_vocab() == load_model("embedded")[1].get_vocab()
+    code, _, error = entroflow(monkeypatch, capsys, "llm", "pretrain", "--folder", str(folder))
+    assert code == 2
+    assert "exists already" in error
+
+
 # --- data of one's own ----------------------------------------------------------------------------
 
 
@@ -145,6 +185,75 @@ def test_a_dataset_from_disk(tmp_path):
         problems_of(task.model_copy(update={"prompt": "asked"}), tokenizer)
     with pytest.raises(InputError, match="too few to hold out 40"):
         problems_of(task.model_copy(update={"held_out": 40}), tokenizer)
+    (tmp_path / "data" / "train.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(InputError, match="can't be loaded"):
+        problems_of(task, tokenizer)
+
+
+@pytest.mark.parametrize(("asked", "said"), [
+    (None, "row 7 is None, but must be a text"),
+    ([{"role": "user", "content": "a"}], "the model's tokenizer has no chat template"),
+])  # fmt: skip
+def test_prompts_that_can_not_be_asked(tmp_path, asked, said):
+    usual = "1 2 3 4 -> 10 :" if asked is None else asked
+    rows = [{"prompt": asked if n == 7 else usual, "solution": "1"} for n in range(60)]
+    (tmp_path / "data").mkdir()
+    Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    task = Task(
+        type="dataset", path=str(tmp_path / "data"), reward=f"{__name__}.failing", held_out=10
+    )
+    with pytest.raises(InputError, match=said):
+        problems_of(task, load_model("embedded")[1])
+
+
+def early(completions, solution, prompts, **_):
+    """Right is an answer whose first letter is in the first half of the bytes; of chats alone."""
+    assert all(chat[-1]["role"] == "user" for chat in prompts)
+    texts = [message["content"] for (message,) in completions]
+    return [float(text[:1] < "A") for text in texts]
+
+
+def test_the_published_setting_trains_a_tiny_qwen2(tmp_path):
+    """Its recipe with the sizes of a laptop: chats from a data set, two batches accumulated."""
+    tiny_llm.save_qwen2(tmp_path / "qwen2")
+    rows = [{"prompt": f"What is {n} + {n}?", "solution": str(2 * n)} for n in range(60)]
+    (tmp_path / "data").mkdir()
+    Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    recipe = recipes.load("qwen_dapo", [
+        f"model.path={tmp_path / 'qwen2'}", f"task.path={tmp_path / 'data'}", "task.held_out=8",
+        f"task.reward={__name__}.early", "run.updates=2", "evaluation.problems=4",
+        "evaluation.each=4", "trainer.per_device_train_batch_size=32", "trainer.bf16=false",
+        "trainer.gradient_accumulation_steps=2", "trainer.max_completion_length=6",
+        "trainer.use_cpu=true", "clip.mu=0.3", "trainer.learning_rate=1e-2",
+    ])  # fmt: skip
+    run = train(recipe, tmp_path / "run")
+    lines = run.metrics()
+    assert [line["iteration"] for line in lines] == [0, 1, 2]
+    assert all(0 < line["entropy_clip/share"] < 1 for line in lines[1:])
+    before = load_file(tmp_path / "qwen2" / "model.safetensors")
+    after = load_file(run.latest() / "model.safetensors")
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
+    found = evaluate(str(run.path), problems=4, each=4, temperature=0.7, seed=0)
+    whole = json.loads((run.path / "evaluation.json").read_text())
+    assert found["avg@4"] == pytest.approx(whole["tuned"]["avg@4"])
+    assert "What is" in (run.path / "report.html").read_text(encoding="utf-8")
+
+
+def test_settings_that_a_model_brings_do_not_change_what_is_sampled(tmp_path):
+    """transformers takes what is not said from them: here, that no token comes twice."""
+    tiny_llm.save_qwen2(tmp_path)
+    model, tokenizer = load_model(str(tmp_path))
+    own = model.generation_config
+
+    def said():
+        found = answers(model, tokenizer, ["a", "b"], each=8, most_words=40, seed=3)
+        return [answer for mine in found for answer in mine]
+
+    first = said()
+    assert model.generation_config is own
+    own.no_repeat_ngram_size = 0
+    assert said() == first
+    assert any(len({*answer}) < len(answer) for answer in first)
 
 
 def failing(completions, solution, **_):
@@ -155,9 +264,14 @@ def too_few(completions, solution, **_):
     return [0.0]
 
 
+def nothing(completions, solution, **_):
+    return None
+
+
 @pytest.mark.parametrize(("name", "said"), [
     ("failing", "failed: KeyError: 'no such word'"),
     ("too_few", "gave 1 values for 3 completions"),
+    ("nothing", "gave no list of numbers, but None"),
 ])  # fmt: skip
 def test_a_reward_that_fails_is_said_in_one_line(tmp_path, name, said):
     rows = [{"prompt": f"{n} 2 3 4 -> 10 :", "solution": "1"} for n in range(60)]
@@ -233,6 +347,15 @@ def test_wrong_recipes_are_refused(overrides, said):
     (["train", *SMALL, "trainer.loss_type=foo"], "loss_type is 'foo'"),
     (["train", *SMALL, "trainer.sync_ref_model=true"], "trainer: "),
     (["train", *SMALL, "task.type=dataset", "task.path=no/such/data"], "can't be loaded"),
+    (["train", *SMALL, "task.problems=4"], "there are 4 problems to train on, but 8 are answered"),
+    (["train", *SMALL, "evaluation.problems=1000"], "problems is 1000, but 400 are held out"),
+    (["train", *SMALL, "trainer.temperature=0.0"], "temperature is 0.0, but must be above 0"),
+    (["train", *SMALL, "trainer.top_k=-5"], "top_k is -5, but must be at least 0"),
+    (["train", *SMALL, "trainer.importance_sampling_level=foo"], "importance_sampling_level is"),
+    (["train", *SMALL, "trainer.per_device_train_batch_size=0"], "trainer: "),
+    (["train", *SMALL, "trainer.steps_per_generation=0"], "trainer: "),
+    (["train", "--resume", "nowhere/at/all"], "is not a run folder"),
+    (["train", "countdown", "--resume", "x"], "leave RECIPE, --run and --clip out"),
     (["evaluate", "--problems", "100000"], "there are 400 test problems"),
     (["evaluate", "nowhere/at/all"], "no language model can be loaded"),
 ])  # fmt: skip
@@ -258,7 +381,7 @@ def test_without_the_extra_the_rest_works_and_this_says_what_is_missing(tmp_path
     """In a process in which TRL and what it brings can't be imported."""
     script = """
 import sys
-for name in ("trl", "transformers", "tokenizers", "datasets", "accelerate"):
+for name in ("trl", "transformers", "tokenizers", "datasets", "accelerate", "peft"):
     sys.modules[name] = None
 import entroflow
 from entroflow.cli import main
@@ -276,7 +399,7 @@ main()
 
     assert run("recipes").returncode == 0
     assert run("llm", "--help").returncode == 0
-    for command in (("train",), ("recipes",)):
+    for command in (("train",), ("recipes",), ("evaluate",), ("pretrain",)):
         found = run("llm", *command)
         assert found.returncode == 2, command
         assert "pip install 'entroflow[llm]'" in found.stderr

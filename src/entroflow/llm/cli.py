@@ -32,7 +32,14 @@ def _extra() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in ("trl", "transformers", "tokenizers", "datasets", "accelerate"):
+        if error.name not in (
+            "trl",
+            "transformers",
+            "tokenizers",
+            "datasets",
+            "accelerate",
+            "peft",
+        ):
             raise
         raise InputError(
             f"entroflow llm needs the extra: pip install 'entroflow[llm]' ({error})."

@@ -6,6 +6,8 @@ loads it. `pretrain.py` made it; MODEL_CARD.md says how good it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,6 @@ def answers(
     said: list[tuple[int, list[str]]] = []
     training = model.training
     model.eval()
-    # All of it said here: a model may come with settings of its own, as a repetition penalty.
     sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)}
     settings = GenerationConfig(
@@ -96,7 +97,8 @@ def answers(
         eos_token_id=sorted(end for end in ends if end is not None),
         **(sampled if temperature else {"do_sample": False}),
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, _without_own_settings(model):
         for start in mine:
             source = generator(seed, Stream.EVALUATION, row=start)
             torch.manual_seed(int(source.integers(2**62)))
@@ -114,6 +116,24 @@ def answers(
     known = dict(gather_object(said))
     flat = [answer for start in starts for answer in known[start]]
     return [flat[place : place + each] for place in range(0, len(flat), each)]
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """Within, generation is what is asked for.
+
+    A model may come with settings of its own, as a repetition penalty; transformers takes from
+    them whatever is not said.
+    """
+    models = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    own = [each.generation_config for each in models]
+    for each in models:
+        each.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for each, settings in zip(models, own, strict=True):
+            each.generation_config = settings
 
 
 def _as_list(value: int | list[int] | None) -> list[int | None]:

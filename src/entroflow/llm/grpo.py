@@ -64,7 +64,8 @@ class EntropyGRPOConfig(GRPOConfig):
         default=True,
         metadata={
             "help": "measure how every batch moves the entropy of its tokens, against the first "
-            "order (two forward passes more; one of them is the clips' own)"
+            "order of its policy gradient, all tokens weighted alike and without KL or bonus (two "
+            "forward passes more; one of them is the clips' own)"
         },
     )
 
@@ -75,8 +76,14 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "entropy_clip_denominator": ("keep", "shrink"),
     "entropy_change": (True, False),
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
 }
 """What TRL's own settings do not check, or only in the first update."""
+DETACHED = ("cispo", "vespo")
+"""Losses whose importance ratio has no gradient."""
+LOGITS = 2**29
+"""About so many logits are held at once: a row of a long completion alone may have more."""
 
 
 class EntropyGRPOTrainer(GRPOTrainer):
@@ -109,7 +116,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
                 "entropy_change=False for one that sees images."
             )
         self.processes = OfAccelerator(self.accelerator)
-        self._batch: _Batch | None = None
+        self._batches: list[_Batch] = []
         if self.args.entropy_change:
             self.add_callback(_AfterStep(self._measure_change))
 
@@ -139,7 +146,7 @@ class EntropyGRPOTrainer(GRPOTrainer):
         self._metrics["train"]["discriminator/centred"].append(centred)
         if self.args.entropy_change:
             change = entropy_change(tokens, advantages * keep, self.temperature)
-            self._batch = _Batch(batch, valid, entropy, self._mean(change, valid))
+            self._batches.append(_Batch(batch, valid, entropy, self._mean(change, valid)))
         return batch
 
     @torch.no_grad()
@@ -149,9 +156,12 @@ class EntropyGRPOTrainer(GRPOTrainer):
         both = torch.cat([batch["prompt_ids"], ids], dim=1)
         seen = torch.cat([batch["prompt_mask"], own], dim=1)
         length, parts = ids.shape[1], []
+        config: Any = self._policy.config
+        rows_at_once = LOGITS // ((length + 1) * config.get_text_config().vocab_size)
+        most = min(max(rows_at_once, 1), self.args.per_device_train_batch_size)
         training = self._policy.training
         self._policy.eval()
-        for rows in torch.arange(len(ids)).split(self.args.per_device_train_batch_size):
+        for rows in torch.arange(len(ids)).split(most):
             with self.accelerator.autocast():
                 found = self._policy(
                     input_ids=both[rows], attention_mask=seen[rows], logits_to_keep=length + 1
@@ -200,17 +210,22 @@ class EntropyGRPOTrainer(GRPOTrainer):
         total, count = self.processes.sum(totals).tolist()
         return total / count if count else 0.0
 
+    @property
+    def is_between_batches(self) -> bool:
+        """Whether the last generation batch has done all its work."""
+        return self._step % ((self.args.steps_per_generation or 1) * self.num_iterations) == 0
+
     def _measure_change(self) -> None:
-        """Where a batch has done its work: how it moved the entropy of its tokens."""
-        every = (self.args.steps_per_generation or 1) * self.num_iterations
-        if self._batch is None or self._step % every:
+        """Where batches have done their work: how that moved the entropy of their tokens."""
+        if not self.is_between_batches:
             return
-        batch, self._batch = self._batch, None
-        tokens, _ = self._tokens(batch.inputs)
-        now = self._mean(tokens.entropy, batch.valid)
         metrics = self._metrics["train"]
-        metrics["entropy_change/predicted"].append(batch.predicted)
-        metrics["entropy_change/measured"].append(now - batch.entropy)
+        for batch in self._batches:
+            tokens, _ = self._tokens(batch.inputs)
+            now = self._mean(tokens.entropy, batch.valid)
+            metrics["entropy_change/predicted"].append(batch.predicted)
+            metrics["entropy_change/measured"].append(now - batch.entropy)
+        self._batches = []
 
 
 def looks(settings: EntropyGRPOConfig) -> bool:
@@ -225,6 +240,16 @@ def _refuse(settings: EntropyGRPOConfig) -> None:
             raise InputError(
                 f"{name} is {chosen!r}, but must be one of: {', '.join(map(str, known))}."
             )
+    for name in ("per_device_train_batch_size", "steps_per_generation", "num_iterations"):
+        if not getattr(settings, name) > 0:
+            raise InputError(f"{name} is {getattr(settings, name)}, but must be above 0.")
+    if not settings.temperature > 0:
+        raise InputError(
+            f"temperature is {settings.temperature}, but must be above 0: without chance all "
+            "answers of a group are the same."
+        )
+    if settings.top_k < 0:
+        raise InputError(f"top_k is {settings.top_k}, but must be at least 0, which is all tokens.")
     mu, most = settings.entropy_clip_mu, settings.entropy_clip_most
     if mu is not None and not mu >= 0:
         raise InputError(
@@ -239,7 +264,8 @@ def _refuse(settings: EntropyGRPOConfig) -> None:
         )
     by_sequence = settings.importance_sampling_level == "sequence"
     keeps = settings.entropy_clip_denominator == "keep"
-    if settings.entropy_clip != "none" and by_sequence and keeps:
+    moves_others = by_sequence and keeps and settings.loss_type not in DETACHED
+    if settings.entropy_clip != "none" and moves_others:
         raise InputError(
             "with one ratio for a whole completion (importance_sampling_level 'sequence') a token "
             "moves by the advantages of the others; set entropy_clip_denominator='shrink', which "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from entroflow.checkpoints import to_json, write_text
+from entroflow.checkpoints import refuse_used, to_json, whole_folder, write_text
 from entroflow.evaluation.base import mean_over_prompts
 from entroflow.llm.countdown import LONGEST, fault, puzzles, puzzles_with_answers
 from entroflow.llm.embedded import answers, new_model, new_tokenizer
@@ -53,7 +53,12 @@ class Reading:
 
 
 def read(settings: Reading, folder: Path) -> Iterator[tuple[int, float]]:
-    """Train from nothing; yields every step and its loss, and writes the model at the end."""
+    """Train from nothing; yields every step and its loss, and writes the model at the end.
+
+    Raises:
+        InputError: something is in the folder.
+    """
+    refuse_used(folder)
     tokenizer, model = new_tokenizer(), new_model(settings.seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), weight_decay=settings.weight_decay, betas=(0.9, 0.98)
@@ -70,11 +75,11 @@ def read(settings: Reading, folder: Path) -> Iterator[tuple[int, float]]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         yield step + 1, loss.item()
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     found = {"settings": asdict(settings), **judged(model, tokenizer, settings)}
-    write_text(folder / "evaluation.json", to_json(found, indent=1))
+    with whole_folder(folder) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        write_text(part / "evaluation.json", to_json(found, indent=1))
 
 
 def learnt(

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 from torch import Tensor
 
 from entroflow.errors import InputError
 from entroflow.evaluation.base import mean_over_prompts
-from entroflow.llm.countdown import LONGEST, Puzzle, fault, puzzles
+from entroflow.llm.countdown import Puzzle, fault, puzzles
 from entroflow.llm.embedded import answers
 from entroflow.llm.passing import avg_at, pass_at
 from entroflow.llm.recipe import Task
@@ -34,14 +35,12 @@ class Problems:
         train: with a column `prompt`, and what the reward takes besides.
         validation, test: rows of the same columns, held out.
         reward: (completions, **columns) -> one number per completion, None where it has none.
-        most_words: tokens that any answer needs at most, if that is known.
     """
 
     train: Dataset
     validation: Rows
     test: Rows
     reward: Reward
-    most_words: int | None = None
 
 
 def problems_of(task: Task, tokenizer: Any) -> Problems:
@@ -67,7 +66,7 @@ def _countdown(task: Task) -> Problems:
     validation, test = (
         [{"prompt": text} for text in _asked(split, HELD_OUT)] for split in ("validation", "test")
     )
-    return Problems(data, validation, test, solved, LONGEST + 1)
+    return Problems(data, validation, test, solved)
 
 
 def _asked(split: Any, count: int) -> list[str]:
@@ -78,7 +77,7 @@ def _of_dataset(task: Task, tokenizer: Any) -> Problems:
     assert task.path is not None
     try:
         data = load_dataset(task.path, task.name, split=task.split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"task: {task.path} can't be loaded: {reason}") from None
     for column in (task.prompt, task.answer):
@@ -86,6 +85,7 @@ def _of_dataset(task: Task, tokenizer: Any) -> Problems:
             raise InputError(
                 f"task: {task.path} has no column {column!r}{hint(column, data.column_names)}"
             )
+    _check_prompts(data[task.prompt], task, tokenizer)
     # Drawn, not the last ones: a file may be sorted. The same ones whatever the run's seed is.
     data = data.shuffle(seed=0)
     if len(data) < 2 * task.held_out + 2:
@@ -111,6 +111,20 @@ def _of_dataset(task: Task, tokenizer: Any) -> Problems:
     )
 
 
+def _check_prompts(prompts: Sequence[Any], task: Task, tokenizer: Any) -> None:
+    for number, asked in enumerate(prompts):
+        if not isinstance(asked, str | list) or not asked:
+            raise InputError(
+                f"task: {task.path}, column {task.prompt!r}: row {number} is {asked!r}, but must "
+                "be a text or a list of messages."
+            )
+        if isinstance(asked, list) and not getattr(tokenizer, "chat_template", None):
+            raise InputError(
+                f"task: {task.path}, column {task.prompt!r} holds messages, but the model's "
+                "tokenizer has no chat template; give texts."
+            )
+
+
 def guarded(reward: Reward, name: str) -> Reward:
     """A reward of the user's, whose failure is said in one line.
 
@@ -127,6 +141,8 @@ def guarded(reward: Reward, name: str) -> Reward:
             raise InputError(
                 f"task.reward: {name} failed: {type(error).__name__}: {reason}"
             ) from error
+        if not isinstance(found, Sequence):
+            raise InputError(f"task.reward: {name} gave no list of numbers, but {found!r}.")
         if len(found) != len(completions):
             raise InputError(
                 f"task.reward: {name} gave {len(found)} values for {len(completions)} completions."
@@ -152,8 +168,14 @@ class Judged:
         """Avg@n, and Pass@k for k = 1, 2, 4, ... and n: mean and 95% interval over problems."""
         n = self.right.shape[1]
         ks = sorted({n, *(2**i for i in range(n.bit_length()))})
-        found = {f"avg@{n}": mean_over_prompts(avg_at(self.right))}
-        return found | {f"pass@{k}": mean_over_prompts(pass_at(self.right, k)) for k in ks}
+        found = {f"avg@{n}": _share(avg_at(self.right))}
+        return found | {f"pass@{k}": _share(pass_at(self.right, k)) for k in ks}
+
+
+def _share(by_problem: Tensor) -> tuple[float, float, float]:
+    """Mean and 95% interval, which ends where shares do."""
+    mean, low, high = mean_over_prompts(by_problem)
+    return mean, max(low, 0.0), min(high, 1.0)
 
 
 def judge(

@@ -65,8 +65,9 @@ class Task(Component):
         description="of dataset: dotted path of a function (completions, solution, **) -> numbers",
     )
     held_out: int = Field(
-        500, ge=1, description="of dataset: problems that are evaluated on, never trained on"
-    )
+        500, ge=1, description="of dataset: problems for validation, and as many again for the "
+        "test, that are never trained on"
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _has_a_dataset(self) -> Self:

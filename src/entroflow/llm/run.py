@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,7 +36,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 from trl.models.utils import unwrap_model_for_generation
 
-from entroflow.checkpoints import to_json, write_text
+from entroflow.checkpoints import settled, to_json, write_text
 from entroflow.errors import InputError
 from entroflow.evaluation.base import mean_over_prompts
 from entroflow.launch import asked_to_stop
@@ -50,17 +51,21 @@ from entroflow.report.llm_page import write_llm_report
 from entroflow.runs import EVALUATION, RECIPE, RunFolder, package_version, read_object
 
 BASE_ANSWERS, ADAPTER = "base.json", "adapter_config.json"
+LONGEST = 256
+"""Tokens of an answer where a recipe does not say how many."""
 SHOWN = 8
 """Test problems whose answers are written down."""
 
 Watch = Callable[[Mapping[str, Any]], None]
 
 
-def load_model(path: str, dtype: str = "float32") -> tuple[Any, Any]:
+def load_model(path: str, dtype: str = "float32", merged: Path | None = None) -> tuple[Any, Any]:
     """A causal language model and its tokenizer; the libraries' own bars stay away.
 
     Args:
         path: `embedded`, a run folder, or what transformers finds. A LoRA is merged into its base.
+        merged: where a merged model is written, which then goes by this name: TRL loads the
+            reference of a KL by name.
 
     Raises:
         InputError: there is none.
@@ -77,8 +82,9 @@ def load_model(path: str, dtype: str = "float32") -> tuple[Any, Any]:
             with _without_future():
                 adapted = AutoPeftModelForCausalLM.from_pretrained(place, **settings)
             model = adapted.merge_and_unload()
-            # Its weights came frozen, under the LoRA.
-            model.requires_grad_(True)
+            if merged is not None:
+                model.save_pretrained(merged)
+                model = AutoModelForCausalLM.from_pretrained(merged, **settings)
         else:
             model = AutoModelForCausalLM.from_pretrained(place, **settings)
         tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
@@ -108,6 +114,10 @@ def train(recipe: LLMRecipe, run: Path | None = None, watch: Watch | None = None
     Raises:
         InputError: a model, a task or a setting is wrong.
     """
+    if (Path(recipe.model.path) / RECIPE).is_file():
+        # That run may go on; this one has begun where it is now.
+        place = str(RunFolder(Path(recipe.model.path)).latest().resolve())
+        recipe = replace(recipe, model=recipe.model.model_copy(update={"path": place}))
     # What TRL itself may want to write goes nowhere: the run folder has its own files.
     with TemporaryDirectory() as scratch:
         trainer, problems = _prepared(recipe, Path(scratch))
@@ -126,8 +136,8 @@ def resume(path: Path, overrides: Sequence[str] = (), watch: Watch | None = None
 
     Args:
         path: the run folder.
-        overrides: `run.updates=N` to go further than it was meant to; no other, as that would make
-            it another run.
+        overrides: `run.updates=N` to go further than it was meant to, which moves the end of a
+            falling learning rate; no other, as that would make it another run.
         watch: see `train`.
 
     Raises:
@@ -145,8 +155,13 @@ def resume(path: Path, overrides: Sequence[str] = (), watch: Watch | None = None
     with TemporaryDirectory() as scratch:
         trainer, problems = _prepared(recipe, Path(scratch))
         done = check_state(checkpoint, trainer.accelerator.num_processes)
-        if done >= recipe.run.updates:
+        if done >= recipe.run.updates and (path / EVALUATION).exists():
             raise InputError(f"{path} has made its {done} updates; go further with run.updates=N.")
+        if not (path / BASE_ANSWERS).is_file():
+            raise InputError(
+                f"{path} has no {BASE_ANSWERS}, what it is compared with; start a new run from its "
+                f"model: model.path={path}"
+            )
         _run(recipe, trainer, problems, folder, checkpoint, watch)
     return folder
 
@@ -157,8 +172,14 @@ def _prepared(recipe: LLMRecipe, scratch: Path) -> tuple[ResumableTrainer, Probl
     Raises:
         InputError: a model, a task or a setting is wrong.
     """
-    model, tokenizer = load_model(recipe.model.path, recipe.model.dtype)
+    model, tokenizer = load_model(recipe.model.path, recipe.model.dtype, scratch / "merged")
     problems = problems_of(recipe.task, tokenizer)
+    known = min(len(problems.validation), len(problems.test))
+    if recipe.evaluation.problems > known:
+        raise InputError(
+            f"{recipe.name}: evaluation.problems is {recipe.evaluation.problems}, but {known} are "
+            "held out."
+        )
     with _without_future():
         try:
             trainer = ResumableTrainer(
@@ -171,6 +192,20 @@ def _prepared(recipe: LLMRecipe, scratch: Path) -> tuple[ResumableTrainer, Probl
             raise InputError(f"{recipe.name}: trainer: {reason}") from None
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
+    at_once = (trainer.args.generation_batch_size or 1) // (trainer.num_generations or 1)
+    if len(problems.train) < at_once:
+        raise InputError(
+            f"{recipe.name}: there are {len(problems.train)} problems to train on, but {at_once} "
+            "are answered at once; lower trainer.per_device_train_batch_size or "
+            "trainer.gradient_accumulation_steps."
+        )
+    if trainer.is_fsdp_enabled:
+        shards = str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+        if "FULL" not in shards:
+            raise InputError(
+                f"under FSDP's {shards} no model would be saved; set fsdp_state_dict_type: "
+                "FULL_STATE_DICT in the configuration of accelerate."
+            )
     return trainer, problems
 
 
@@ -194,15 +229,20 @@ def _run(
     watch: Watch | None,
 ) -> None:
     main = trainer.accelerator.is_main_process
-    with folder.held() if main else nullcontext(), asked_to_stop() as stopping:
+    held = folder.held() if main else nullcontext()
+    with held, asked_to_stop() as stopping, _without_future():
         if main and checkpoint is not None:
             folder.cut_after(int(checkpoint.name))
             folder.write_recipe(recipe.to_yaml())
         recorder = _Recorder(folder, recipe, trainer, problems, watch, stopping)
         trainer.add_callback(recorder)
-        with _without_future():
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        recorder.close()
+        if checkpoint is not None and int(checkpoint.name) >= recipe.run.updates:
+            # Only the end was missing.
+            trainer._load_from_checkpoint(str(checkpoint))
+            recorder.finish(int(checkpoint.name))
+            return
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        recorder.finish(trainer.state.global_step)
 
 
 def _shared(new: Callable[[], RunFolder], main: bool) -> RunFolder:
@@ -269,7 +309,7 @@ class _Recorder(TrainerCallback):
         self.events = Events(folder.tensorboard)
         lines = folder.metrics()
         self.seconds = lines[-1].get("seconds", 0.0) if lines else 0.0
-        self._since = perf_counter()
+        self._since, self._unsaved = perf_counter(), False
 
     def judge(self, rows: Sequence[dict[str, Any]]) -> Judged:
         """The policy as it is, on problems that are held out."""
@@ -284,7 +324,7 @@ class _Recorder(TrainerCallback):
             return judge(
                 model, trainer.processing_class, [*rows][: settings.problems],
                 self.problems.reward, each=settings.each,
-                most_words=self.problems.most_words or trainer.args.max_completion_length or 256,
+                most_words=trainer.args.max_completion_length or LONGEST,
                 temperature=settings.temperature, seed=self.recipe.run.seed,
                 batch_size=settings.batch_size,
             )  # fmt: skip
@@ -297,16 +337,20 @@ class _Recorder(TrainerCallback):
             if self.main:
                 write_text(self.folder.path / BASE_ANSWERS, to_json(_as_json(base)) + "\n")
                 self._write(start)
+                self._show(start)
         self._since = perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop where that was asked for, in any of the processes: in all after the same update."""
+        """Stop where that was asked for, in any of the processes: in all after the same update.
+
+        Not in the midst of a generation batch, as that could not go on.
+        """
         asked = torch.tensor(float(self.stopping()))
-        if self.trainer.processes.sum(asked).item() > 0:
+        if self.trainer.processes.sum(asked).item() > 0 and self.trainer.is_between_batches:
             control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """One line per update, before the checkpoint that may follow it."""
+        """One line per update; now and then a checkpoint, and how good it is."""
         if "loss" not in (logs or {}):
             return
         self.seconds += perf_counter() - self._since
@@ -314,25 +358,30 @@ class _Recorder(TrainerCallback):
         line |= {k: v for k, v in logs.items() if isinstance(v, int | float) and k != "epoch"}
         due = state.global_step % self.recipe.evaluation.every == 0
         last = control.should_training_stop or state.global_step == args.max_steps
-        if due or last:
-            line |= self._evaluated()
+        self._unsaved |= due
         self._write(line)
-        if due or last:
+        # Saved before it is judged, which takes long and may be cut short.
+        if last or (self._unsaved and self.trainer.is_between_batches):
             self._save(state.global_step)
+            self._unsaved = False
+        if due or last:
+            judged = self._evaluated()
+            line |= judged
+            if self.main:
+                self.folder.replace_metrics(line)
+                self.events.numbers({"iteration": line["iteration"], **judged})
+        self._show(line)
         self._since = perf_counter()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def finish(self, updates: int) -> None:
         """Both models on the test problems."""
         tuned = self.judge(self.problems.test)
+        self.events.close()
         if self.main:
             base = _from_json(read_object(self.folder.path / BASE_ANSWERS))
-            found = {"iteration": state.global_step, **compared(self.problems, base, tuned)}
+            found = {"iteration": updates, **compared(self.problems, base, tuned)}
             write_text(self.folder.path / EVALUATION, to_json(found, indent=1) + "\n")
             write_llm_report(self.folder)
-
-    def close(self) -> None:
-        """Write what is left."""
-        self.events.close()
 
     def _save(self, update: int) -> None:
         """Write a checkpoint; the one before goes when it is whole."""
@@ -345,6 +394,7 @@ class _Recorder(TrainerCallback):
         if self.main:
             # TRL's settings, as a pickle: the recipe has them in plain sight.
             (part / "training_args.bin").unlink(missing_ok=True)
+            settled(part)
             part.rename(whole)
             self.folder.prune(keep=1)
 
@@ -356,11 +406,12 @@ class _Recorder(TrainerCallback):
         return line
 
     def _write(self, line: dict[str, Any]) -> None:
-        if not self.main:
-            return
-        self.folder.append_metrics(line)
-        self.events.numbers(line)
-        if self.watch is not None:
+        if self.main:
+            self.folder.append_metrics(line)
+            self.events.numbers(line)
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if self.main and self.watch is not None:
             self.watch(line)
 
 
@@ -391,13 +442,14 @@ def evaluate(
     of_run = Path(path) / RECIPE
     recipe = load(of_run if of_run.is_file() else "countdown")
     model, tokenizer = load_model(path, recipe.model.dtype)
-    model.to(PartialState().device)
+    if recipe.trainer.get("use_cpu") is not True:
+        model.to(PartialState().device)
     known = problems_of(recipe.task, tokenizer)
     if problems > len(known.test):
         raise InputError(f"there are {len(known.test)} test problems, not {problems}.")
     found = judge(
         model, tokenizer, known.test[:problems], known.reward, each=each, seed=seed,
-        most_words=known.most_words or recipe.trainer.get("max_completion_length", 256),
+        most_words=recipe.trainer.get("max_completion_length", LONGEST),
         temperature=temperature, batch_size=recipe.evaluation.batch_size,
     )  # fmt: skip
     return {"problems": problems, **found.numbers()}

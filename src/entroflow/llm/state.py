@@ -2,7 +2,9 @@
 
 trainer_state.json      TRL's own: updates, epoch, what was logged
 optimizer.safetensors   moments of the optimizer
-progress.json           its learning rates, the scheduler, and the random states of every process
+reference.safetensors   the reference of the KL, where it follows the policy (sync_ref_model)
+progress.json           learning rates, scheduler, what else TRL adapts, and the random states of
+                        every process
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from safetensors.torch import save_file
+from safetensors.torch import load_model, save_file, save_model
+from torch import Tensor
 from transformers.trainer_callback import TrainerState
 
 from entroflow.checkpoints import (
@@ -26,17 +29,18 @@ from entroflow.checkpoints import (
 )
 from entroflow.llm.grpo import EntropyGRPOTrainer
 
-TRAINER_STATE, OPTIMIZER, PROGRESS = (
-    "trainer_state.json", "optimizer.safetensors", "progress.json",
+TRAINER_STATE, OPTIMIZER, REFERENCE, PROGRESS = (
+    "trainer_state.json", "optimizer.safetensors", "reference.safetensors", "progress.json",
 )  # fmt: skip
+ADAPTED = ("entropy_coef", "_last_world_entropy")
+"""Numbers of TRL's trainer that its `use_adaptive_entropy` changes."""
 
 
 class ResumableTrainer(EntropyGRPOTrainer):
     """Goes on from what `write_state` left, with the same weights as if it had never stopped.
 
-    So where a generation batch ends with the update at which it stopped, which is so unless
-    `num_iterations` or `steps_per_generation` make one last longer. TRL's own checkpoints are
-    pickles, and forget how often the prompts were shuffled.
+    So where it stopped `is_between_batches`. TRL's own checkpoints are pickles, and forget how
+    often the prompts were shuffled.
     """
 
     def write_state(self, folder: Path) -> None:
@@ -53,15 +57,27 @@ class ResumableTrainer(EntropyGRPOTrainer):
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         scaler = self.accelerator.scaler
+        moments = optimizer_tensors(self.optimizer)
+        tensors = {k: v.contiguous() for k, v in moments.items() if isinstance(v, Tensor)}
         progress = {
             "rates": [group["lr"] for group in self.optimizer.param_groups],
+            "moments": {k: v for k, v in moments.items() if k not in tensors},
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "adapted": {name: getattr(self, name) for name in ADAPTED},
             "random": states,
         }
-        tensors = {k: v.contiguous() for k, v in optimizer_tensors(self.optimizer).items()}
         save_file(tensors, folder / OPTIMIZER)
-        (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+        try:
+            text = json.dumps(progress)
+        except TypeError as error:
+            raise CheckpointError(
+                f"trainer.optim={self.args.optim} keeps what can't be written down ({error}); "
+                "choose another."
+            ) from None
+        (folder / PROGRESS).write_text(text, encoding="utf-8")
+        if self.args.sync_ref_model and self.ref_model is not None:
+            save_model(self.accelerator.unwrap_model(self.ref_model), str(folder / REFERENCE))
         self.state.save_to_json(str(folder / TRAINER_STATE))
 
     def _get_train_sampler(self, *given: Any) -> Any:
@@ -81,10 +97,15 @@ class ResumableTrainer(EntropyGRPOTrainer):
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         progress = _progress(Path(checkpoint))
-        load_optimizer_tensors(self.optimizer, read_tensors(Path(checkpoint) / OPTIMIZER))
+        tensors = read_tensors(Path(checkpoint) / OPTIMIZER)
+        load_optimizer_tensors(self.optimizer, {**tensors, **progress["moments"]})
         for group, rate in zip(self.optimizer.param_groups, progress["rates"], strict=True):
             group["lr"] = rate
         self.lr_scheduler.load_state_dict(progress["scheduler"])
+        for name, value in progress["adapted"].items():
+            setattr(self, name, value)
+        if self.args.sync_ref_model and self.ref_model is not None:
+            load_model(self.accelerator.unwrap_model(self.ref_model), Path(checkpoint) / REFERENCE)
         # TRL counts again from 0, but which part of a generation batch is next depends on it.
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
 
