@@ -14,6 +14,7 @@ import typer
 
 from entroflow.errors import InputError
 from entroflow.llm.cli import app as llm
+from entroflow.settings_text import names_and_changes
 
 if TYPE_CHECKING:
     from entroflow.recipe import Recipe
@@ -76,11 +77,8 @@ def train(
     ] = None,
 ) -> None:
     """Train by a recipe. Ctrl-C finishes the iteration, saves, and exits; `--resume` goes on."""
-    names = [argument for argument in arguments or [] if "=" not in argument]
-    overrides = [argument for argument in arguments or [] if "=" in argument]
+    names, overrides = names_and_changes(arguments)
     name = names[0] if names else "quickstart"
-    if len(names) > 1:
-        raise InputError(f"one recipe at a time, not {' and '.join(names)}.")
     if resume is not None and (names or run is not None):
         raise InputError(
             "--resume takes recipe and folder from the run; leave RECIPE and --run out."

@@ -12,6 +12,18 @@ from entroflow.errors import RecipeError
 from entroflow.wrong_keys import hint
 
 
+def names_and_changes(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Of a command's arguments the recipe, if one is named, and the `section.key=value` changes.
+
+    Raises:
+        RecipeError: more than one recipe.
+    """
+    names = [argument for argument in arguments or [] if "=" not in argument]
+    if len(names) > 1:
+        raise RecipeError(f"one recipe at a time, not {' and '.join(names)}.")
+    return names, [argument for argument in arguments or [] if "=" in argument]
+
+
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """The mapping that a text holds; nothing for an empty one.
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from entroflow.errors import InputError
+from entroflow.settings_text import names_and_changes
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -76,10 +77,7 @@ def train(
 
     Ctrl-C finishes the update, judges, and saves; `--resume` goes on.
     """
-    names = [argument for argument in arguments or [] if "=" not in argument]
-    overrides = [argument for argument in arguments or [] if "=" in argument]
-    if len(names) > 1:
-        raise InputError(f"one recipe at a time, not {' and '.join(names)}.")
+    names, overrides = names_and_changes(arguments)
     if resume is not None and (names or run is not None or clip is not None):
         raise InputError(
             "--resume takes recipe and folder from the run; leave RECIPE, --run and --clip out."
