@@ -82,12 +82,10 @@ HOSTS = {
     "cispo": {"loss_type": "cispo", "temperature": 0.7, "gradient_accumulation_steps": 2},
     "bonus": {"loss_type": "bnpo", "entropy_coef": 0.01, "top_entropy_quantile": 0.5},
     "two updates a generation": {"steps_per_generation": 2, "mask_truncated_completions": True},
-    "dr_grpo": {
-        "loss_type": "dr_grpo",
-        "steps_per_generation": 4,
-        "gradient_accumulation_steps": 2,
+    "two generations an update": {
+        "loss_type": "dr_grpo", "steps_per_generation": 1, "gradient_accumulation_steps": 2,
     },
-}
+}  # fmt: skip
 INFINITE = {
     "none": {"entropy_clip": "none"},
     "b": {"entropy_clip": "b"},
