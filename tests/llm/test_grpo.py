@@ -368,11 +368,14 @@ def test_two_processes_of_accelerate_leave_out_what_one_does(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO, encoding="utf-8")
     source = Path(sys.modules["entroflow"].__file__).parents[1]
-    subprocess.run(
+    launched = subprocess.run(
+        # Once more where a port was taken between its choice and its use.
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-         str(script), str(tmp_path)],
-        check=True, timeout=300, env={**os.environ, **OFFLINE, "PYTHONPATH": str(source)},
+         "--max-restarts=1", str(script), str(tmp_path)],
+        check=False, capture_output=True, text=True, timeout=300,
+        env={**os.environ, **OFFLINE, "PYTHONPATH": str(source)},
     )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr
     for number in range(2):
         processes, found = json.loads((tmp_path / f"{number}.json").read_text())
         assert processes == 2
