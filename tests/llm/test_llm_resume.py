@@ -52,9 +52,9 @@ def same(one, other):
 
 @pytest.mark.parametrize("changes", [
     [],
-    ["trainer.gradient_accumulation_steps=2", "trainer.per_device_train_batch_size=32",
-     "clip.type=b", "clip.mu=0.3", "trainer.beta=0.1"],
     *(pytest.param(changes, marks=pytest.mark.slow) for changes in (
+        ["trainer.gradient_accumulation_steps=2", "trainer.per_device_train_batch_size=32",
+         "clip.type=b", "clip.mu=0.3", "trainer.beta=0.1"],
         ["trainer.num_iterations=2"],
         ["trainer.optim=adafactor"],
         ["trainer.beta=0.1", "trainer.sync_ref_model=true", "trainer.ref_model_sync_steps=2"],
@@ -99,6 +99,7 @@ def test_a_run_that_was_interrupted_goes_on_along_its_schedule(tmp_path):
     assert same(weights(whole), weights(parts))
 
 
+@pytest.mark.slow
 def test_what_is_asked_to_stop_ends_its_batch_first(tmp_path):
     """Of answers that serve two updates; so it can go on as if it had not been asked."""
     changes = ("run.updates=4", "trainer.num_iterations=2", "evaluation.every=1")
@@ -125,6 +126,7 @@ def test_a_run_that_lacks_only_its_end_gets_it(tmp_path):
     assert same(before[2], after[2])
 
 
+@pytest.mark.slow
 def test_a_lora_is_all_that_is_trained_and_saved(tmp_path):
     changes = ("model.lora_rank=4", "trainer.learning_rate=1e-2", "trainer.beta=0.05")
     whole = run_of(tmp_path / "whole", "run.updates=4", *changes)
