@@ -154,20 +154,18 @@ def test_the_tables_of_methods_are_those_of_the_raw_results():
         assert between("methods.md", name) == tables.get(name, "Not measured yet."), name
 
 
-def test_the_table_of_preferences_is_that_of_the_raw_results(monkeypatch):
+@pytest.mark.parametrize(("benchmark", "page", "mark", "of", "choice", "arms"), [
+    ("preferences", "rewards.md", "preferences", "pref_grpo", "compared", 4),
+    ("aegpo", "attention.md", "aegpo", "aegpo", "best", 5),
+])  # fmt: skip
+def test_the_table_of_three_seeds_is_that_of_the_raw_results(
+    monkeypatch, benchmark, page, mark, of, choice, arms
+):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    script = runpy.run_path(str(ROOT / "benchmarks" / "preferences.py"))
-    chosen = script["compared"](claims("pref_grpo")["results"])
-    assert len(chosen) == 4 * 3
-    assert between("rewards.md", "preferences") == script["table"](chosen)
-
-
-def test_the_table_of_attention_is_that_of_the_raw_results(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    script = runpy.run_path(str(ROOT / "benchmarks" / "aegpo.py"))
-    chosen = script["best"](claims("aegpo")["results"])
-    assert len(chosen) == 5 * 3
-    assert between("attention.md", "aegpo") == script["table"](chosen)
+    script = runpy.run_path(str(ROOT / "benchmarks" / f"{benchmark}.py"))
+    chosen = script[choice](claims(of)["results"])
+    assert len(chosen) == arms * 3
+    assert between(page, mark) == script["table"](chosen)
 
 
 def test_what_measuring_attention_costs_is_that_of_the_raw_results():

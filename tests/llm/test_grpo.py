@@ -195,10 +195,15 @@ def test_the_loss_by_hand(tmp_path, monkeypatch, beta, denominator, loss_type):
     assert logged(trainer, "loss")[1] == pytest.approx(expected.item(), abs=2e-5)
 
 
-def test_a_token_that_is_left_out_moves_no_logit_of_its_own(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "host", [{}, {"loss_type": "cispo", "importance_sampling_level": "sequence"}], ids=str
+)
+def test_a_token_that_is_left_out_moves_no_logit_of_its_own(tmp_path, monkeypatch, host):
     """The others do, and KL still does where the token counts."""
     for beta in (0.0, 0.2):
-        trainer = ours(tmp_path / str(beta), entropy_clip="b", entropy_clip_mu=0.3, beta=beta)
+        trainer = ours(
+            tmp_path / str(beta), entropy_clip="b", entropy_clip_mu=0.3, beta=beta, **host
+        )
         trainer.train()
         inputs = trainer._buffered_inputs[0]
         caught = []

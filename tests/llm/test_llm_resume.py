@@ -116,14 +116,19 @@ def test_what_is_asked_to_stop_ends_its_batch_first(tmp_path):
 
 
 def test_a_run_that_lacks_only_its_end_gets_it(tmp_path):
-    """Killed while the tuned model was judged."""
+    """Killed while the tuned model was judged on test or on validation problems."""
     run = run_of(tmp_path / "run", "run.updates=2")
     before = (run.path / "evaluation.json").read_text(), run.metrics(), weights(run)
-    (run.path / "evaluation.json").unlink()
-    resume(run.path)
-    after = (run.path / "evaluation.json").read_text(), run.metrics(), weights(run)
-    assert before[:2] == after[:2]
-    assert same(before[2], after[2])
+    assert "eval/avg@4" in before[1][-1]
+    lacking = {key: value for key, value in before[1][-1].items() if "eval/" not in key}
+    for lines in (before[1], [*before[1][:-1], lacking]):
+        (run.path / "evaluation.json").unlink()
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (run.path / "metrics.jsonl").write_text(text, encoding="utf-8")
+        resume(run.path)
+        after = (run.path / "evaluation.json").read_text(), run.metrics(), weights(run)
+        assert before[:2] == after[:2]
+        assert same(before[2], after[2])
 
 
 @pytest.mark.slow

@@ -80,8 +80,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
 }
 """What TRL's own settings do not check, or only in the first update."""
-DETACHED = ("cispo", "vespo")
-"""Losses whose importance ratio has no gradient."""
 LOGITS = 2**29
 """About so many logits are held at once: a row of a long completion alone may have more."""
 
@@ -264,7 +262,8 @@ def _refuse(settings: EntropyGRPOConfig) -> None:
         )
     by_sequence = settings.importance_sampling_level == "sequence"
     keeps = settings.entropy_clip_denominator == "keep"
-    moves_others = by_sequence and keeps and settings.loss_type not in DETACHED
+    # The ratio of cispo has no gradient.
+    moves_others = by_sequence and keeps and settings.loss_type != "cispo"
     if settings.entropy_clip != "none" and moves_others:
         raise InputError(
             "with one ratio for a whole completion (importance_sampling_level 'sequence') a token "

@@ -239,6 +239,7 @@ def _run(
         if checkpoint is not None and int(checkpoint.name) >= recipe.run.updates:
             # Only the end was missing.
             trainer._load_from_checkpoint(str(checkpoint))
+            recorder.catch_up(int(checkpoint.name))
             recorder.finish(int(checkpoint.name))
             return
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -331,7 +332,9 @@ class _Recorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The base, and the line of iteration 0, unless they are there."""
-        if not state.global_step:
+        if state.global_step:
+            self.catch_up(state.global_step)
+        else:
             base = self.judge(self.problems.test)
             start = {"iteration": 0, "version": package_version(), **self._evaluated()}
             if self.main:
@@ -365,13 +368,17 @@ class _Recorder(TrainerCallback):
             self._save(state.global_step)
             self._unsaved = False
         if due or last:
-            judged = self._evaluated()
-            line |= judged
-            if self.main:
-                self.folder.replace_metrics(line)
-                self.events.numbers({"iteration": line["iteration"], **judged})
+            self._evaluate(line)
         self._show(line)
         self._since = perf_counter()
+
+    def catch_up(self, updates: int) -> None:
+        """The evaluation of a checkpoint, where the run was killed after it had been saved."""
+        due = updates % self.recipe.evaluation.every == 0 or updates >= self.recipe.run.updates
+        for line in self.folder.metrics():
+            known = any(key.startswith("eval/") for key in line)
+            if due and line["iteration"] == updates and not known:
+                self._evaluate(line)
 
     def finish(self, updates: int) -> None:
         """Both models on the test problems."""
@@ -404,6 +411,14 @@ class _Recorder(TrainerCallback):
         for name, (value, low, high) in found.items():
             line |= {f"eval/{name}": value, f"eval/{name}_low": low, f"eval/{name}_high": high}
         return line
+
+    def _evaluate(self, line: dict[str, Any]) -> None:
+        """Add an evaluation to a line that is written already."""
+        judged = self._evaluated()
+        line |= judged
+        if self.main:
+            self.folder.replace_metrics(line)
+            self.events.numbers({"iteration": line["iteration"], **judged})
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.main:
