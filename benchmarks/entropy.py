@@ -12,17 +12,17 @@ called again. Needs the extras `llm` and `benchmarks`.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from entroflow.checkpoints import to_json, write_text
+from entroflow.compared import detectable
 from entroflow.llm.recipe import load
 from entroflow.report.llm_page import change_correlation
 from entroflow.runs import RunFolder, package_version, read_object
@@ -108,12 +108,25 @@ def result_of(folder: RunFolder, arm: str, overrides: Sequence[str], seed: int) 
 def best_bonus(results: Results) -> str:
     """The coefficient with the best last Avg@16 on validation puzzles, of the first seed."""
     tried = {
-        c: result["curve"][-1]["eval/avg@16"]
-        for c in COEFFICIENTS for result in results
-        if result["seed"] == SEEDS[0]
-        and result["recipe_hash"] == load("countdown", bonus(c)).hash
-    }  # fmt: skip
-    return max(tried, key=tried.__getitem__)
+        result["arm"]: result["curve"][-1]["eval/avg@16"]
+        for result in results
+        if result["seed"] == SEEDS[0] and result["arm"].startswith("bonus ")
+    }
+    return max(tried, key=tried.__getitem__).removeprefix("bonus ")
+
+
+def compared(results: Results) -> Results:
+    """Arm by arm, of the bonus with the best coefficient."""
+    arms = (*ARMS, f"bonus {best_bonus(results)}")
+    return [result for arm in arms for result in results if result["arm"] == arm]
+
+
+def by_arm(results: Results) -> dict[str, Results]:
+    """The results of each arm, in their order."""
+    return {
+        arm: [result for result in results if result["arm"] == arm]
+        for arm in dict.fromkeys(result["arm"] for result in results)
+    }
 
 
 def spread(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
@@ -121,41 +134,53 @@ def spread(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
     return f"{statistics.mean(values):{sign}.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def table(by_arm: Mapping[str, Results]) -> str:
-    """A Markdown table with a line for each arm."""
+def table(results: Results) -> str:
+    """A Markdown table with a line for each arm, and what it could have shown."""
     lines = [
-        "| control | entropy at the end | Avg@16 | Pass@16 | Pass@4 | left out | mean S − S̄ | "
+        "| control | entropy at the end | Avg@16 | Pass@4 | Pass@16 | left out | mean S − S̄ | "
         "predicted and measured |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    (base,) = {
-        json.dumps(r["evaluation"]["base"]) for rs in by_arm.values() for r in rs if r["seed"] == 0
+    arms = by_arm(results)
+    measures = ("avg@16", "pass@4", "pass@16")
+
+    def base(of: Callable[[Mapping[str, Any]], float]) -> str:
+        return f"{statistics.mean(of(result) for result in results):.3f}"
+
+    # The first update's answers are the base's.
+    cells = [base(lambda result: updates_of(result)[0]["token_entropy"])]
+    cells += [base(lambda result, m=m: result["evaluation"]["base"][m][0]) for m in measures]
+    lines.append(f"| *base* | {' | '.join(cells)} | | | |")
+    tuned = {
+        measure: [[r["evaluation"]["tuned"][measure][0] for r in own] for own in arms.values()]
+        for measure in measures
     }
-    known = json.loads(base)
-    lines.append(
-        f"| *base* | {next(iter(by_arm.values()))[0]['curve'][1]['token_entropy']:.3f} | {known['avg@16'][0]:.3f} | "
-        f"{known['pass@16'][0]:.3f} | {known['pass@4'][0]:.3f} | | | |"
-    )
-    for arm, results in by_arm.items():
-        tuned = [result["evaluation"]["tuned"] for result in results]
-        ends = [[line["token_entropy"] for line in r["curve"][-10:]] for r in results]
-        updates = [[line for line in r["curve"] if "token_entropy" in line] for r in results]
-        shares = [[line.get("entropy_clip/share", 0.0) for line in lines] for lines in updates]
+    for row, (arm, own) in enumerate(arms.items()):
+        updates = [updates_of(result) for result in own]
+        ends = [statistics.mean(u["token_entropy"] for u in of_run[-10:]) for of_run in updates]
+        shares = [u.get("entropy_clip/share", 0.0) for of_run in updates for u in of_run]
         centred = [
-            statistics.mean(line["discriminator/centred"] for line in lines) for lines in updates
+            statistics.mean(u["discriminator/centred"] for u in of_run) for of_run in updates
         ]
-        correlations = [r["change_correlation"] for r in results]
-        lines.append(
-            f"| {arm} | {spread([statistics.mean(end) for end in ends])} | "
-            f"{spread([t['avg@16'][0] for t in tuned])} | {spread([t['pass@16'][0] for t in tuned])} | "
-            f"{spread([t['pass@4'][0] for t in tuned])} | "
-            f"{statistics.mean(statistics.mean(s) for s in shares):.2%} | {spread(centred, 4, '+')} | "
-            f"{spread(correlations, 2, '+')} |"
-        )
+        cells = [spread(ends), *(spread(tuned[measure][row]) for measure in measures)]
+        cells += [f"{statistics.mean(shares):.2%}", spread(centred, 4, "+")]
+        cells += [spread([result["change_correlation"] for result in own], 2, "+")]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    least = [
+        f"{detectable([(len(values), statistics.stdev(values)) for values in tuned[measure]]):.3f} "
+        f"in {measure.capitalize()}"
+        for measure in measures
+    ]
+    lines += ["", f"Differences below {', '.join(least)} would likely not have shown."]
     return "\n".join(lines)
 
 
-def draw(by_arm: Mapping[str, Results]) -> None:
+def updates_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines of its updates."""
+    return [line for line in result["curve"] if "token_entropy" in line]
+
+
+def draw(results: Results) -> None:
     """Entropy, Avg@16 and Pass@16 over updates, of every seed."""
     import matplotlib
 
@@ -170,8 +195,8 @@ def draw(by_arm: Mapping[str, Results]) -> None:
     figure, grid = pyplot.subplots(1, 3, figsize=(12, 3.8), dpi=110)
     colors = ("tab:gray", "tab:blue", "tab:orange", "tab:red", "tab:green")
     for axes, (key, title) in zip(grid, panels, strict=True):
-        for (arm, results), color in zip(by_arm.items(), colors, strict=True):
-            for number, result in enumerate(results):
+        for (arm, own), color in zip(by_arm(results).items(), colors, strict=True):
+            for number, result in enumerate(own):
                 points = [(line["iteration"], line[key]) for line in result["curve"] if key in line]
                 axes.plot(*zip(*points, strict=True), color=color, alpha=0.8, linewidth=1.3,
                           label=None if number else arm)  # fmt: skip
@@ -199,14 +224,10 @@ def main() -> None:
         arguments.runs,
         arguments.at_once,
     )
-    arms = {**ARMS, f"bonus {chosen}": bonus(chosen)}
-    by_arm = {
-        arm: [r for r in stored() if r["recipe_hash"] == load("countdown", overrides).hash]
-        for arm, overrides in arms.items()
-    }
+    results = compared(stored())
     page = PAGE.read_text(encoding="utf-8")
-    write_text(PAGE, filled(page, {"entropy": table(by_arm)}))
-    draw(by_arm)
+    write_text(PAGE, filled(page, {"entropy": table(results)}))
+    draw(results)
 
 
 if __name__ == "__main__":

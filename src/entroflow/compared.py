@@ -79,19 +79,27 @@ def _row(name: str, found: Sequence[Mapping[str, Any]]) -> Row:
     )
 
 
-def smallest_difference(table: Sequence[Row], power: float = 0.8, level: float = 0.05) -> float:
-    """The difference between two arms that the comparison would have shown with given power.
+def smallest_difference(table: Sequence[Row]) -> float:
+    """The difference between two of its rows that would have shown; see `detectable`."""
+    return detectable([(row.seeds, row.spread) for row in table])
+
+
+def detectable(arms: Sequence[tuple[int, float]], power: float = 0.8, level: float = 0.05) -> float:
+    """The difference between two arms that a comparison would have shown with given power.
 
     Two-sided t-test of two arms with as many seeds as the smallest has, and the spread pooled over
     all arms: (t_(1 - level / 2) + t_power) s sqrt(2 / n). NaN with fewer than two seeds.
+
+    Args:
+        arms: of each how many seeds, and their standard deviation (any number for one seed).
     """
-    freedom = sum(row.seeds - 1 for row in table)
-    if freedom < 1 or min(row.seeds for row in table) < 2:
+    n = min((seeds for seeds, _ in arms), default=0)
+    if n < 2:
         return math.nan
-    pooled = sum((row.seeds - 1) * row.spread**2 for row in table if row.seeds > 1) / freedom
+    freedom = sum(seeds - 1 for seeds, _ in arms)
+    pooled = sum((seeds - 1) * spread**2 for seeds, spread in arms) / freedom
     quantiles = [float(scipy.stats.t.ppf(q, freedom)) for q in (1 - level / 2, power)]
-    n = min(row.seeds for row in table)
-    return float(quantiles[0] + quantiles[1]) * math.sqrt(2 * pooled / n)
+    return sum(quantiles) * math.sqrt(2 * pooled / n)
 
 
 def best_by_validation(results: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
