@@ -166,7 +166,7 @@ def table(results: Results) -> str:
             statistics.mean(u["discriminator/centred"] for u in of_run) for of_run in updates
         ]
         cells = [spread(ends), *(spread(tuned[measure][row]) for measure in measures)]
-        cells += [f"{statistics.mean(shares):.2%}", spread(centred, 4, "+")]
+        cells += [f"{statistics.mean(shares):.2%}", spread(centred, 5, "+")]
         cells += [spread([result["change_correlation"] for result in own], 2, "+")]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     least = [
