@@ -357,7 +357,7 @@ def test_wrong_recipes_are_refused(overrides, said):
     (["train", "--resume", "nowhere/at/all"], "is not a run folder"),
     (["train", "countdown", "--resume", "x"], "leave RECIPE, --run and --clip out"),
     (["evaluate", "--problems", "100000"], "there are 400 test problems"),
-    (["evaluate", "nowhere/at/all"], "no language model can be loaded"),
+    (["evaluate", "nowhere/at/all"], "which is no folder here"),
 ])  # fmt: skip
 def test_wrong_input_is_one_line(arguments, said, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)

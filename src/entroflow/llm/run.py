@@ -72,7 +72,10 @@ def load_model(path: str, dtype: str = "float32", merged: Path | None = None) ->
         tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"no language model can be loaded from {path!r}: {reason}") from None
+        known = "" if Path(place).exists() else ", which is no folder here, so a name on the hub"
+        raise InputError(
+            f"no language model can be loaded from {path!r}{known}: {reason}"
+        ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
