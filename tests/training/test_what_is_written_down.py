@@ -140,10 +140,12 @@ def test_the_size_of_the_advantage_counts_tied_groups_and_leaves_out_failures(tm
 def test_what_evaluations_cost_is_written_where_there_was_one(tmp_path):
     folder = train(
         tmp_path / "run", evaluation={"type": "shapes", "steps": 2, "images": 1},
-        policy=ShapesPolicyConfig().build(), run={"iterations": 1, "evaluate_every": 1},
+        policy=ShapesPolicyConfig().build(), run={"evaluate_every": 1}, stop_after=1,
         reward=lambda images, *_: [image.mean().item() for image in images],
     )  # fmt: skip
-    for n, line in enumerate(folder.metrics(), start=1):
+    lines = folder.metrics()
+    assert len(lines) == 2
+    for n, line in enumerate(lines, start=1):
         assert line["ledger/held_out_reward_calls"] == n * 6
         assert line["ledger/held_out_network_evaluations"] == n * 6 * 2
 
