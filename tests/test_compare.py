@@ -211,6 +211,7 @@ def test_a_comparison_that_is_stopped_goes_on(tmp_path):
     assert result["test"]["models"] == whole[0]["test"]["models"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path):
     arms, end = [Arm("flow_grpo_fast")], {"budget": PER_ITERATION}
     (job,) = planned(arms, [0], end, TINY)
@@ -220,6 +221,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path)
     assert failed == []
 
 
+@pytest.mark.slow
 def test_a_result_that_can_not_be_read_is_a_run_that_failed(tmp_path):
     """And stops no other."""
     arms, end = [Arm("flow_grpo_fast")], {"budget": PER_ITERATION}

@@ -53,9 +53,9 @@ def trainer_of(name, weights, *changes):
 
 @pytest.mark.parametrize(("host", "changes"), [
     ("flow_grpo", (*EQUAL, *ALL)),
-    ("flow_grpo", EQUAL),
-    ("flow_grpo", (*UNIFORM, *ALL)),
-    ("flow_grpo", (*UNIFORM, "attention.measure=true")),
+    pytest.param("flow_grpo", EQUAL, marks=pytest.mark.slow),
+    pytest.param("flow_grpo", (*UNIFORM, *ALL), marks=pytest.mark.slow),
+    pytest.param("flow_grpo", (*UNIFORM, "attention.measure=true"), marks=pytest.mark.slow),
     ("tp_grpo", (*EQUAL, *ALL)),
     ("pref_grpo", (*EQUAL, "objective.kl=0.02")),
     ("e_grpo", EQUAL),
