@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,11 @@ def rates(recipes: Sequence[str], results: Results) -> str:
             shown = [f"**{s:.3f}**" if s == max(scores) else f"{s:.3f}" for s in scores]
             lines.append(f"| `{recipe}` | " + " | ".join(shown) + " |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def spread(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{statistics.mean(values):{sign}.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def filled(page: str, tables: dict[str, str]) -> str:

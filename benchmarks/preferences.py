@@ -11,8 +11,7 @@ docs/images/pref_grpo.png. Interrupted, it goes on when called again. Needs the 
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from entroflow.checkpoints import write_text
 from entroflow.compare import Arm, stored_results
 from entroflow.compared import best_by_validation, rows
 from entroflow.evaluation.image_statistics import statistics as image_statistics
-from methods import RATES, SEEDS, asked, filled, measured, name_of
+from methods import RATES, SEEDS, asked, filled, measured, name_of, spread
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = ROOT / "docs" / "claims" / "pref_grpo.json"
@@ -106,17 +105,13 @@ def table(results: Results) -> str:
         alarms = sum(warned(result, known) for result in of_row)
         lines.append(
             f"| `{row.name}` | {row.score:.3f} ± {row.spread:.3f} | {row.gain:+.3f} | "
-            f"{_spread([e[LEARNT[recipe]] - r['curve'][0][LEARNT[recipe]] for e, r in zip(ends, of_row, strict=True)], '+')} | "
-            f"{_spread([end[WINS[recipe]] for end in ends])} | "
+            f"{spread([e[LEARNT[recipe]] - r['curve'][0][LEARNT[recipe]] for e, r in zip(ends, of_row, strict=True)], 2, '+')} | "
+            f"{spread([end[WINS[recipe]] for end in ends], 2)} | "
             f"× {row.ratio('texture'):.2f} | × {row.ratio('diversity'):.2f} | "
-            f"{_spread([abs(farthest(end, known)[1]) for end in ends])} ({', '.join(names)}) | "
+            f"{spread([abs(farthest(end, known)[1]) for end in ends], 2)} ({', '.join(names)}) | "
             f"{alarms} of {len(of_row)} |"
         )
     return "\n".join(lines)
-
-
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    return f"{statistics.mean(values):{sign}.2f} ± {statistics.stdev(values):.2f}"
 
 
 def draw(results: Results) -> None:

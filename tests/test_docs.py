@@ -9,10 +9,12 @@ Unmarked Python blocks must compile.
 
 import importlib
 import json
+import math
 import os
 import re
 import runpy
 import shlex
+import statistics
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -167,6 +169,16 @@ def test_the_table_of_three_seeds_is_that_of_the_raw_results(
     chosen = script[choice](claims(of)["results"])
     assert len(chosen) == arms * 3
     assert between(page, mark) == script["table"](chosen)
+
+
+def test_the_discriminator_is_centred_in_every_run():
+    """As language-models.md says: within two standard errors, updates being independent."""
+    for result in claims("entropy")["results"]:
+        key = "discriminator/centred"
+        values = [line[key] for line in result["curve"] if key in line]
+        assert len(values) == 200
+        error = statistics.stdev(values) / math.sqrt(len(values))
+        assert abs(statistics.mean(values)) < 2 * error, (result["arm"], result["seed"])
 
 
 def test_what_measuring_attention_costs_is_that_of_the_raw_results():

@@ -131,6 +131,23 @@ def test_a_run_that_lacks_only_its_end_gets_it(tmp_path):
         assert same(before[2], after[2])
 
 
+def test_a_checkpoint_that_was_not_judged_is_judged_when_the_run_goes_on(tmp_path):
+    """With its own weights, and the run goes on as if it had been."""
+    changes = ("evaluation.every=2", "trainer.learning_rate=1e-2")
+    whole = run_of(tmp_path / "whole", "run.updates=3", *changes)
+    parts = run_of(tmp_path / "parts", "run.updates=2", *changes)
+    lines = parts.metrics()
+    lines[-1] = {key: value for key, value in lines[-1].items() if "eval/" not in key}
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (parts.path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    resume(parts.path, ["run.updates=3"])
+    for key in ("eval/avg@4", "eval/pass@4_low"):
+        assert curve(parts, key) == curve(whole, key)
+    assert curve(whole, "eval/avg@4")[0] != curve(whole, "eval/avg@4")[1]
+    assert len(curve(parts, "eval/avg@4")) == 3
+    assert same(weights(whole), weights(parts))
+
+
 @pytest.mark.slow
 def test_a_lora_is_all_that_is_trained_and_saved(tmp_path):
     changes = ("model.lora_rank=4", "trainer.learning_rate=1e-2", "trainer.beta=0.05")
