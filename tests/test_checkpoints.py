@@ -48,6 +48,7 @@ def test_a_checkpoint_reads_back_and_holds_nothing_else(tmp_path):
     write(folder, 1.0)
     assert_holds(folder, 1.0)
     assert sorted(p.name for p in folder.iterdir()) == [
+        "digests.json",
         "one.safetensors",
         "state.json",
         "two.safetensors",
@@ -219,7 +220,7 @@ def test_missing_tensors_are_named(tmp_path):
 def test_a_torn_state_is_refused(tmp_path, content):
     write(tmp_path / "run", 1.0)
     (tmp_path / "run" / "state.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"state\.json is torn.*remove .* to go on from"):
+    with pytest.raises(CheckpointError, match=r"state\.json is torn.*remove its folder"):
         read_state(tmp_path / "run")
 
 
@@ -370,5 +371,5 @@ def test_files_are_as_readable_as_the_umask_lets_them_be(tmp_path):
     finally:
         os.umask(before)
     files = [tmp_path / "text", *(tmp_path / "checkpoint").iterdir()]
-    assert len(files) == 4
+    assert len(files) == 5
     assert {file.stat().st_mode & 0o777 for file in files} == {0o640}

@@ -1,13 +1,20 @@
-"""Checkpoints: a folder of safetensors and JSON that appears whole or not at all."""
+"""Checkpoints: a folder of safetensors and JSON that appears whole or not at all.
+
+Beside them `digests.json` holds the SHA-256 of every file, which whoever reads one compares.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import logging
 import math
 import os
+import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,13 +26,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from entroflow.errors import InputError
+from entroflow.run_files import Contents, RunState, read_object
 
-STATE_FILE = "state.json"
+log = logging.getLogger(__name__)
+
+STATE_FILE, DIGESTS = "state.json", "digests.json"
+PART = ".part"
+"""Ending of what is being written."""
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+"""What an optimizer keeps in the shape of a parameter."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""Failures of file systems that have no locks, as some that are shared over a network."""
+
+
+# --- one writer -----------------------------------------------------------------------------------
 
 
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
     """Within, no other process is so about the same folder, which is made where it is missing.
+
+    What a process that was killed had begun to write there is removed.
 
     Raises:
         InputError: another process is, or `folder` is a file.
@@ -34,15 +55,128 @@ def one_writer(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"{folder} can't be made: a file is there; choose another.") from None
+    with _locked(folder):
+        remove_parts(folder.glob(f".*{PART}"))
+        yield
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
         raise InputError(f"another process is writing into {folder}.") from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        log.warning(
+            "%s is on a file system without locks (%s); the file .owner there keeps other "
+            "processes out.",
+            folder, error,
+        )  # fmt: skip
+        with _owned(folder):
+            yield
+        return
     try:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Within, a file in the folder names this process, unless it names another that is alive."""
+    owner = folder / ".owner"
+    if owner.exists():
+        name = owner.read_text(encoding="utf-8", errors="replace").strip()
+        if not _is_dead(*_host_and_process(name)):
+            raise InputError(
+                f"another process is writing into {folder} ({name or 'it has no name'}); if that "
+                f"is over, remove {owner}."
+            )
+        owner.unlink(missing_ok=True)
+    try:
+        with owner.open("x", encoding="utf-8") as file:
+            file.write(_this_process())
+    except FileExistsError:
+        raise InputError(f"another process is writing into {folder}.") from None
+    try:
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
+
+
+def _this_process() -> str:
+    return f"{_host()}-{os.getpid()}"
+
+
+def _host_and_process(name: str) -> tuple[str, int]:
+    """Inverse of `_this_process`; ("", 0) for another name."""
+    host, _, number = name.rpartition("-")
+    return (host, int(number)) if re.fullmatch(r"[0-9]{1,9}", number) else ("", 0)
+
+
+def _is_dead(host: str, process: int) -> bool:
+    """Whether a process of this machine is over; of others that is not known."""
+    if host != _host() or os.name != "posix":
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return process == os.getpid()
+
+
+# --- files that appear whole or not at all --------------------------------------------------------
+
+
+def part_of(path: Path) -> Path:
+    """Where this process writes what is to become `path`."""
+    return path.with_name(f".{path.name}.{_this_process()}{PART}")
+
+
+def remove_parts(parts: Iterable[Path]) -> None:
+    """Remove what is unfinished in a folder that the caller holds, but for that of the living."""
+    for part in parts:
+        host, process = _writer_of(part)
+        # A report is written by who does not hold the folder.
+        living = host == _host() and not _is_dead(host, process)
+        if not living:
+            _remove(part)
+
+
+def _writer_of(part: Path) -> tuple[str, int]:
+    return _host_and_process(part.name.removesuffix(PART).rpartition(".")[2])
+
+
+def _remove(part: Path) -> None:
+    if part.is_dir() and not part.is_symlink():
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        part.unlink(missing_ok=True)
+
+
+_CLEARED: set[Path] = set()
+"""Folders that this process has written into."""
+
+
+def _clear_once(folder: Path) -> None:
+    """Remove what killed processes of this machine left unfinished in a folder of anybody's."""
+    if folder in _CLEARED:
+        return
+    _CLEARED.add(folder)
+    for part in folder.glob(f".*{PART}"):
+        host, process = _writer_of(part)
+        # What bears our number may be what another thread is writing.
+        if process != os.getpid() and _is_dead(host, process):
+            _remove(part)
 
 
 @contextmanager
@@ -53,14 +187,20 @@ def whole_folder(out: Path) -> Iterator[Path]:
         InputError: `out` is in use.
     """
     refuse_used(out)
+    out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as place:
-        made = Path(place) / out.name
-        made.mkdir()
+    _clear_once(out.parent)
+    made = part_of(out)
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    try:
         yield made
+        settled(made)
         if out.exists():
             out.rmdir()
-        shutil.move(made, out)
+        made.rename(out)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def refuse_used(out: Path) -> None:
@@ -81,12 +221,13 @@ def write_text(path: Path, content: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """As `write_text`, for bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with temporary.open("wb") as file:
+    _clear_once(path.parent)
+    part = part_of(path)
+    with part.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+    part.replace(path)
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
@@ -110,23 +251,24 @@ def write_checkpoint(
 
     A folder that already exists is replaced.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    part = part_of(folder)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     for name, entries in tensors.items():
         plain = {key: value.detach().contiguous() for key, value in entries.items()}
         try:
-            save_file(plain, temporary / f"{name}.safetensors")
+            save_file(plain, part / f"{name}.safetensors")
         except SafetensorError as error:
-            raise CheckpointError(f"{temporary} can't be written ({error}).") from error
+            raise CheckpointError(f"{part} can't be written ({error}).") from error
     # Not `to_json`: a component must get back the NaN or infinity that it remembered.
-    (temporary / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    settled(temporary)
+    (part / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    write_digests(part)
+    settled(part)
     outdated = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         shutil.rmtree(outdated, ignore_errors=True)
         folder.replace(outdated)
-    temporary.replace(folder)
+    part.replace(folder)
     shutil.rmtree(outdated, ignore_errors=True)
 
 
@@ -144,6 +286,81 @@ def settled(folder: Path) -> None:
     usual.unlink()
 
 
+# --- digests --------------------------------------------------------------------------------------
+
+
+class Digests(Contents):
+    """`digests.json`: by name of a file, the SHA-256 of its bytes."""
+
+    sha256: dict[str, str]
+
+
+def write_digests(folder: Path) -> None:
+    """Write the digests of all files of a folder into it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    text = to_json({"sha256": digests}, indent=1) + "\n"
+    (folder / DIGESTS).write_text(text, encoding="utf-8")
+
+
+def check_digests(folder: Path) -> None:
+    """Compare all files of a checkpoint with their digests.
+
+    Of one without digests, which is warned of, the tensors are read.
+
+    Raises:
+        CheckpointError: one is missing, or not what was written.
+    """
+    digests = _digests(folder)
+    for name in digests or ():
+        _check_digest(folder / name, folder)
+    if digests is None:
+        _warn_of_none(folder)
+        for path in sorted(folder.glob("*.safetensors")):
+            read_tensors(path)
+
+
+def _warn_of_none(folder: Path) -> None:
+    log.warning(
+        "%s has no %s, as those of older versions: what is damaged there may go unnoticed.",
+        folder, DIGESTS,
+    )  # fmt: skip
+
+
+def _digests(folder: Path) -> dict[str, str] | None:
+    """By name of a file; None in a folder without, as older versions wrote it, or others."""
+    path = folder / DIGESTS
+    if not path.exists():
+        return None
+    read = read_object(path, Digests, remedy=_remedy(folder), error=CheckpointError)
+    digests: dict[str, str] = read["sha256"]
+    return digests
+
+
+def _check_digest(path: Path, folder: Path) -> None:
+    digests = _digests(folder)
+    if digests is None:
+        return
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing{_remedy(folder)}")
+    try:
+        digest = _digest(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read ({error.strerror}).") from None
+    if digests.get(path.relative_to(folder).as_posix()) != digest:
+        raise CheckpointError(
+            f"{path} is torn (it is not what was written, by {DIGESTS}){_remedy(folder)}"
+        )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
 def checkpoint_exists(folder: Path) -> bool:
     """Whether there is a checkpoint; one that a crash left half replaced is put back first."""
     outdated = folder.with_name(f".{folder.name}.old")
@@ -152,35 +369,58 @@ def checkpoint_exists(folder: Path) -> bool:
     return folder.exists()
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path, kind: type[Contents] = Contents) -> dict[str, Any]:
     """The JSON state of a checkpoint.
+
+    Args:
+        kind: what it must hold.
 
     Raises:
         CheckpointError: missing or torn.
     """
     path = folder / STATE_FILE
     checkpoint_exists(folder)
-    try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return state
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no {STATE_FILE}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _torn(path, error) from None
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: it has no {STATE_FILE}{_remedy(folder)}"
+        )
+    state = read_object(path, kind, remedy=_remedy(folder), error=CheckpointError)
+    _check_digest(path, folder)
+    return state
+
+
+def read_run_state(folder: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint of a run.
+
+    Raises:
+        CheckpointError: missing, torn, or in the place of another iteration's.
+    """
+    state = read_state(folder, RunState)
+    if _digests(folder) is None:
+        _warn_of_none(folder)
+    if state["iteration"] != int(folder.name):
+        raise CheckpointError(
+            f"{folder} is of another iteration: {STATE_FILE} says {state['iteration']}"
+            f"{_remedy(folder)}"
+        )
+    return state
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file.
 
     Raises:
-        CheckpointError: missing or torn.
+        CheckpointError: missing or torn, or not what was written.
     """
+    remedy = _remedy(path.parent) if (path.parent / STATE_FILE).exists() else "."
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
+        raise CheckpointError(f"{path} is missing{remedy}") from None
     except (SafetensorError, OSError) as error:
-        raise _torn(path, error) from None
+        raise CheckpointError(f"{path} is torn, or of another format ({error}){remedy}") from None
+    _check_digest(path, path.parent)
+    return tensors
 
 
 def check_reference(state: Mapping[str, Any], digest: str, checkpoint: Path) -> None:
@@ -199,12 +439,23 @@ class CheckpointError(InputError):
     """A checkpoint can't be read; the message says which file and what to do."""
 
 
-def _torn(path: Path, error: Exception) -> CheckpointError:
-    if (path.parent / STATE_FILE).exists():
-        remedy = f"; remove {path.parent} to go on from what was saved before."
-    else:
-        remedy = "."
-    return CheckpointError(f"{path} is torn, or of another format ({error}){remedy}")
+def _remedy(folder: Path) -> str:
+    """The end of a message about a checkpoint that can't be read: how to go on."""
+    if not folder.name.isdecimal():
+        return "; restore it from a copy, or remove its folder to begin anew."
+    others = checkpoints_of(folder.parent)
+    older = [int(each.name) for each in others if int(each.name) < int(folder.name)]
+    if any(int(each.name) > int(folder.name) for each in others):
+        return f"; remove {folder} to do without."
+    if older:
+        return f"; remove {folder} to go on from iteration {max(older)}."
+    return "; restore it from a copy, or start a new run: there is no checkpoint before it."
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Every checkpoint of a run, oldest first. What a user has put beside them is none."""
+    named = (each for each in folder.glob("[0-9]*") if re.fullmatch(r"[0-9]{8,}", each.name))
+    return sorted((each for each in named if each.is_dir()), key=lambda each: int(each.name))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -217,10 +468,19 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`; settings such as the learning rate stay."""
+    """Inverse of `optimizer_tensors`; settings such as the learning rate stay.
+
+    Raises:
+        CheckpointError: they are of other parameters.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
+        index, _, name = key.partition(".")
+        if not (name and index.isdecimal() and int(index) < len(parameters)):
+            raise CheckpointError(f"the moments are of another optimizer: {key!r} is unknown.")
+        if name in MOMENTS and value.shape != parameters[int(index)].shape:
+            raise CheckpointError(f"the moments are of another model: {key!r} differs in shape.")
         state.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -94,9 +94,8 @@ def train(
         recipe = load_recipe(name, overrides)
     with TrainingProgress(recipe) as progress:
         if resume is not None:
-            lines = RunFolder.open(resume).metrics()
-            if lines:
-                progress.begin(lines[0])
+            if (start := RunFolder.open(resume).start()) is not None:
+                progress.begin(start)
             folder = launch.resume(resume, overrides, stop_after=stop_after, watch=progress.watch)
         else:
             folder = launch.train(

@@ -8,7 +8,6 @@ was stopped goes on. A result is kept under recipe hash, seed and base weights a
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -29,10 +28,12 @@ from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.plain_sections import ENDS
 from entroflow.recipe import load_recipe
-from entroflow.runs import EVALUATION, RunFolder, read_object
+from entroflow.run_files import Results, RunsComparison, read_object
+from entroflow.runs import EVALUATION, METRICS, RunFolder
 from entroflow.trainer import Trainer
 
 RESULTS = "results.json"
+OTHERWISE = "; restore it from a copy, or remove it: the runs beside it tell it anew."
 CURVE = ("iteration", "seconds", "ledger/weighted_evaluations", "hacking")
 """What the curve of a result has besides the evaluations."""
 
@@ -196,12 +197,9 @@ def stored_results(out: Path) -> list[dict[str, Any]]:
         InputError: it is torn.
     """
     path = out / RESULTS
-    results = read_object(path).get("results") if path.exists() else []
-    whole = {*Job.KEY, "version", "iterations", "curve", "ledger", "test"}
-    if not isinstance(results, list) or not all(
-        isinstance(result, dict) and whole <= result.keys() for result in results
-    ):
-        raise InputError(f"{path} is torn: it holds no results of runs; remove it, or restore it.")
+    if not path.exists():
+        return []
+    results: list[dict[str, Any]] = read_object(path, Results, remedy=OTHERWISE)["results"]
     if not all("measure" in result["test"] for result in results):
         raise InputError(f"{path} is of an older version; give another --out.")
     return results
@@ -296,10 +294,13 @@ def result_of(folder: Path, job: Job) -> dict[str, Any]:
     Raises:
         InputError: no image of the comparison could be judged.
     """
-    metrics = RunFolder.open(folder).metrics()
+    run = RunFolder.open(folder)
+    metrics = run.metrics()
+    if (gap := run.gap(metrics)) or not metrics:
+        raise InputError(f"{folder / METRICS} {gap or 'is missing'}; restore it from a copy.")
     last = metrics[-1]
-    test = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
-    if test.get("gain", {}).get("value") is None:
+    test = read_object(folder / EVALUATION, RunsComparison)
+    if test["gain"]["value"] is None:
         raise InputError(f"{folder}: no image of the comparison with the base has a score.")
     return {
         **job.key,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from entroflow import pictures
-from entroflow.checkpoints import check_reference, read_state, read_tensors
+from entroflow.checkpoints import check_reference, read_run_state, read_tensors
 from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.evaluation.images import draw as sample_images
@@ -59,7 +59,7 @@ def open_policy(run: Path | None, weights: str = "ema") -> Opened:
     checkpoint = folder.best() or folder.latest()
     policy = load_component(folder.path / RECIPE, "policy").build()
     policy.weights.keep_reference()
-    state = read_state(checkpoint)
+    state = read_run_state(checkpoint)
     check_reference(state, policy.weights.digest("reference"), checkpoint)
     policy.weights.keep("ema", read_tensors(checkpoint / f"{weights}.safetensors"))
     return Opened(policy, ("base", "tuned"), folder.path / RECIPE, state["iteration"])

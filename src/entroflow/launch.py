@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from entroflow.checkpoints import to_json, write_text
+from entroflow.checkpoints import check_digests, to_json, write_text
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated, HeldOutEvaluation
 from entroflow.evaluation.base_and_tuned import compare_with_base
@@ -90,7 +90,7 @@ def resume(
             that an older version began.
     """
     folder = RunFolder.open(Path(run))
-    _refuse_older(folder)
+    folder.start()
     for override in overrides:
         if not override.startswith(("run.", "monitors.")) or override.startswith("run.seed"):
             raise InputError(
@@ -105,22 +105,15 @@ def resume(
             raise InputError(f"{run} was started with the {section} {before}, not {now}.")
     with folder.held():
         trainer = Trainer(recipe, policy)
-        trainer.load(folder.latest())
-        folder.cut_after(trainer.iteration)
+        checkpoint = folder.latest()
+        trainer.load(checkpoint)
+        folder.cut_after(trainer.iteration, trainer.taken())
+        folder.mend_best()
+        # Others are removed for it.
+        if (best := folder.best()) not in (None, checkpoint):
+            check_digests(best)
         folder.write_recipe(recipe.to_yaml())
         return _run(folder, trainer, stop_after, watch)
-
-
-def _refuse_older(folder: RunFolder) -> None:
-    """A run is not continued in a language in which it was not begun."""
-    (start, *_) = folder.metrics() or [{"measure": None, "plan": None}]
-    if not {"measure", "plan"} <= start.keys():
-        version = start.get("version", "unknown")
-        raise InputError(
-            f"{folder.path} was begun by an older version ({version}), whose "
-            "metrics have other names; go on with that one, or start a new run from its weights "
-            f"(policy.weights={folder.path}/checkpoints/.../ema.safetensors)."
-        )
 
 
 def new_folder(recipe: Recipe) -> Path:

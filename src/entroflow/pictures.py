@@ -10,6 +10,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from entroflow.checkpoints import write_bytes
+from entroflow.run_files import TO_DO_WITHOUT, RunError
+
 LARGE = 128
 """Pixels; images that are at least so wide are not enlarged."""
 
@@ -61,10 +64,22 @@ def grid(
 
 def save(picture: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    picture.save(temporary, format="PNG", optimize=True)
-    temporary.replace(path)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture of a run folder.
+
+    Raises:
+        RunError: it is missing or torn.
+    """
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except Exception as error:  # what Pillow raises of damaged files is written down nowhere
+        raise RunError(f"{path} is torn ({error}){TO_DO_WITHOUT}") from None
 
 
 def to_pil(image: Tensor) -> Image.Image:

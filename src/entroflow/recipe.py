@@ -177,6 +177,13 @@ class Recipe:
         text = json.dumps(content, sort_keys=True).replace(str(SHIPPED), "")
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
+    @property
+    def identity(self) -> str:
+        """A short hash of all that a resumed run may not change: every section but two."""
+        fixed = {key: self.resolved[key] for key in SECTIONS if key not in ("run", "monitors")}
+        text = json.dumps([fixed, self.resolved["run"]["seed"]], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
     def to_yaml(self) -> str:
         """The recipe with every key written out; `load_recipe` reads it back."""
         from io import StringIO

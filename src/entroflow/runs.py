@@ -13,13 +13,14 @@ report.html             made from the above
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,24 @@ from torch import Tensor
 
 import entroflow
 from entroflow import checkpoints, pictures
-from entroflow.checkpoints import CheckpointError, one_writer, to_json, write_bytes, write_text
+from entroflow.checkpoints import (
+    PART,
+    CheckpointError,
+    checkpoints_of,
+    one_writer,
+    remove_parts,
+    to_json,
+    write_bytes,
+    write_text,
+)
 from entroflow.credit.trace import Trajectories
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated
+from entroflow.run_files import Best, RunError, StartLine, checked, read_lines, read_object
+from entroflow.run_files import read_text as text_of
+from entroflow.settings_text import parse_yaml
+
+log = logging.getLogger(__name__)
 
 RECIPE, METRICS, REPORT, EVALUATION = (
     "recipe.yaml",
@@ -71,10 +86,6 @@ def spent(line: Mapping[str, Any]) -> dict[str, float]:
         "updates": line.get("ledger/optimizer_steps", 0),
         "minutes": line.get("seconds", 0) / 60,
     }
-
-
-class RunError(InputError):
-    """A run folder can't be used as asked; the message says why and what to do."""
 
 
 class RunFolder:
@@ -119,8 +130,8 @@ class RunFolder:
         if not recipe.is_file():
             raise RunError(f"{path} is not a run folder: it has no {RECIPE}.")
         # Sections that are cut off would take their defaults in silence.
-        lines = [line.strip() for line in recipe.read_bytes().splitlines()]
-        if [line for line in lines if line][-1:] != [END.strip().encode()]:
+        lines = [line.strip() for line in text_of(recipe).splitlines()]
+        if [line for line in lines if line][-1:] != [END.strip()]:
             raise RunError(
                 f"{recipe} is torn, or of an older version: its last line is not {END.strip()!r}; "
                 f"add it if the rest is whole ({REPORT} shows what it was)."
@@ -141,9 +152,7 @@ class RunFolder:
         with one_writer(self.path):
             for outdated in self.checkpoints.glob(".*.old"):
                 checkpoints.checkpoint_exists(self.checkpoints / outdated.name[1:-4])
-            # What a process that was killed had begun to write.
-            for part in self.checkpoints.glob(".*.part"):
-                shutil.rmtree(part, ignore_errors=True)
+            remove_parts(self.path.glob(f"*/.*{PART}"))
             yield
 
     # --- metrics -------------------------------------------------------------------------------
@@ -157,29 +166,118 @@ class RunFolder:
 
     def replace_metrics(self, line: Mapping[str, Any]) -> None:
         """Write the line of an iteration anew, in the place of the one that is there."""
-        kept = [old for old in self.metrics() if old["iteration"] != line["iteration"]]
-        write_text(self.path / METRICS, "".join(to_json(each) + "\n" for each in [*kept, line]))
+        lines = self.metrics()
+        self._write_metrics(
+            [line if old["iteration"] == line["iteration"] else old for old in lines]
+        )
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All whole lines; a last line torn by a crash is left out."""
-        path = self.path / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        parsed = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                parsed.append(json.loads(line))
-            except json.JSONDecodeError:
-                if number < len(lines):
-                    raise RunError(f"{path}:{number} is torn; the run can't be read.") from None
-        return parsed
+        """All whole lines; a last line torn by a crash is left out.
 
-    def cut_after(self, iteration: int) -> None:
-        """Forget what was written after `iteration`: it is about to be written again."""
-        kept = [line for line in self.metrics() if line["iteration"] <= iteration]
-        write_text(self.path / METRICS, "".join(to_json(line) + "\n" for line in kept))
+        Raises:
+            RunError: another line is torn.
+        """
+        path = self.path / METRICS
+        return read_lines(path, self._without_metrics()) if path.exists() else []
+
+    def start(self) -> dict[str, Any] | None:
+        """The line of iteration 0 of a run of images, with how to read the others, if it is there.
+
+        Raises:
+            RunError: it is torn, or of an older version.
+        """
+        lines = self.metrics()
+        if not lines or lines[0]["iteration"] != 0:
+            return None
+        start = lines[0]
+        if not {"measure", "plan"} <= start.keys():
+            version = start.get("version", "unknown")
+            raise RunError(
+                f"{self.path} was begun by an older version ({version}), whose "
+                "metrics have other names; go on with that one, or start a new run from its "
+                f"weights (policy.weights={self.path}/checkpoints/.../ema.safetensors)."
+            )
+        try:
+            return checked(start, StartLine)
+        except ValueError as reason:
+            torn = f"{self.path / METRICS}:1 is torn ({reason})"
+            raise RunError(f"{torn}{self._without_metrics()}") from None
+
+    def gap(self, lines: Sequence[Mapping[str, Any]]) -> str:
+        """What is wrong with the metrics, in a few words; nothing if every iteration is there."""
+        numbers = [line["iteration"] for line in lines]
+        end = max([*numbers, *(int(path.name) for path in self.all_checkpoints()[-1:])], default=-1)
+        if lacking := end + 1 - len({*numbers}):
+            known = {*numbers}
+            first = next(n for n in count() if n not in known)
+            return f"lacks {lacking} of {end + 1} iterations, the first of them {first}"
+        if len(numbers) > end + 1:
+            return "has an iteration twice"
+        return "" if numbers == sorted(numbers) else "is out of order"
+
+    def cut_after(self, iteration: int, taken: Mapping[str, Any] | None = None) -> None:
+        """Forget what was written after `iteration`: it is about to be written again.
+
+        Lines that are out of order, or there twice, are put in order.
+
+        Args:
+            taken: what the line of the iteration must hold, as the checkpoint knows it.
+
+        Raises:
+            RunError: lines up to the iteration are missing or contradict each other, or are of
+                another run; nothing is changed then.
+        """
+        path, lines = self.path / METRICS, self.metrics()
+        by_iteration: dict[int, dict[str, Any]] = {}
+        for line in lines:
+            if line["iteration"] > iteration:
+                continue
+            if by_iteration.setdefault(line["iteration"], line) != line:
+                raise RunError(
+                    f"{path} has two lines of iteration {line['iteration']}, which differ"
+                    f"{self._without_metrics()}"
+                )
+        whole = next(n for n in range(iteration + 2) if n not in by_iteration)
+        if whole <= iteration:
+            raise RunError(
+                f"{path} lacks {iteration + 1 - len(by_iteration)} of the {iteration + 1} "
+                f"iterations up to {iteration}, where the latest checkpoint is, the first of them "
+                f"{whole}{self._without_metrics(whole)}"
+            )
+        for key, value in (taken or {}).items():
+            if (written := by_iteration[iteration].get(key, value)) != value:
+                raise RunError(
+                    f"{path} is of another run, or was changed: {key} of iteration {iteration} is "
+                    f"{written!r}, but {value!r} in the checkpoint{self._without_metrics()}"
+                )
+        kept = [by_iteration[n] for n in sorted(by_iteration)]
+        if [each for each in lines if each["iteration"] <= iteration] != kept:
+            log.warning("%s had lines out of order or twice; they were put in order.", path)
+        self._write_metrics(kept)
+        self._forget_after(iteration)
+
+    def _without_metrics(self, whole: int = 0) -> str:
+        """The end of a message about metrics that can't be gone on with: what to do.
+
+        Args:
+            whole: so many iterations are there, from 0 on.
+        """
+        older = [int(path.name) for path in self.all_checkpoints() if int(path.name) < whole]
+        if older:
+            return (
+                f"; restore it from a copy, or remove the checkpoints after {max(older)} to go on "
+                "from there."
+            )
+        return "; restore it from a copy, or start a new run from the weights of this one."
+
+    def _write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        write_text(self.path / METRICS, "".join(to_json(line) + "\n" for line in lines))
+
+    def _forget_after(self, iteration: int) -> None:
         outdated = [self.path / EVALUATION, *self.path.glob("*/test_*")]
         for folder in (self.images, self.examples, self.trajectories):
-            outdated += [path for path in folder.glob("[0-9]*") if int(path.stem) > iteration]
+            numbered = (path for path in folder.glob("[0-9]*") if path.stem.isdecimal())
+            outdated += [path for path in numbered if int(path.stem) > iteration]
         for path in outdated:
             path.unlink(missing_ok=True)
 
@@ -221,11 +319,21 @@ class RunFolder:
         return folder
 
     def prune(self, keep: int) -> None:
-        """Remove all checkpoints but the latest `keep` and the best."""
-        best = self.best()
-        for outdated in self.all_checkpoints()[:-keep]:
-            if best is None or outdated != best:
-                shutil.rmtree(outdated)
+        """Remove all checkpoints but the latest `keep` and the best.
+
+        None is removed where it can't be told which is the best.
+        """
+        outdated = self.all_checkpoints()[:-keep]
+        if not outdated:
+            return
+        try:
+            marked = self._best(self._fault())
+        except InputError as error:
+            log.warning("no checkpoint is removed, as the best is not known: %s", error)
+            return
+        for folder in outdated:
+            if marked is None or folder != self._checkpoint(marked["iteration"]):
+                shutil.rmtree(folder)
 
     def mark_best(self, iteration: int, score: float, by: str = "reward") -> None:
         """Name the checkpoint of `iteration` the best by evaluation, and what it was judged by."""
@@ -233,27 +341,96 @@ class RunFolder:
         write_text(self.checkpoints / BEST, to_json(content) + "\n")
 
     def best(self) -> Path | None:
-        """The best checkpoint by evaluation, if one is marked and still there."""
-        return self._marked()[0]
+        """The best checkpoint by evaluation; None if no evaluation has told.
+
+        Where `best.json` can't be read, names what is not there, or is of another run, the metrics
+        tell; that is warned of, also where they can't.
+        """
+        try:
+            marked = self._best(self._fault(compare=True))
+        except InputError as error:
+            log.warning("%s", error)
+            return None
+        return None if marked is None else self._checkpoint(marked["iteration"])
 
     def best_score(self, by: str = "reward") -> float:
-        """The score of the best checkpoint; -inf if there is none, or it was judged by another."""
-        _, score, judged_by = self._marked()
-        return score if judged_by == by else -math.inf
+        """The score of the best checkpoint; -inf if there is none, or it was judged by another.
 
-    def _marked(self) -> tuple[Path | None, float, str]:
+        Raises:
+            InputError: see `mend_best`.
+        """
+        marked = self._best(self._fault())
+        return marked["score"] if marked and marked["by"] == by else -math.inf
+
+    def mend_best(self) -> None:
+        """Write `best.json` anew where it can't be gone by; see `best`.
+
+        Raises:
+            InputError: the metrics can't tell, either.
+        """
+        fault = self._fault(compare=True)
+        if fault is not None and (marked := self._best(fault)):
+            self.mark_best(**marked)
+
+    def _best(self, fault: str | None) -> dict[str, Any] | None:
+        """`iteration`, `score` and `by` of the best checkpoint."""
+        path = self.checkpoints / BEST
+        if fault is None:
+            marked = read_object(path, Best)
+            return {key: marked.get(key, "reward") for key in Best.model_fields}
+        lines, there = self.metrics(), [int(each.name) for each in self.all_checkpoints()]
+        monitors = parse_yaml(text_of(self.path / RECIPE), RECIPE).get("monitors")
+        by = monitors.get("best") if isinstance(monitors, Mapping) else None
+        best = best_of(lines, by or "reward", there)
+        if best is not None:
+            log.warning(
+                "%s So checkpoint %08d is the best, by eval/%s in %s.",
+                fault or f"{path} is missing.", best["iteration"], best["by"], METRICS,
+            )  # fmt: skip
+        elif there and (fault or not lines):
+            gap = self.gap(lines)
+            raise RunError(
+                f"{fault or f'{path} is missing.'} Which checkpoint is the best can't be told by "
+                f"{METRICS}{f', which {gap}' if gap else ''}."
+            )
+        return best
+
+    def _fault(self, compare: bool = False) -> str | None:
+        """Why `best.json` can't be gone by; nothing to say where it is missing, None if it can.
+
+        Args:
+            compare: also with the metrics, which are long.
+        """
+        path = self.checkpoints / BEST
+        if not path.exists():
+            return ""
         try:
-            content = json.loads((self.checkpoints / BEST).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None, -math.inf, ""
-        folder = self.checkpoints / f"{content['iteration']:08d}"
-        if not folder.is_dir() or content["score"] is None:
-            return None, -math.inf, ""
-        return folder, content["score"], content.get("by", "reward")
+            marked = read_object(path, Best, remedy=".")
+        except RunError as error:
+            return str(error)
+        iteration = marked["iteration"]
+        if not self._checkpoint(iteration).is_dir():
+            return f"{path} names checkpoint {iteration}, which is not there."
+        if compare and self._is_of_another_run(marked):
+            return f"{path} is of another run: {METRICS} has no such score at {iteration}."
+        return None
+
+    def _is_of_another_run(self, marked: Mapping[str, Any]) -> bool:
+        """Whether the metrics contradict `best.json`; they don't where they can't be read."""
+        try:
+            lines = self.metrics()
+        except RunError:
+            return False
+        by = marked.get("by", "reward")
+        of = [line for line in lines if line["iteration"] == marked["iteration"]]
+        return any(_selection_score(line, by) != marked["score"] for line in of)
+
+    def _checkpoint(self, iteration: int) -> Path:
+        return self.checkpoints / f"{iteration:08d}"
 
     def all_checkpoints(self) -> list[Path]:
         """Every checkpoint, oldest first."""
-        return sorted(p for p in self.checkpoints.glob("[0-9]*") if p.is_dir())
+        return checkpoints_of(self.checkpoints)
 
     def latest(self) -> Path:
         """The latest checkpoint.
@@ -269,16 +446,29 @@ class RunFolder:
         return found[-1]
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file of a run folder holds.
+def best_of(
+    lines: Sequence[Mapping[str, Any]], by: str, checkpoints: Sequence[int]
+) -> dict[str, Any] | None:
+    """`iteration`, `score` and `by` of the best checkpoint by the metrics, the first of equals.
 
-    Raises:
-        RunError: the file is torn.
+    Args:
+        by: which of `eval/...`; a line that was selected by another one says so itself.
+        checkpoints: iterations of those that are there.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path} is torn ({error}); remove it to do without.") from None
-    if not isinstance(content, dict):
-        raise RunError(f"{path} holds no JSON object; remove it to do without.")
-    return content
+    scores = {
+        line["iteration"]: score
+        for line in lines
+        if line["iteration"] in checkpoints and (score := _selection_score(line, by)) is not None
+    }
+    if not scores:
+        return None
+    best = max(scores, key=lambda iteration: scores[iteration])
+    return {"iteration": best, "score": scores[best], "by": by}
+
+
+def _selection_score(line: Mapping[str, Any], by: str) -> float | None:
+    """What a checkpoint was compared with others by."""
+    # A reward that only compares images may leave that to the score.
+    key = "score" if by == "reward" and line.get("selected_by") == "score" else by
+    score = line.get(f"eval/{key}")
+    return None if score is None else float(score)

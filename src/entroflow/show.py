@@ -32,7 +32,8 @@ from entroflow.plain_sections import ENDS, Run
 from entroflow.recipe import Recipe
 from entroflow.report.wording import Interval
 from entroflow.rewards.floors import Floor
-from entroflow.runs import EVALUATION, RunFolder, read_object, spent
+from entroflow.run_files import Comparison, read_object
+from entroflow.runs import EVALUATION, RunFolder, spent
 
 console = Console()
 
@@ -116,7 +117,7 @@ class TrainingProgress:
         """The final table, if the run is complete."""
         path = folder.path / EVALUATION
         if path.exists():
-            print_table(evaluation_table(read_object(path)))
+            print_table(evaluation_table(read_object(path, Comparison)))
 
 
 def length(run: Run) -> str:

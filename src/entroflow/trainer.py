@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from entroflow.checkpoints import (
+    CheckpointError,
     check_reference,
     load_optimizer_tensors,
     optimizer_tensors,
-    read_state,
+    read_run_state,
     read_tensors,
 )
 from entroflow.credit.base import StepCredit
@@ -93,7 +95,7 @@ class Trainer:
     @property
     def share_done(self) -> float:
         """How much of the run lies behind, between two iterations: in [0, 1], 1 at its end."""
-        return self.recipe.run.share_done(spent(self._taken()))
+        return self.recipe.run.share_done(spent(self.taken()))
 
     def try_inputs(self) -> None:
         """Plan the first iteration and encode its prompts, so that wrong input shows at once.
@@ -128,7 +130,7 @@ class Trainer:
         self.iteration += 1
         self.seconds += perf_counter() - start
         found = iteration_metrics(self.reward, rollouts, scores, transitions, statistics, trace)
-        return {**self._taken(), **found}
+        return {**self.taken(), **found}
 
     def _encode(self, prompts: list[Prompt]) -> Condition:
         return self.policy.encode([prompt.text for prompt in prompts])
@@ -339,15 +341,18 @@ class Trainer:
         )  # fmt: skip
         return {**drifts, "hacking": sighting.alarms}
 
-    def standing(self, metrics: Metrics) -> float:
-        """What the best checkpoint is chosen by; -inf if that is no number.
+    def criterion(self, metrics: Metrics) -> str:
+        """Which of `eval/...` the best checkpoint is chosen by.
 
         What `monitors.best` says; else the held-out reward. Where rewards only compare, and the
         evaluation does not return the images that they could look at, its score.
         """
         known = one_by_one(self.reward) or any(key.startswith("eval/win_rate") for key in metrics)
-        best = self.recipe.monitors.best or ("reward" if known else "score")
-        found = metrics.get(f"eval/{best}")
+        return self.recipe.monitors.best or ("reward" if known else "score")
+
+    def standing(self, metrics: Metrics) -> float:
+        """What the best checkpoint is chosen by; -inf if that is no number."""
+        found = metrics.get(f"eval/{self.criterion(metrics)}")
         return float(found) if found is not None and math.isfinite(found) else -math.inf
 
     def expected(self) -> Metrics:
@@ -400,12 +405,12 @@ class Trainer:
             "version": package_version(),
             "measure": asdict(measure_of(self.recipe.evaluation)),
             "plan": self.expected(),
-            **self._taken(),
+            **self.taken(),
             "policy/dimensions": self.dimensions,
             "policy/clip_range": self.recipe.objective.clip(self.dimensions),
         }
 
-    def _taken(self) -> Metrics:
+    def taken(self) -> Metrics:
         """What the run has taken so far, as in every line of its metrics."""
         return {
             "iteration": self.iteration,
@@ -432,6 +437,7 @@ class Trainer:
             "ledger": self.ledger.state(),
             "evaluation_ledger": self.evaluation_ledger.state(),
             "reference": self.policy.weights.digest("reference"),
+            "recipe": self.recipe.identity,
             "sentinel": self.sentinel.state(),
             "monitors": self.recipe.resolved["monitors"]["rewards"],
             "stopped": self.stopped,
@@ -441,13 +447,13 @@ class Trainer:
             },
         }
 
-    def load(self, checkpoint: Any) -> None:
+    def load(self, checkpoint: Path) -> None:
         """Go back to a checkpoint.
 
         Raises:
             CheckpointError: missing, torn, or made from other base weights.
         """
-        state = read_state(checkpoint)
+        state = read_run_state(checkpoint)
         weights = self.policy.weights
         check_reference(state, weights.digest("reference"), checkpoint)
         weights.load(read_tensors(checkpoint / "live.safetensors"))
@@ -463,7 +469,11 @@ class Trainer:
         self.stopped = state.get("stopped", False) and self.recipe.monitors.on_hacking == "stop"
         self.attention.curve.load_state(state.get("attention", {}))
         for name, component in self._components_with_memory():
+            if name not in state["components"]:
+                raise CheckpointError(f"{checkpoint} has no memory of the {name}, which needs it.")
             component.load_state(state["components"][name])
+        if state.get("recipe", self.recipe.identity) != self.recipe.identity:
+            log.warning("the recipe was changed since %s; the run goes on by it.", checkpoint)
 
     def _components_with_memory(self) -> list[tuple[str, Any]]:
         parts = vars(self.recipe).items()

@@ -43,9 +43,10 @@ def train_in(
         """Save where it is due."""
         n = trainer.iteration
         by = trainer.recipe.monitors.best or "reward"
-        if trainer.standing(line) > folder.best_score(by):
+        standing = trainer.standing(line)
+        if standing > -math.inf and standing > folder.best_score(by):
             save()
-            folder.mark_best(n, trainer.standing(line), by)
+            folder.mark_best(n, standing, by)
             folder.prune(settings.keep_checkpoints)
         if n % settings.checkpoint_every == 0 or at_end():
             save()
@@ -85,6 +86,7 @@ def _evaluated(trainer: Trainer, line: Metrics) -> Evaluated | None:
         return None
     found = trainer.evaluate()
     line |= {**evaluation_metrics(found), **trainer.watch(found)}
+    line["selected_by"] = trainer.criterion(line)
     spent = trainer.evaluation_ledger
     line["ledger/held_out_network_evaluations"] = spent.network_evaluations
     line["ledger/held_out_reward_calls"] = spent.reward_calls

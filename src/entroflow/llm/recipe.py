@@ -162,6 +162,14 @@ class LLMRecipe:
         text = json.dumps(content, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
+    @property
+    def identity(self) -> str:
+        """A short hash of all that a resumed run may not change."""
+        content = {key: getattr(self, key).model_dump(mode="json") for key in PARTS}
+        content |= {"run": {"seed": self.run.seed}, "trainer": dict(self.trainer)}
+        text = json.dumps(content, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
     def to_yaml(self) -> str:
         """With every key of ours written out; `load` reads it back."""
         writer, out = YAML(), StringIO()

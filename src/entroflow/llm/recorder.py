@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 from trl.models.utils import unwrap_model_for_generation
 
-from entroflow.checkpoints import settled, to_json, write_text
+from entroflow.checkpoints import part_of, settled, to_json, write_digests, write_text
 from entroflow.evaluation.base import mean_over_prompts
 from entroflow.llm.passing import avg_at, pass_at
 from entroflow.llm.problems import Judged, Problems, judge
@@ -18,7 +19,8 @@ from entroflow.llm.recipe import LLMRecipe
 from entroflow.llm.state import ResumableTrainer
 from entroflow.report.events import Events
 from entroflow.report.llm_page import write_llm_report
-from entroflow.runs import EVALUATION, RunFolder, package_version, read_object
+from entroflow.run_files import BaseAnswers, RunError, read_object
+from entroflow.runs import EVALUATION, RunFolder, package_version
 
 BASE_ANSWERS = "base.json"
 LONGEST = 256
@@ -150,7 +152,7 @@ class Recorder(TrainerCallback):
         tuned = self.judge(self.problems.test)
         self.events.close()
         if self.main:
-            base = _from_json(read_object(self.folder.path / BASE_ANSWERS))
+            base = _from_json(read_base_answers(self.folder.path))
             found = {"iteration": updates, **compared(self.problems, base, tuned)}
             write_text(self.folder.path / EVALUATION, to_json(found, indent=1) + "\n")
             write_llm_report(self.folder)
@@ -158,7 +160,7 @@ class Recorder(TrainerCallback):
     def _save(self, update: int) -> None:
         """Write a checkpoint; the one before goes when it is whole."""
         whole = self.folder.checkpoints / f"{update:08d}"
-        part = whole.with_name(f".{whole.name}.part")
+        part = part_of(whole)
         if self.main:
             part.mkdir()
         self.trainer.save_model(str(part))
@@ -166,6 +168,7 @@ class Recorder(TrainerCallback):
         if self.main:
             # TRL's settings, as a pickle: the recipe has them in plain sight.
             (part / "training_args.bin").unlink(missing_ok=True)
+            write_digests(part)
             settled(part)
             part.rename(whole)
             self.folder.prune(keep=1)
@@ -193,6 +196,18 @@ class Recorder(TrainerCallback):
     def _show(self, line: dict[str, Any]) -> None:
         if self.main and self.watch is not None:
             self.watch(line)
+
+
+def read_base_answers(run: Path) -> dict[str, Any]:
+    """What the model answered before it was trained.
+
+    Raises:
+        RunError: the file is missing or torn.
+    """
+    remedy = f"; restore it from a copy, or start a new run from its model: model.path={run}"
+    if not (run / BASE_ANSWERS).exists():
+        raise RunError(f"{run} has no {BASE_ANSWERS}, what it is compared with{remedy}")
+    return read_object(run / BASE_ANSWERS, BaseAnswers, remedy=remedy)
 
 
 def _as_json(judged: Judged) -> dict[str, Any]:

@@ -24,18 +24,18 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
+from entroflow.checkpoints import DIGESTS, check_digests
 from entroflow.errors import InputError
 from entroflow.launch import asked_to_stop
 from entroflow.llm.embedded import BASE
 from entroflow.llm.grpo import EntropyGRPOConfig
 from entroflow.llm.problems import Problems, judge, problems_of
 from entroflow.llm.recipe import EMBEDDED, LLMRecipe, Model, load
-from entroflow.llm.recorder import BASE_ANSWERS, LONGEST, Recorder, Watch
-from entroflow.llm.state import ResumableTrainer, check_state
+from entroflow.llm.recorder import LONGEST, Recorder, Watch, read_base_answers
+from entroflow.llm.state import PROGRESS, ResumableTrainer, check_state, logged_at
 from entroflow.runs import EVALUATION, RECIPE, RunFolder
 
 ADAPTER = "adapter_config.json"
@@ -56,6 +56,8 @@ def load_model(path: str, dtype: str = "float32", merged: Path | None = None) ->
     place = str(BASE) if path == EMBEDDED else path
     if (Path(place) / RECIPE).is_file():
         place = str(RunFolder(Path(place)).latest())
+    if (Path(place) / PROGRESS).is_file() or (Path(place) / DIGESTS).is_file():
+        check_digests(Path(place))
     settings = {"dtype": getattr(torch, dtype)}
     try:
         if (Path(place) / ADAPTER).is_file():
@@ -70,7 +72,9 @@ def load_model(path: str, dtype: str = "float32", merged: Path | None = None) ->
         else:
             model = AutoModelForCausalLM.from_pretrained(place, **settings)
         tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
-    except (OSError, ValueError, SafetensorError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # what the libraries raise of damaged files is written down nowhere
         reason = " ".join(str(error).split())
         known = "" if Path(place).exists() else ", which is no folder here, so a name on the hub"
         raise InputError(
@@ -137,16 +141,13 @@ def resume(path: Path, overrides: Sequence[str] = (), watch: Watch | None = None
             )
     recipe = load(path / RECIPE, overrides)
     checkpoint = folder.latest()
+    check_digests(checkpoint)
     with TemporaryDirectory() as scratch:
         trainer, problems = _prepared(recipe, Path(scratch))
-        done = check_state(checkpoint, trainer.accelerator.num_processes)
+        done = check_state(checkpoint, trainer.accelerator.num_processes, recipe.identity)
         if done >= recipe.run.updates and (path / EVALUATION).exists():
             raise InputError(f"{path} has made its {done} updates; go further with run.updates=N.")
-        if not (path / BASE_ANSWERS).is_file():
-            raise InputError(
-                f"{path} has no {BASE_ANSWERS}, what it is compared with; start a new run from its "
-                f"model: model.path={path}"
-            )
+        read_base_answers(path)
         _run(recipe, trainer, problems, folder, checkpoint, watch)
     return folder
 
@@ -175,6 +176,7 @@ def _prepared(recipe: LLMRecipe, scratch: Path) -> tuple[ResumableTrainer, Probl
         except (ValueError, TypeError, ImportError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{recipe.name}: trainer: {reason}") from None
+    trainer.identity = recipe.identity
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
     at_once = (trainer.args.generation_batch_size or 1) // (trainer.num_generations or 1)
@@ -217,7 +219,7 @@ def _run(
     held = folder.held() if main else nullcontext()
     with held, asked_to_stop() as stopping, _without_future():
         if main and checkpoint is not None:
-            folder.cut_after(int(checkpoint.name))
+            folder.cut_after(int(checkpoint.name), logged_at(checkpoint))
             folder.write_recipe(recipe.to_yaml())
         recorder = Recorder(folder, recipe, trainer, problems, watch, stopping)
         trainer.add_callback(recorder)

@@ -10,6 +10,7 @@ progress.json           learning rates, scheduler, what else TRL adapts, and the
 from __future__ import annotations
 
 import json
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,23 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor
-from transformers.trainer_callback import TrainerState
 
 from entroflow.checkpoints import (
     CheckpointError,
+    finite,
     load_optimizer_tensors,
     optimizer_tensors,
     read_tensors,
 )
 from entroflow.llm.grpo import EntropyGRPOTrainer
+from entroflow.run_files import Progress, TRLState, read_object
+
+log = logging.getLogger(__name__)
 
 TRAINER_STATE, OPTIMIZER, REFERENCE, PROGRESS = (
     "trainer_state.json", "optimizer.safetensors", "reference.safetensors", "progress.json",
 )  # fmt: skip
+OTHERWISE = "; restore it from a copy, or start a new run from the model."
 ADAPTED = ("entropy_coef", "_last_world_entropy")
 """Numbers of TRL's trainer that its `use_adaptive_entropy` changes."""
 
@@ -41,7 +46,12 @@ class ResumableTrainer(EntropyGRPOTrainer):
 
     So where it stopped `is_between_batches`. TRL's own checkpoints are pickles, and forget how
     often the prompts were shuffled.
+
+    Attributes:
+        identity: of the recipe that it is made by.
     """
+
+    identity = ""
 
     def write_state(self, folder: Path) -> None:
         """Write all but the model into a folder; called in every process.
@@ -60,6 +70,7 @@ class ResumableTrainer(EntropyGRPOTrainer):
         moments = optimizer_tensors(self.optimizer)
         tensors = {k: v.contiguous() for k, v in moments.items() if isinstance(v, Tensor)}
         progress = {
+            "recipe": self.identity,
             "rates": [group["lr"] for group in self.optimizer.param_groups],
             "moments": {k: v for k, v in moments.items() if k not in tensors},
             "scheduler": self.lr_scheduler.state_dict(),
@@ -125,8 +136,8 @@ class ResumableTrainer(EntropyGRPOTrainer):
             _set_random_state(states[self.accelerator.process_index])
 
 
-def check_state(folder: Path, processes: int) -> int:
-    """Whether a training can go on from a folder.
+def check_state(folder: Path, processes: int, identity: str) -> int:
+    """Whether a training can go on from a folder; a recipe that was changed since is warned of.
 
     Returns:
         Its updates.
@@ -139,23 +150,35 @@ def check_state(folder: Path, processes: int) -> int:
             f"{folder} holds the model alone, as FSDP's and DeepSpeed's shards of an optimizer are "
             f"not written down; start a new run from it: model.path={folder}"
         )
-    before = len(_progress(folder)["random"])
+    progress = _progress(folder)
+    if progress.get("recipe", identity) != identity:
+        log.warning("the recipe was changed since %s; the run goes on by it.", folder)
+    before = len(progress["random"])
     if before != processes:
         raise CheckpointError(
             f"{folder} was written by {before} processes, not {processes}; launch as many again."
         )
-    try:
-        return int(TrainerState.load_from_json(str(folder / TRAINER_STATE)).global_step)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / TRAINER_STATE} is torn ({error}).") from None
+    done = int(_trl_state(folder)["global_step"])
+    if done != int(folder.name):
+        raise CheckpointError(
+            f"{folder} is of another update: {TRAINER_STATE} says {done}; restore it from a copy."
+        )
+    return done
+
+
+def logged_at(folder: Path) -> dict[str, Any]:
+    """What the line of metrics of a checkpoint must hold."""
+    (*_, last) = _trl_state(folder)["log_history"] or [{}]
+    kept = {key: last.get(key) for key in ("loss", "reward", "learning_rate")}
+    return {key: value for key, value in finite(kept).items() if value is not None}
 
 
 def _progress(folder: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / PROGRESS} is torn ({error}).") from None
-    return found
+    return read_object(folder / PROGRESS, Progress, remedy=OTHERWISE, error=CheckpointError)
+
+
+def _trl_state(folder: Path) -> dict[str, Any]:
+    return read_object(folder / TRAINER_STATE, TRLState, remedy=OTHERWISE, error=CheckpointError)
 
 
 def _random_state() -> dict[str, Any]:

@@ -380,7 +380,7 @@ def by_step(
         rounding = ROUNDING if key in DIVERGING else 0.0
         finding = constant(flat, "step and iteration", rounding)
         iterations = [line["iteration"] for line in lines]
-        labels = [f"{step} · {grid[step]:.2f}" if grid else str(step) for step in steps]
+        labels = [f"{step} · {grid[step]:.2f}" if step < len(grid) else str(step) for step in steps]
         figure = None if finding else heat_map(iterations, labels, rows, key in DIVERGING)
         panels.append(Panel(title, reading, figure, finding))
     return panels

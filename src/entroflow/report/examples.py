@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from entroflow.runs import RunError, RunFolder, read_object
+from entroflow.pictures import read_picture
+from entroflow.run_files import Examples, read_object
+from entroflow.runs import RunFolder
+
+log = logging.getLogger(__name__)
 
 SMALL = 96
 """Pixels; images up to this are shown so wide, pixel by pixel."""
@@ -59,8 +64,7 @@ class ExampleGrid:
 
 def over_iterations(folder: RunFolder, last: int) -> ExampleGrid | None:
     """The examples at the first and last evaluation up to iteration `last`, and some in between."""
-    found = [path.stem for path in folder.examples.glob(f"[0-9]*{PNG}")]
-    names = sorted((name for name in found if name.isdigit() and int(name) <= last), key=int)
+    names = numbered(folder.examples, last)
     shown = [names[i] for i in _spread(len(names))]
     return example_grid(folder, [(name, f"iteration {int(name)}") for name in shown])
 
@@ -75,6 +79,9 @@ def example_grid(folder: RunFolder, columns: Sequence[tuple[str, str]]) -> Examp
     if not whole:
         return None
     captions = whole[-1][1]
+    for heading, others, *_ in whole:
+        if others != captions:
+            log.warning("%s: the images of %s have other captions.", folder.examples, heading)
     whole = [column for column in whole if column[1] == captions]
     parts = [examples for _, _, examples, _ in whole]
     return ExampleGrid(
@@ -86,6 +93,22 @@ def example_grid(folder: RunFolder, columns: Sequence[tuple[str, str]]) -> Examp
     )
 
 
+def numbered(folder: Path, last: int) -> list[str]:
+    """Names of what is saved up to iteration `last`, in order: pictures with what is known of them.
+
+    One without the other is left out, which is warned of.
+    """
+    kinds = [{path.stem for path in folder.glob(f"[0-9]*{end}")} for end in (PNG, KNOWN)]
+    found = {name for name in kinds[0] | kinds[1] if name.isdecimal() and int(name) <= last}
+    for name in sorted(found - (kinds[0] & kinds[1])):
+        _warn_without(folder / f"{name}{KNOWN if name in kinds[0] else PNG}")
+    return sorted(found & kinds[0] & kinds[1], key=int)
+
+
+def _warn_without(path: Path) -> None:
+    log.warning("%s is missing; the report does without what belongs to it.", path)
+
+
 def _spread(count: int) -> list[int]:
     """Indices of the first, the last and up to `MOST_BETWEEN` in between, evenly."""
     most = min(count, MOST_BETWEEN + 2)
@@ -95,15 +118,13 @@ def _spread(count: int) -> list[int]:
 def _read(folder: Path, name: str) -> tuple[list[str], list[Example], int]:
     """Captions, examples and side in pixels of one strip; empty if it is not there."""
     picture, known = folder / f"{name}{PNG}", folder / f"{name}{KNOWN}"
-    if not (picture.is_file() and known.is_file()):
+    if not (picture.exists() and known.exists()):
+        if picture.exists() or known.exists():
+            _warn_without(known if picture.exists() else picture)
         return [], [], 0
-    content = read_object(known)
+    content = read_object(known, Examples)
     captions, passed = content["captions"], content.get("passed") or []
-    try:
-        with Image.open(picture) as opened:
-            strip = opened.convert("RGB")
-    except OSError as error:
-        raise RunError(f"{picture} is torn ({error}); remove it to do without.") from None
+    strip = read_picture(picture)
     side = strip.height
     if strip.width != side * len(captions):
         return [], [], 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections import Counter
 from collections.abc import Mapping
@@ -28,8 +29,18 @@ from entroflow.report.figures import (
 )
 from entroflow.report.rendering import rendered
 from entroflow.report.wording import Interval
-from entroflow.runs import EVALUATION, RECIPE, REPORT, RunFolder, read_object
+from entroflow.run_files import (
+    LLMRecipeText,
+    PassingComparison,
+    RunError,
+    checked,
+    read_object,
+    read_text,
+)
+from entroflow.runs import EVALUATION, METRICS, RECIPE, REPORT, RunFolder
 from entroflow.settings_text import parse_yaml
+
+log = logging.getLogger(__name__)
 
 TEMPLATE = "llm.html.j2"
 UPDATES = {"title": {"text": "update"}}
@@ -39,8 +50,7 @@ MOST_ANSWERS = 4
 
 def is_of_a_language_model(folder: RunFolder) -> bool:
     """Whether the run is one of `entroflow llm train`."""
-    text = (folder.path / RECIPE).read_text(encoding="utf-8")
-    return "trainer" in parse_yaml(text, str(folder.path / RECIPE))
+    return "trainer" in parse_yaml(read_text(folder.path / RECIPE), str(folder.path / RECIPE))
 
 
 def write_llm_report(folder: RunFolder) -> Path:
@@ -54,10 +64,18 @@ def write_llm_report(folder: RunFolder) -> Path:
 
 
 def _content(folder: RunFolder) -> dict[str, Any]:
-    text = (folder.path / RECIPE).read_text(encoding="utf-8")
-    recipe, metrics = parse_yaml(text, RECIPE), folder.metrics()
+    text = read_text(folder.path / RECIPE)
+    try:
+        recipe = checked(parse_yaml(text, RECIPE), LLMRecipeText)
+    except ValueError as reason:
+        raise RunError(
+            f"{folder.path / RECIPE} is torn ({reason}); restore it from a copy."
+        ) from None
+    metrics = folder.metrics()
+    if gap := folder.gap(metrics):
+        log.warning("%s %s; the report shows the others.", folder.path / METRICS, gap)
     path = folder.path / EVALUATION
-    evaluation = read_object(path) if path.is_file() else {}
+    evaluation = read_object(path, PassingComparison) if path.exists() else {}
     done = metrics[-1]["iteration"] if metrics else 0
     panels = [
         _right(metrics), _entropy(metrics), _reward(metrics), _left_out(metrics),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from entroflow.evaluation.base import Measure
@@ -62,7 +62,13 @@ def prompts_of(settings: Mapping[str, Any]) -> str:
 def measure_of(metrics: Metrics, evaluation: Mapping[str, Any]) -> Measure:
     """What was measured, by the first line of the metrics or the comparison."""
     said = [content.get("measure") for content in (*metrics[:1], evaluation)]
-    return next((Measure(**found) for found in said if found), Measure("score"))
+    return next((_measure(found) for found in said if found), Measure("score"))
+
+
+def _measure(said: Mapping[str, Any]) -> Measure:
+    return Measure(
+        **{field.name: said[field.name] for field in fields(Measure) if field.name in said}
+    )
 
 
 def headline(

@@ -7,6 +7,7 @@ Every part shows what the run folder has and leaves out what it has not.
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,13 +17,16 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from entroflow.checkpoints import CheckpointError, read_state, write_text
+from entroflow.checkpoints import read_run_state, write_text
 from entroflow.plain_sections import ENDS, Monitors, Run
 from entroflow.recipe import LATER_SECTIONS, SECTIONS, TEXTS, Recipe
 from entroflow.report import attention, curves, examples, judging, outcome, trajectories
 from entroflow.report.rendering import rendered
 from entroflow.report.wording import count
-from entroflow.runs import EVALUATION, RECIPE, REPORT, RunError, RunFolder, read_object, spent
+from entroflow.run_files import Comparison, RunError, read_object, read_text
+from entroflow.runs import EVALUATION, METRICS, RECIPE, REPORT, RunFolder, spent
+
+log = logging.getLogger(__name__)
 
 TEMPLATE = "report.html.j2"
 
@@ -44,12 +48,14 @@ def _content(folder: RunFolder) -> dict[str, Any]:
     settings = recipe.resolved["evaluation"]
     prompts = outcome.prompts_of(settings)
     metrics = folder.metrics()
+    if gap := folder.gap(metrics):
+        log.warning("%s %s; the report shows the others.", folder.path / METRICS, gap)
     done = metrics[-1]["iteration"] if metrics else 0
     watching = Monitors.model_construct(**recipe.resolved["monitors"])
     stopped = bool(metrics) and "hacking" in metrics[-1] and watching.on_hacking == "stop"
     complete = bool(metrics) and (stopped or run.share_done(spent(metrics[-1])) >= 1)
     path = folder.path / EVALUATION
-    evaluation = read_object(path) if path.is_file() else {}
+    evaluation = read_object(path, Comparison) if path.exists() else {}
     if evaluation and "measure" not in evaluation:
         raise RunError(f"{path} is of an older version; remove it to do without.")
     names, measure = outcome.model_names(evaluation), outcome.measure_of(metrics, evaluation)
@@ -130,10 +136,10 @@ def _read_recipe(path: Path) -> tuple[Recipe, str, Run]:
     Raises:
         RunError: the file is torn.
     """
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
         resolved = YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, UnicodeDecodeError):
+    except YAMLError:
         raise RunError(f"{path} is torn: it is not YAML.") from None
     if isinstance(resolved, dict):
         for later in LATER_SECTIONS:
@@ -152,9 +158,7 @@ def _read_recipe(path: Path) -> tuple[Recipe, str, Run]:
 
 
 def _latest_state(folder: RunFolder) -> tuple[int, dict[str, Any]]:
-    """Iteration and state of the latest checkpoint; empty if there is none to read."""
-    try:
-        state = read_state(folder.latest())
-    except CheckpointError:
-        return 0, {}
-    return state["iteration"], state
+    """Iteration and state of the latest checkpoint; empty if there is none."""
+    latest = folder.all_checkpoints()[-1:]
+    state = read_run_state(latest[0]) if latest else {}
+    return state.get("iteration", 0), state

@@ -9,12 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from entroflow.pictures import read_picture
 from entroflow.report.curves import by_step, over_iterations
-from entroflow.report.examples import KNOWN, PNG, SMALL, data_address
+from entroflow.report.examples import KNOWN, PNG, SMALL, data_address, numbered
 from entroflow.report.figures import BLUE, GRAY, ORANGE, PURPLE, Metrics, Panel, heat_map
-from entroflow.runs import RunError, RunFolder, read_object
+from entroflow.run_files import TrajectoriesFile, read_object
+from entroflow.runs import RunFolder
 
 OVER_ITERATIONS = (
     (
@@ -101,8 +101,7 @@ class Credit:
 
 def credit(folder: RunFolder, metrics: Metrics, last: int) -> Credit | None:
     """What is there up to iteration `last`; None where the credit looks at no steps."""
-    found = sorted(p.stem for p in folder.trajectories.glob(f"[0-9]*{PNG}") if p.stem.isdigit())
-    names = [name for name in found if int(name) <= last]
+    names = numbered(folder.trajectories, last)
     grid = (metrics[0].get("plan") or {}).get("grid", []) if metrics else []
     # The latest first; in between there is more of the same.
     wanted = list(dict.fromkeys([*names[-1:], *names[:1]]))
@@ -119,14 +118,9 @@ def credit(folder: RunFolder, metrics: Metrics, last: int) -> Credit | None:
 
 
 def _shown(folder: Path, name: str, grid: Sequence[float]) -> Shown:
-    known = read_object(folder / f"{name}{KNOWN}")
+    known = read_object(folder / f"{name}{KNOWN}", TrajectoriesFile)
     rows = known["trajectories"]
-    path = folder / f"{name}{PNG}"
-    try:
-        with Image.open(path) as opened:
-            sheet = opened.convert("RGB")
-    except OSError as error:
-        raise RunError(f"{path} is torn ({error}); remove it to do without.") from None
+    sheet = read_picture(folder / f"{name}{PNG}")
     width, height = sheet.width // len(rows[0]["rewards"]), sheet.height // len(rows)
     strips = []
     for r, row in enumerate(rows):
@@ -169,7 +163,7 @@ def _steps(row: Mapping[str, Any], grid: Sequence[float]) -> list[Step]:
 
 
 def _name(step: int, grid: Sequence[float]) -> str:
-    return f"{step} · {grid[step]:.2f}" if grid else str(step)
+    return f"{step} · {grid[step]:.2f}" if step < len(grid) else str(step)
 
 
 def _map(known: Mapping[str, Any], grid: Sequence[float]) -> Panel | None:

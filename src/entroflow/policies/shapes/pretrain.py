@@ -34,6 +34,7 @@ from entroflow.checkpoints import (
 from entroflow.policies.base import WeightSets
 from entroflow.policies.shapes.network import ShapesNetwork
 from entroflow.policies.shapes.tokenizer import CAPTION_LENGTH, VOCABULARY, tokenize
+from entroflow.run_files import PretrainingState
 from entroflow.shapes import grammar
 from entroflow.shapes.scenes import lay_out, render
 
@@ -178,7 +179,7 @@ def pretrain(
             },
             {"step": step, "settings": asdict(settings)},
         )
-        with (folder / "loss.jsonl").open("a") as file:
+        with (folder / "loss.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in recent)
         recent.clear()
         saved = step
@@ -228,7 +229,7 @@ def _resume(
     average: ShapesNetwork,
     optimizers: list[torch.optim.Optimizer],
 ) -> int:
-    state = read_state(checkpoint)
+    state = read_state(checkpoint, PretrainingState)
     now = json.loads(json.dumps(asdict(settings)))
     begun, start = 0, 0
     for phase in state["settings"]["phases"]:
