@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from entroflow import pictures
+from entroflow import checkpoints, pictures
 
 GAP, SCALE, SIDE = 6, 4, 32
 GREEN, RED, WHITE = (42, 157, 74), (209, 73, 91), (255, 255, 255)
@@ -127,12 +127,11 @@ def test_a_picture_is_saved_whole_with_its_folder(tmp_path, monkeypatch):
     first, second = (pictures.grid(images(1, seed=seed), 1) for seed in (0, 1))
     pictures.save(first, path)
 
-    def crash(self, target, **_):
-        target.write_bytes(b"half")
+    def crash(_):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, "save", crash)
+        patch.setattr(checkpoints.os, "fsync", crash)
         with pytest.raises(OSError, match="disk full"):
             pictures.save(second, path)
     with Image.open(path) as shown:

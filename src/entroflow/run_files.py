@@ -284,7 +284,7 @@ class Result(Contents):
     training_seconds: float
     arm: Asked
     curve: Annotated[list[Evaluation], Field(min_length=1)]
-    ledger: dict[str, Count]
+    ledger: dict[str, float]
     test: RunsComparison
 
 
