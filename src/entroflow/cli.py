@@ -9,7 +9,6 @@ import sys
 import traceback
 from enum import StrEnum
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -542,16 +541,8 @@ class _StandardError(logging.Handler):
         print(without_secrets(self.format(record)), file=sys.stderr)
 
 
-def _show_failure(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """Print a traceback without the secrets that messages in it may quote."""
-    print(without_secrets("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr)
-
-
 def main() -> None:
     """Entry point: wrong input ends with one line and exit code 2, an interrupt with 130."""
-    sys.excepthook = _show_failure
     # At its import it warns of optional packages that nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(
@@ -562,12 +553,13 @@ def main() -> None:
     except InputError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
-    except OSError as error:
-        # A folder that can't be written, a full disk: nothing a traceback would explain.
-        if error.errno not in DISK:
-            raise
-        typer.echo(f"error: {without_secrets(' '.join(str(error).split()))}", err=True)
-        sys.exit(2)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            # A folder that can't be written, a full disk: nothing a traceback would explain.
+            typer.echo(f"error: {without_secrets(' '.join(str(error).split()))}", err=True)
+            sys.exit(2)
+        print(without_secrets(traceback.format_exc()), file=sys.stderr, end="")
+        sys.exit(1)
     except SystemExit as end:
         if end.code != INTERRUPTED:
             raise

@@ -37,6 +37,18 @@ SHOWN = 300
 """Characters of a server's text in a warning."""
 
 
+class _WithoutSecrets(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record through, without what it quotes of secrets."""
+        record.msg, record.args = without_secrets(record.getMessage()), None
+        return True
+
+
+for _name in ("httpx", "httpcore.connection", "httpcore.http11"):
+    # They log what a server sends beside its content: the reason, and headers.
+    logging.getLogger(_name).addFilter(_WithoutSecrets())
+
+
 @dataclass(frozen=True)
 class Reply:
     """What came of one question.

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import math
+import re
 import sqlite3
 import threading
 from abc import abstractmethod
@@ -35,8 +36,13 @@ log = logging.getLogger(__name__)
 
 PLACE = "{prompt}"
 """Where a template holds the prompt."""
-RESERVED = ("model", "messages", "stream", "n")
-"""What is no key of `body`: what a key of its own says, or what one answer to a question needs."""
+RESERVED = {
+    "model": "it has a key of its own",
+    "messages": "they are the template and the images",
+    "stream": "an answer is read as a whole",
+    "n": "one answer is read to each question",
+}
+"""What is no key of `body`, and why."""
 TELLING = ("root", "parent", "revision", "version", "digest", "sha", "meta", "owned_by")
 """Of what a server lists of a model, what tells one from another; the rest changes by itself."""
 LOOK = 30.0
@@ -149,14 +155,14 @@ class Served(Component):
         api_key(self.key_variable)
         if PLACE not in self._words:
             raise InputError(f"template: {self.template} has no {PLACE} for the prompt")
-        for key in RESERVED:
+        for key, why in RESERVED.items():
             if key in self.body:
-                raise InputError(f"body.{key} can't be set: {_RESERVED_WHY}")
+                raise InputError(f"body.{key} can't be set: {why}")
         try:
             text = json.dumps(self.body, allow_nan=False)
         except ValueError:
             raise InputError("body holds a number that is not finite, as JSON has none") from None
-        if without_secrets(text) != text:
+        if without_secrets(text) != text or _SECRET_KEY.search(text):
             raise InputError(
                 "body holds a secret, which would be written into the run folder. Leave it out; "
                 "the key is read from the environment variable that key_variable names"
@@ -281,10 +287,8 @@ class Served(Component):
         return None if "max_tokens" in self.body else ("max_tokens", self.max_tokens)
 
 
-_RESERVED_WHY = (
-    "`model` has a key of its own, `messages` are the template and the images, and one whole "
-    "answer is read to each question (no `stream`, one choice)"
-)
+_SECRET_KEY = re.compile(r'(?:key|secret|password|authorization|access_token)"\s*+:', re.IGNORECASE)
+"""A key of JSON whose value is for the server alone."""
 NO_SUCH_METHOD = 501
 """HTTP status of a server that shows nothing at an address, though it may answer at others."""
 SHOWN = 200
@@ -325,7 +329,7 @@ class Memory:
             try:
                 with self._one:
                     row = self._open.execute(select, (question,)).fetchone()
-            except (sqlite3.Error, UnicodeError) as error:
+            except sqlite3.Error as error:
                 self._once.warn("find", f"cache: {self._path} can't be read ({error}); its answers "
                                 "are asked for again.")  # fmt: skip
                 continue
@@ -340,9 +344,15 @@ class Memory:
 
     def keep(self, answers: Mapping[str, str]) -> None:
         """Write down answers, as far as they can be."""
-        rows = [(q, answer, _digest(q + answer)) for q, answer in answers.items()]
-        # Half of a pair of surrogates is text to JSON, and none to a data base.
-        rows = [row for row in rows if row[1].isascii() or _is_unicode(row[1])]
+        rows = [
+            (question, answer, _digest(question + answer))
+            for question, answer in answers.items()
+            # Half of a pair of surrogates is text to JSON, and none to a data base.
+            if _is_unicode(answer)
+        ]
+        if len(rows) < len(answers):
+            self._once.warn("text", f"cache: {self._path} can't keep an answer that is no Unicode "
+                            "text; it will be asked for again.")  # fmt: skip
         try:
             with self._one, self._open:
                 self._open.executemany(
