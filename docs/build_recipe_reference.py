@@ -200,7 +200,8 @@ def _values(schema: dict[str, Any]) -> str:
     if schema["type"] == "array":
         return _list_values(schema)
     if "additionalProperties" in schema:
-        return f"names, each with a {_values(schema['additionalProperties'])}"
+        each = schema["additionalProperties"]
+        return f"names, each with {'any value' if each is True else f'a {_values(each)}'}"
     if schema["type"] == "null":
         return "`null`"
     kind = "path" if schema.get("format") == "path" else schema["type"]

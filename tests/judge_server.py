@@ -16,12 +16,15 @@ class JudgeServer:
     """`behave(question, number)` says how the number-th request about a question is answered.
 
     A question is (levels of the images, words): of two, which is brighter; of one, how bright it
-    is, from 1 to 5. It returns None for a right answer, a text for another one, a number for an
-    HTTP status, or "hang".
+    is, from 1 to 5. It returns None for a right answer, a text for another one, a mapping for a
+    whole body, a number for an HTTP status, or "hang".
+
+    Args:
+        models: what it lists of its models; None: nothing, with status 501.
     """
 
-    def __init__(self, behave=lambda question, number: None, headers=None):
-        self.behave, self.headers = behave, headers or {}
+    def __init__(self, behave=lambda question, number: None, headers=None, models=None):
+        self.behave, self.headers, self.models = behave, headers or {}, models
         self.seen, self.bodies, self.sent_headers = {}, [], []
         self.now, self.most = 0, 0
         self.over, self._lock = threading.Event(), threading.Lock()
@@ -42,6 +45,16 @@ class JudgeServer:
                 finally:
                     with outer._lock:
                         outer.now -= 1
+
+            def do_GET(self):
+                code = 501 if outer.models is None else 200
+                if isinstance(outer.models, int):
+                    code = outer.models
+                data = json.dumps({"object": "list", "data": outer.models}).encode()
+                self.send_response(code)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
 
             def log_message(self, *_):
                 pass
@@ -77,7 +90,7 @@ class JudgeServer:
         content = (
             {"choices": [{"message": {"content": said}}]} if status == 200 else {"error": said}
         )
-        data = json.dumps(content).encode()
+        data = json.dumps(said if isinstance(said, dict) else content).encode()
         try:
             handler.send_response(status)
             for name, value in self.headers.items():

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ import typer
 
 from entroflow.errors import InputError
 from entroflow.llm.cli import app as llm
+from entroflow.redaction import without_secrets
 from entroflow.settings_text import names_and_changes
 
 if TYPE_CHECKING:
@@ -526,16 +528,20 @@ DISK = (
 """Failures of files and disks; others, as of a network, are not the user's input."""
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+
 class _StandardError(logging.Handler):
     """Writes to what `sys.stderr` is at the time: a live bar puts itself in its place."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
-        print(self.format(record), file=sys.stderr)
+        print(without_secrets(self.format(record)), file=sys.stderr)
 
 
 def main() -> None:
-    """Entry point: wrong input ends with one line and exit code 2."""
+    """Entry point: wrong input ends with one line and exit code 2, an interrupt with 130."""
     # At its import it warns of optional packages that nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(
@@ -546,12 +552,21 @@ def main() -> None:
     except InputError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
-    except OSError as error:
-        # A folder that can't be written, a full disk: nothing a traceback would explain.
-        if error.errno not in DISK:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            # A folder that can't be written, a full disk: nothing a traceback would explain.
+            typer.echo(f"error: {without_secrets(' '.join(str(error).split()))}", err=True)
+            sys.exit(2)
+        print(without_secrets(traceback.format_exc()), file=sys.stderr, end="")
+        sys.exit(1)
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
             raise
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
+        # All is closed and written by now. A thread that still waits, as for the name of a server
+        # or in a reward of the user's, must not hold up the end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from entroflow.errors import InputError
+from entroflow.redaction import without_secrets
 
 
 class Verdict(StrEnum):
@@ -47,4 +48,4 @@ def finding_of(name: str, check: Callable[[], str]) -> Finding:
         return Finding(name, Verdict.FAILED, str(error))
     except Exception as error:
         # Whatever a model, a reward or a device may raise is what is to be found.
-        return Finding(name, Verdict.FAILED, f"{type(error).__name__}: {error}")
+        return Finding(name, Verdict.FAILED, without_secrets(f"{type(error).__name__}: {error}"))

@@ -13,7 +13,7 @@ from entroflow.entropy.measuring import attention_metrics
 from entroflow.evaluation.base import Evaluated
 from entroflow.evaluation.watching import compares
 from entroflow.objectives.update import UpdateStatistics
-from entroflow.rewards.base import AnyReward, Scores
+from entroflow.rewards.base import AnyReward, Scores, failures
 from entroflow.rewards.mixture import Mixture, total
 from entroflow.sampling.plan import Plan, Role
 from entroflow.sampling.rollouts import Rollouts, Transitions
@@ -78,6 +78,7 @@ def reward_metrics(plan: Plan, scores: Scores, prefix: str) -> Metrics:
         f"{prefix}/std": _mean(spread),
         f"{prefix}/failed": int(scores.values[plan.scored].isnan().sum()),
         f"{prefix}/tied_groups": sum(is_tied(g) for g in groups if len(g) > 1),
+        f"{prefix}/failed_by_status": failures(scores.statuses),
     }
 
 

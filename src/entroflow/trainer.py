@@ -41,7 +41,7 @@ from entroflow.objectives.update import UpdateStatistics, update
 from entroflow.policies.base import Condition, Policy
 from entroflow.prompts import Prompt
 from entroflow.recipe import Recipe
-from entroflow.rewards.base import AnyReward, FunctionReward, Scores
+from entroflow.rewards.base import AnyReward, FunctionReward, Scores, failures
 from entroflow.rewards.mixture import rewards_of, total
 from entroflow.rewards.scoring import Scoring
 from entroflow.runs import package_version, spent
@@ -205,15 +205,17 @@ class Trainer:
             InputError: no rollout of the run has ever had a reward; most likely none will.
         """
         plan = rollouts.plan
-        failed = total(self.reward, scores).values.isnan()
+        summed = total(self.reward, scores)
+        failed = summed.values.isnan()
         missing, all_missing = failed[plan.scored], failed[rated_rollouts(plan)].all()
         advantages = mixed_advantages(self.recipe.credit, self.reward, rollouts, scores)
         if not missing.any():
             return advantages
         if all_missing and self.iteration == 0:
+            kinds = ", ".join(f"{n} {kind}" for kind, n in failures(summed.statuses).items())
             raise InputError(
-                "every reward of iteration 1 failed; the warnings say why (mend the reward, and "
-                "try it alone with: entroflow reward test)."
+                f"every reward of iteration 1 failed ({kinds}); the warnings say why (mend the "
+                "reward, and try it alone with: entroflow reward test)."
             )
         share, most = missing.double().mean().item(), self.recipe.scoring.most_masked
         if share <= most and not all_missing:

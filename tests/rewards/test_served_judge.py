@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import logging
 import math
+import sqlite3
 import threading
 import time
 
@@ -141,7 +142,7 @@ def test_the_key_comes_from_the_environment_and_is_never_logged(serve, monkeypat
     server, judge = serve(lambda question, number: 401, attempts=1)
     assert asked(judge).statuses == (Status.ERROR,)
     assert server.sent_headers[0]["authorization"] == "Bearer secret-one"
-    assert "refused a question: 401" in caplog.text
+    assert "was refused: 401" in caplog.text
     assert "secret-one" not in caplog.text
     assert "secret-one" not in repr(judge)
     assert "secret-one" not in judge.model_dump_json()
@@ -196,9 +197,9 @@ def test_silence_ends_with_the_deadline(serve, settings):
     assert found.points[0] == 0
 
 
-@pytest.mark.parametrize("said", ["", "I can't say.", "<answer>Image 3 is better</answer>"])
+@pytest.mark.parametrize("said", ["I can't say.", "<answer>Image 3 is better</answer>"])
 def test_nonsense_is_unparsed(serve, said):
-    _, judge = serve(lambda question, number: said or " ")
+    _, judge = serve(lambda question, number: said)
     found = asked(judge)
     assert found.statuses == (Status.UNPARSED,)
     assert found.points.isnan().all()
@@ -338,6 +339,99 @@ def test_failures_are_not_kept(serve, tmp_path):
     statuses = [asked(judge).statuses[0] for _ in range(4)]
     assert statuses == [Status.ERROR, Status.UNPARSED, Status.OK, Status.OK]
     assert len(server.bodies) == 3
+
+
+def cached(url, path, **settings):
+    return ServedJudge(url=url, model="judge", image_format="png", cache=path, **settings)
+
+
+def new_questions(server, judge):
+    """How many questions the same comparison costs."""
+    before = len(server.bodies)
+    assert asked(judge).statuses == (Status.OK,)
+    judge._asker.close()
+    return len(server.bodies) - before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_tokens": 99},
+        {"body": {"seed": 1}},
+        {"body": {"chat_template_kwargs": {"enable_thinking": False}}},
+        {"body": {"temperature": None}},
+        {"revision": "two"},
+        {"image_format": "jpeg"},
+        {"template": "Which of these shows {prompt}?"},
+    ],
+)
+def test_whatever_changes_the_answer_changes_its_address(serve, tmp_path, settings):
+    path = tmp_path / "answers.sqlite"
+    server, judge = serve(cache=path)
+    assert new_questions(server, judge) == 1
+    if "template" in settings:
+        (tmp_path / "words").write_text(settings["template"])
+        settings = {"template": tmp_path / "words"}
+    settings = {"image_format": "png", **settings}
+    other = ServedJudge(url=server.url, model="judge", cache=path, **settings)
+    assert new_questions(server, other) == 1
+    assert new_questions(server, cached(server.url, path)) == 0
+
+
+def test_other_weights_under_the_same_name_are_another_model(serve, tmp_path):
+    """By what the server lists; what changes at every look (vLLM: created) does not count."""
+    path = tmp_path / "answers.sqlite"
+    server, _ = serve()
+    server.models = [{"id": "other", "root": "x"}, {"id": "judge", "root": "org/7b", "created": 1}]
+    assert new_questions(server, cached(server.url, path)) == 1
+    server.models[1]["created"] = 2
+    assert new_questions(server, cached(server.url, path)) == 0
+    server.models[1]["root"] = "org/72b"
+    assert new_questions(server, cached(server.url, path)) == 1
+    assert new_questions(server, cached(server.url, path, revision="org/72b")) == 1
+    server.models = 503
+    assert new_questions(server, cached(server.url, path, revision="org/72b")) == 0
+
+
+def test_answers_of_an_unknown_model_are_neither_used_nor_kept(serve, tmp_path, caplog):
+    """A server that could say which model it serves, and does not."""
+    path = tmp_path / "answers.sqlite"
+    server, _ = serve()
+    server.models = 503
+    for _ in range(2):
+        assert new_questions(server, cached(server.url, path)) == 1
+    assert "does not say which model it serves" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("answer", "<answer>Image 1 is better</answer>"), ("digest", None)]
+)
+def test_an_answer_that_is_torn_is_asked_for_again(serve, tmp_path, caplog, column, value):
+    path = tmp_path / "answers.sqlite"
+    server, judge = serve(cache=path)
+    assert asked(judge).points.tolist() == [0]
+    with sqlite3.connect(path) as torn:
+        torn.execute(f"UPDATE checked_answers SET {column} = ?", (value,))
+    again = cached(server.url, path)
+    assert asked(again).points.tolist() == [0]
+    assert len(server.bodies) == 2
+    assert "torn" in caplog.text
+    assert new_questions(server, again) == 0
+
+
+def test_a_cache_that_can_not_keep_an_answer_warns_and_goes_on(serve, tmp_path, caplog):
+    path = tmp_path / "answers.sqlite"
+    sides = ((0, 1), (1, 0))
+    half = "\ud83d <answer>Image 1 is better</answer>"
+    server, judge = serve(lambda question, number: half if question[0] > 100 else None, cache=path)
+    # Half of a pair of surrogates is no text to a data base; the other answer is kept.
+    for questions in (2, 3):
+        assert asked(judge, sides=sides).points.tolist() == [0, 1]
+        assert len(server.bodies) == questions
+    assert "no Unicode text" in caplog.text
+    judge._memory._open.execute("DROP TABLE checked_answers")
+    assert asked(judge, (0.3, 0.6), sides).points.tolist() == [0, 1]
+    assert "can't keep answers" in caplog.text
 
 
 def test_a_file_that_is_no_cache_is_refused(serve, tmp_path):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from entroflow.rewards import verdicts
 from entroflow.rewards.verdicts import (
+    END,
     PAIR_FORMATS,
     answer,
     better,
+    dimension_scores,
     final_score,
     shares,
     weighted_scores,
@@ -144,3 +149,76 @@ def test_scores_of_dimensions_are_summed_with_their_weights(text, score):
     """1.4 * 4 / 5 + 0.7 * 2.5 / 5; a dimension that is missing is never 0."""
     found = weighted_scores(text, {"Alignment": 1.4, "Style": 0.7})
     assert found == (None if score is None else pytest.approx(score))
+
+
+@pytest.mark.parametrize(
+    ("reading", "text"),
+    [
+        (answer, "<answer>Image 1 is better</answer><answer>Image 2 is better</answer>"),
+        (answer, "<answer>Image 1 is better, or: both images are equally good</answer>"),
+        (better, "Image 1 is better, no, Image 2 is better"),
+        (winner, '{"winner": "Image 1"} No: {"winner": "Image 2"}'),
+        (winner, '[{"winner": "Image 2"}, {"winner": "tie"}]'),
+        (shares, '{"style": [0.7, 0.3]} {"style": [0.3, 0.7]}'),
+        (final_score, "Final Score: 3. On second thought, Final Score: 4"),
+        (dimension_scores({"Style": 1.0}), "Style score: 3\nStyle score: 4"),
+    ],
+)
+def test_verdicts_that_contradict_each_other_are_not_merely_missing(reading, text):
+    assert reading(text) is None
+    assert reading.contradicts(text)
+    assert not reading.contradicts("Well.")
+
+
+@pytest.mark.parametrize(
+    ("reading", "text"),
+    [
+        (answer, "<answer>Image 1 is better</answer><answer>hm</answer>"),
+        (final_score, "Final Score: 3. Final Score: 9"),
+        (winner, '{"winner": "Image 1"} {"winner": 2}'),
+        # An object inside of one that is broken is not taken for the whole.
+        (winner, '{"all": {"winner": "Image 1"}, "winner": Image 2}'),
+        (shares, '{"style": [true, false]}'),
+        (shares, '{"style": [1%s, 0]}' % ("0" * 400)),
+        (shares, '{"style": [1%s, 0]}' % ("0" * 5000)),
+    ],
+)
+def test_one_that_can_not_be_read_beside_one_that_can_is_neither(reading, text):
+    assert reading(text) is None
+    assert not reading.contradicts(text)
+
+
+HOSTILE = [
+    "<answer>", "</answer>", "<answer>Image 1 is better", "image 1 is ", "both images ", "Image ",
+    "Final Score: 4 ", "Final Score:\n", "final score *_ ", "Final Score: 4 / ", "4.4", "1", " ",
+    ",", ", ", "Style score ", "Style score: 4 ", "Style", "{", '{"', '{"a":', '{"a":1,', "[", "}",
+    '{"winner": "x"}', '{"a', "<think>", "tie ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "begin", ["", "Final Score: ", "Style score", '{"winner": "', "Image 1 is"]
+)
+@pytest.mark.parametrize(("end", "length"), [(END, 1_000_000), (10**7, 100_000)])
+def test_time_is_linear_whatever_comes(monkeypatch, begin, end, length):
+    """It would take minutes if a pattern went back over what it has seen; also in a long end."""
+    monkeypatch.setattr(verdicts, "END", end)
+    readings = [*PAIR_FORMATS.values(), final_score, dimension_scores({"Style": 1.0, "": 0.5})]
+    start = time.monotonic()
+    for piece in HOSTILE:
+        text = begin + piece * (length // len(piece)) + " - x"
+        for reading in readings:
+            reading(text)
+            reading.contradicts(text)
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("length", [0, 9_000, 200_000])
+def test_a_verdict_is_at_the_end(length):
+    """However long an answer is; far from its end there is none."""
+    words = "well " * (length // 5)
+    assert final_score(f"{words}Final Score: 4") == 0.8
+    assert answer(f"{words}<answer>Image 2 is better</answer>") == 0
+    assert winner(words + '{"winner": "Image 1"}') == 1
+    after = final_score(f"Final Score: 4{words}")
+    assert after == (0.8 if length < END else None)

@@ -43,10 +43,10 @@ FACTS = (
         "in one, it makes winners.",
     ),
     (
-        ("ties", "disagreements", "failed", "unparsed"),
+        ("ties", "disagreements", "failed", "unparsed", "cut"),
         "Comparisons without a winner",
         "Shares of pairs that are ties, or whose two answers contradict each other; of questions "
-        "that failed in any way, or got an answer that can't be read.",
+        "that failed in any way, or got an answer that can't be read or was cut off.",
     ),
     (
         ("intransitive",),

@@ -4,36 +4,75 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import json
 import logging
 import random
 import threading
 import time
 import weakref
+import zlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
 import tenacity
 
+from entroflow.redaction import without_secrets
 from entroflow.rewards.base import Status
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+MOST_BYTES = 4 * 2**20
+"""Size of a response, also when it is unpacked; a longer one is not read to its end."""
 TRANSIENT = frozenset({408, 425, 429, *range(500, 600)})
 """HTTP statuses after which the same question may be answered; all others are final."""
 LONGEST_WAIT = 30.0
 """Seconds between two attempts, unless the server asks for more."""
+SHOWN = 300
+"""Characters of a server's text in a warning."""
+
+
+class _WithoutSecrets(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record through, without what it quotes of secrets."""
+        record.msg, record.args = without_secrets(record.getMessage()), None
+        return True
+
+
+for _name in ("httpx", "httpcore.connection", "httpcore.http11"):
+    # They log what a server sends beside its content: the reason, and headers.
+    logging.getLogger(_name).addFilter(_WithoutSecrets())
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one question: the body of the response, or why there is none."""
+    """What came of one question.
 
-    body: Mapping[str, Any] | None
+    Attributes:
+        body: what was read of the response; None where the status is not ok.
+        status: ok, or how it failed.
+        why: of a response that holds no answer, why it holds none; continues "the reply".
+        example: the end of what it holds instead.
+        code: HTTP status of a response that was no success.
+    """
+
+    body: Any
     status: Status
+    why: str = ""
+    example: str = ""
+    code: int | None = None
+
+
+def any_object(body: Any) -> Reply:
+    """A JSON object, as it is."""
+    if isinstance(body, dict):
+        return Reply(body, Status.OK)
+    return Reply(None, Status.UNPARSED, "is no JSON object")
 
 
 @dataclass(frozen=True)
@@ -80,6 +119,19 @@ class Pace:
             await self._sleep(-self._free / self._per_second)
 
 
+class Once:
+    """Warns of each cause once: the same thousand times would hide all else."""
+
+    def __init__(self) -> None:
+        self._causes: set[Hashable] = set()
+
+    def warn(self, cause: Hashable, text: str) -> None:
+        """Log the text, without secrets, unless the cause was warned of before."""
+        if cause not in self._causes:
+            self._causes.add(cause)
+            log.warning("%s", without_secrets(text))
+
+
 class Breaker:
     """Stops asking a server that fails more often than not, and tries again after a rest."""
 
@@ -119,35 +171,44 @@ def wait_before(retry: tenacity.RetryCallState) -> float:
 def retry_after(response: httpx.Response) -> float:
     """Seconds that the header `Retry-After` asks to wait, as a number or a date; 0 without."""
     said = response.headers.get("retry-after", "").strip()
-    try:
+    with suppress(ValueError):
         return max(0.0, float(said))
-    except ValueError:
-        pass
-    try:
-        until = email.utils.parsedate_to_datetime(said)
-    except (TypeError, ValueError):
-        return 0.0
-    return max(0.0, until.timestamp() - time.time())
+    with suppress(TypeError, ValueError, OverflowError):
+        return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - time.time())
+    return 0.0
 
 
 def _worth_another(error: BaseException) -> bool:
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code in TRANSIENT
-    return isinstance(error, httpx.TransportError)
+    return isinstance(error, httpx.TransportError | TimeoutError)
 
 
 class Asker:
     """Posts JSON to one address and waits for JSON, from any thread.
 
     A thread of its own runs the event loop, so questions of several callers share the limits. It
-    ends with the object.
+    ends with the object. Redirects are not followed: the headers are for this address alone.
+
+    Args:
+        url: the address.
+        headers: of every request.
+        limits: how hard the server may be pressed.
+        read: makes a reply of the JSON of a successful response.
     """
 
-    def __init__(self, url: str, headers: Mapping[str, str], limits: Limits) -> None:
-        self._url, self._limits = url, limits
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        limits: Limits,
+        read: Callable[[Any], Reply] = any_object,
+    ) -> None:
+        self._url, self._limits, self._read = url, limits, read
         self._loop = asyncio.new_event_loop()
         self._client = httpx.AsyncClient(
-            headers=dict(headers),
+            # What `_content` can unpack within bounds.
+            headers={"Accept-Encoding": "gzip, deflate", **headers},
             timeout=limits.timeout,
             trust_env=False,
             limits=httpx.Limits(max_connections=limits.in_flight),
@@ -155,20 +216,37 @@ class Asker:
         self._free = asyncio.Semaphore(limits.in_flight)
         self._pace = None if limits.per_second is None else Pace(limits.per_second)
         self._breaker = Breaker()
+        self._once = Once()
         thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="asker")
         thread.start()
         self._end = weakref.finalize(self, _ended, self._loop, self._client, thread)
 
     def ask_all(self, bodies: Sequence[Mapping[str, Any]]) -> list[Reply]:
         """Replies to all, in their order; none raises, and none takes longer than the deadline."""
-        return self._run(self._ask_all(bodies))
+        try:
+            return self._run(self._ask_all(bodies))
+        except CancelledError:
+            return [Reply(None, Status.SKIPPED)] * len(bodies)
+
+    def look(self, url: str, timeout: float) -> Reply:
+        """What another address of the same server shows (GET); one attempt, without a warning."""
+        return self._run(self._look(url, timeout))
+
+    def cancel(self) -> None:
+        """Give up all questions that are asked now; who waits for them has them skipped."""
+        self._loop.call_soon_threadsafe(_cancel_all, self._loop)
 
     def close(self) -> None:
         """End the thread and its connections."""
         self._end()
 
     def _run(self, task: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(task, self._loop).result()
+        waiting = asyncio.run_coroutine_threadsafe(task, self._loop)
+        try:
+            return waiting.result()
+        finally:
+            # Left by an interrupt, nobody waits for the answers any more.
+            waiting.cancel()
 
     async def _ask_all(self, bodies: Sequence[Mapping[str, Any]]) -> list[Reply]:
         return list(await asyncio.gather(*map(self._ask, bodies)))
@@ -178,47 +256,148 @@ class Asker:
             if self._breaker.resting:
                 return Reply(None, Status.SKIPPED)
             reply = await self._answered(body)
-            self._breaker.learn(reply.status is Status.OK)
+            self._breaker.learn(reply.status not in (Status.ERROR, Status.TIMEOUT))
             return reply
+
+    async def _look(self, url: str, timeout: float) -> Reply:
+        try:
+            return any_object(_parsed(await self._response("GET", url, timeout)))
+        except httpx.HTTPStatusError as error:
+            return Reply(None, Status.ERROR, code=error.response.status_code)
+        except Exception:
+            return Reply(None, Status.ERROR)
 
     async def _answered(self, body: Mapping[str, Any]) -> Reply:
         attempts = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(_worth_another),
-            stop=tenacity.stop_after_attempt(self._limits.attempts),
+            # A wait that ends after the deadline is not begun.
+            stop=tenacity.stop_after_attempt(self._limits.attempts)
+            | tenacity.stop_before_delay(self._limits.deadline),
             wait=wait_before,
             reraise=True,
         )
         try:
             async with asyncio.timeout(self._limits.deadline):
-                found: Any = await attempts(self._posted, body)
+                content: bytes = await attempts(self._posted, body)
+            return self._read(_parsed(content))
         except (TimeoutError, httpx.TimeoutException) as error:
-            log.warning("a question to %s timed out (%s).", self._url, type(error).__name__)
+            limits = f"timeout {self._limits.timeout:g} s, deadline {self._limits.deadline:g} s"
+            self._warn(Status.TIMEOUT, f"timed out ({type(error).__name__}; {limits})")
             return Reply(None, Status.TIMEOUT)
         except httpx.HTTPStatusError as error:
-            log.warning(
-                "%s refused a question: %d %.200s",
-                self._url, error.response.status_code, error.response.text,
-            )  # fmt: skip
-            return Reply(None, Status.ERROR)
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            log.warning("a question to %s failed: %s: %s", self._url, type(error).__name__, error)
-            return Reply(None, Status.ERROR)
-        if not isinstance(found, dict):
-            return Reply(None, Status.UNPARSED)
-        return Reply(found, Status.OK)
+            code = error.response.status_code
+            pause = retry_after(error.response)
+            later = f"; it asks to wait {pause:g} s" if pause else ""
+            self._warn(code, f"was refused: {code} {error}{later}")
+            return Reply(None, Status.ERROR, code=code)
+        except BadResponseError as error:
+            self._warn(error.why, f"failed: its response {error}")
+        except Exception as error:
+            # Whatever a server may send: the other questions are not lost by it.
+            kind = type(error).__name__
+            self._warn(kind, f"failed: {kind}: {without_secrets(str(error))[:SHOWN]}")
+        return Reply(None, Status.ERROR)
 
-    async def _posted(self, body: Mapping[str, Any]) -> Any:
+    def _warn(self, cause: Hashable, text: str) -> None:
+        self._once.warn(cause, f"a question to {self._url} {text} (more of this kind are counted).")
+
+    async def _posted(self, body: Mapping[str, Any]) -> bytes:
         if self._pace is not None:
             await self._pace.turn()
-        response = await self._client.post(self._url, json=dict(body))
-        response.raise_for_status()
-        return response.json()
+        return await self._response("POST", self._url, self._limits.timeout, json=dict(body))
+
+    async def _response(self, method: str, url: str, timeout: float, **content: Any) -> bytes:
+        """The content of a response.
+
+        Raises:
+            httpx.HTTPStatusError: it is no success; says what the server said.
+            TimeoutError: it was not whole in time, however lively it began.
+        """
+        async with (
+            asyncio.timeout(timeout),
+            self._client.stream(method, url, **content) as response,
+        ):
+            found = await _content(response)
+        if not response.is_success:
+            said = without_secrets(found.decode("utf-8", "replace"))
+            if response.has_redirect_location:
+                said = f"it redirects to {response.headers['location']}, which is not followed"
+            raise httpx.HTTPStatusError(
+                excerpt(said, SHOWN), request=response.request, response=response
+            )
+        return found
+
+
+class BadResponseError(Exception):
+    """A response that can't be read; `why` continues "the response"."""
+
+    def __init__(self, why: str, example: str = "") -> None:
+        super().__init__(f"{why}: {excerpt(example, SHOWN)}" if example else why)
+        self.why = why
+
+
+def _parsed(content: bytes) -> Any:
+    """The JSON that a response holds.
+
+    Raises:
+        BadResponseError: it holds none.
+    """
+    try:
+        return json.loads(content)
+    except ValueError:
+        raise BadResponseError("is no JSON", content.decode("utf-8", "replace")) from None
+
+
+async def _content(response: httpx.Response) -> bytes:
+    """The body of a response, unpacked.
+
+    Raises:
+        BadResponseError: it is larger than `MOST_BYTES`, or packed in another way than was asked
+            for.
+        zlib.error: it can't be unpacked.
+    """
+    too_large = BadResponseError(f"is larger than {MOST_BYTES // 2**20} MiB")
+    packed = bytearray()
+    async for part in response.aiter_raw():
+        packed += part
+        if len(packed) > MOST_BYTES:
+            raise too_large
+    encoding = response.headers.get("content-encoding", "identity").strip().lower()
+    if encoding == "identity":
+        return bytes(packed)
+    if encoding not in ("gzip", "deflate"):
+        raise BadResponseError("is packed in a way that was not asked for", encoding)
+    unpacking = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    content = unpacking.decompress(packed, MOST_BYTES)
+    if unpacking.unconsumed_tail:
+        raise too_large
+    return content
+
+
+def excerpt(text: str, most: int) -> str:
+    """The beginning of a text on one line, without what a terminal would act upon."""
+    return repr(without_secrets(" ".join(text.split()))[:most])
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
 
 
 def _ended(
     loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient, thread: threading.Thread
 ) -> None:
-    asyncio.run_coroutine_threadsafe(client.aclose(), loop).result(timeout=5)
+    """Runs at the end of the program, too, so that it must not wait for a server."""
+
+    async def end() -> None:
+        asked = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in asked:
+            task.cancel()
+        await asyncio.wait([*asked, asyncio.create_task(client.aclose())], timeout=1)
+
+    with suppress(TimeoutError):
+        asyncio.run_coroutine_threadsafe(end(), loop).result(timeout=2)
     loop.call_soon_threadsafe(loop.stop)
-    thread.join(timeout=5)
-    loop.close()
+    thread.join(timeout=2)
+    if not thread.is_alive():
+        loop.close()

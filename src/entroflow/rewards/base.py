@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
@@ -16,12 +17,22 @@ from entroflow.prompts import Prompt
 
 
 class Status(StrEnum):
-    """How the scoring of an image ended."""
+    """How the scoring of an image ended.
+
+    Of an answer: cut is one that ended at a limit, empty one without text, refused one that the
+    model or a filter held back, tool_call a call in place of an answer, contradictory one with
+    several verdicts, and unparsed one without any.
+    """
 
     OK = "ok"
     ERROR = "error"
-    UNPARSED = "unparsed"
     TIMEOUT = "timeout"
+    CUT = "cut"
+    EMPTY = "empty"
+    REFUSED = "refused"
+    TOOL_CALL = "tool_call"
+    CONTRADICTORY = "contradictory"
+    UNPARSED = "unparsed"
     SKIPPED = "skipped"
 
 
@@ -78,6 +89,15 @@ class GroupReward(Protocol):
         ...
 
 
+@runtime_checkable
+class Cancellable(Protocol):
+    """A reward that waits for others, and can be told that nobody waits for it any more."""
+
+    def cancel(self) -> None:
+        """Give up what is being scored now; returns at once."""
+        ...
+
+
 AnyReward = Reward | GroupReward
 
 RewardFunction = Callable[[Tensor, Sequence[str], Sequence[object]], Sequence[float]]
@@ -122,6 +142,11 @@ def name_of(reward: AnyReward) -> str:
     if isinstance(reward, FunctionReward):
         return getattr(reward.function, "__qualname__", repr(reward.function))
     return type(reward).__name__
+
+
+def failures(statuses: Iterable[Status]) -> dict[str, int]:
+    """How often each status is among them, without those that are ok."""
+    return dict(sorted(Counter(s.value for s in statuses if s is not Status.OK).items()))
 
 
 def failed(count: int, status: Status) -> Scores:

@@ -16,7 +16,7 @@ from entroflow.evaluation.images import draw
 from entroflow.findings import DoubtfulError, Finding, NotPossibleError, finding_of
 from entroflow.prompts import Prompt
 from entroflow.recipe import Recipe
-from entroflow.rewards.base import AnyReward, GroupReward
+from entroflow.rewards.base import AnyReward, GroupReward, failures
 from entroflow.rewards.mixture import rewards_of
 from entroflow.rewards.scoring import attempt, score_images
 from entroflow.sampling.noise import Stream, gaussian, generator
@@ -100,11 +100,11 @@ class _Subject:
             for images, prompt in zip(self.groups, self.prompts, strict=True)
         ]
         self.seconds = perf_counter() - start
-        failed = [s.value for scores in found for s in scores.statuses if s.value != "ok"]
+        failed = failures(s for scores in found for s in scores.statuses)
         number = sum(len(images) for images in self.groups)
         if failed:
-            kinds = ", ".join(f"{failed.count(kind)} {kind}" for kind in sorted(set(failed)))
-            raise InputError(f"{len(failed)} of {number} images have none ({kinds}).")
+            kinds = ", ".join(f"{times} {kind}" for kind, times in failed.items())
+            raise InputError(f"{sum(failed.values())} of {number} images have none ({kinds}).")
         self.first = [scores.values for scores in found]
         return f"{number} images of {len(self.prompts)} prompts have one"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from entroflow.component import Component
 from entroflow.prompts import Prompt
-from entroflow.rewards.base import Scores, Status, failed
+from entroflow.rewards.base import Cancellable, Scores, Status, failed
 from entroflow.rewards.win_rates import (
     OnDisagree,
     Order,
@@ -29,6 +29,9 @@ from entroflow.rewards.win_rates import (
 )
 
 Schedule = Literal["round_robin", "circulant", "random"]
+
+UNREADABLE = (Status.UNPARSED, Status.CONTRADICTORY)
+"""Of whole answers, those without one verdict."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class Pairwise(Component):
         "tie", description="of swap: what two answers make that contradict each other"
     )
     on_unparsed: Literal["mask", "tie"] = Field(
-        "mask", description="an answer that can't be read: no comparison, or a tie as published"
+        "mask",
+        description="a whole answer without one verdict: no comparison, or a tie as published",
     )
     min_valid: float = Field(
         0.5, ge=0, le=1, description="least share of a group's comparisons, or none of it counts"
@@ -100,6 +104,11 @@ class Pairwise(Component):
     def waits(self) -> bool:
         """Whether the judge waits for others, so that sampling had better go on."""
         return bool(getattr(self.judge, "waits", False))
+
+    def cancel(self) -> None:
+        """See `Cancellable.cancel`."""
+        if isinstance(self.judge, Cancellable):
+            self.judge.cancel()
 
     def score_group(self, images: Tensor, prompt: Prompt, source: np.random.Generator) -> Scores:
         """See `GroupReward.score_group`. A group of one is skipped."""
@@ -116,11 +125,13 @@ class Pairwise(Component):
         rates = win_rates(n, pairs, points, self.min_valid)
         found = asdict(trust(n, pairs, sides, answers, points, rates))
         triads, circles = found.pop("triads"), found.pop("intransitive")
-        unparsed = sum(status is Status.UNPARSED for status in said.statuses)
+        unparsed = sum(status in UNREADABLE for status in said.statuses)
+        cut = sum(status is Status.CUT for status in said.statuses)
         facts = {
             **found,
             "intransitive": circles / triads if triads else math.nan,
             "unparsed": unparsed / len(sides),
+            "cut": cut / len(sides),
             "questions": float(len(sides)),
             "seconds": seconds,
         }
@@ -159,7 +170,7 @@ class Pairwise(Component):
         ok = torch.tensor([status is Status.OK for status in said.statuses], dtype=torch.bool)
         points = said.points.to(torch.float64).where(ok, torch.nan)
         if self.on_unparsed == "tie":
-            unparsed = torch.tensor([s is Status.UNPARSED for s in said.statuses], dtype=torch.bool)
+            unparsed = torch.tensor([s in UNREADABLE for s in said.statuses], dtype=torch.bool)
             points = points.masked_fill(unparsed, 0.5)
         return points
 

@@ -7,7 +7,7 @@ import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,17 @@ from torch import Tensor
 from entroflow.errors import InputError
 from entroflow.ledger import Ledger
 from entroflow.prompts import Prompt
-from entroflow.rewards.base import AnyReward, GroupReward, Scores, Status, failed, name_of
+from entroflow.redaction import without_secrets
+from entroflow.rewards.base import (
+    AnyReward,
+    Cancellable,
+    GroupReward,
+    Scores,
+    Status,
+    failed,
+    name_of,
+)
+from entroflow.rewards.workers import Workers
 from entroflow.sampling.noise import Stream, generator
 from entroflow.sampling.rollouts import Rollouts
 
@@ -29,6 +39,8 @@ OnFailure = Literal["mask", "raise"]
 
 CALLS = 4
 """Calls at a time of a reward that waits."""
+PATIENCE = 0.2
+"""Most seconds to wait for calls whose results nobody needs."""
 
 
 def score(
@@ -95,6 +107,10 @@ class Scoring:
                     self._count(one, partial(one.add, rows))
             for one in everyone:
                 self._count(one, one.finish if last else one.wait)
+        except BaseException:
+            for one in everyone:
+                one.cancel()
+            raise
         finally:
             for one in everyone:
                 one.close()
@@ -131,7 +147,7 @@ class _Collected:
         self._last = False
         self._sizes: dict[int, int] = {}
         self._waiting: dict[int, list[int]] = {}
-        self._thread: ThreadPoolExecutor | None = None
+        self._workers: Workers[Scores] | None = None
         self._asked: deque[tuple[list[int], Future[Scores]]] = deque()
 
     def begin(self, rollouts: Rollouts, last: bool) -> None:
@@ -146,7 +162,7 @@ class _Collected:
         for number, count in zip(group.tolist(), size.tolist(), strict=True):
             self._sizes[number] = self._sizes.get(number, 0) + count
         if getattr(self._reward, "waits", False):
-            self._thread = ThreadPoolExecutor(CALLS, thread_name_prefix=f"reward {self._name}")
+            self._workers = Workers(CALLS, f"reward {self._name}")
 
     def add(self, rows: Tensor) -> None:
         """Score what can be scored now that these rows of the latest round have images."""
@@ -172,11 +188,21 @@ class _Collected:
             rows, found = self._asked.popleft()
             self._keep(rows, found.result())
 
+    def cancel(self) -> None:
+        """End the threads, as nobody needs what was asked any more; one that hangs is left."""
+        if self._workers is not None:
+            self._workers.close()
+            if isinstance(self._reward, Cancellable):
+                self._reward.cancel()
+            self._workers.join(PATIENCE)
+            self._workers = None
+
     def close(self) -> None:
-        """End the thread, without what it has not begun."""
-        if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
-            self._thread = None
+        """End the threads."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers.join()
+            self._workers = None
 
     def _compare_if_whole(self, group: int) -> None:
         rows = sorted(self._waiting[group])
@@ -191,10 +217,10 @@ class _Collected:
     def _ask(self, rows: list[int], call: Callable[[], Scores]) -> None:
         self.calls += len(rows)
         answered = partial(attempt, self._reward, call, len(rows), self._on_failure)
-        if self._thread is None:
+        if self._workers is None:
             self._keep(rows, answered())
             return
-        self._asked.append((rows, self._thread.submit(answered)))
+        self._asked.append((rows, self._workers.submit(answered)))
         while self._asked and self._asked[0][1].done():
             self._keep(self._asked[0][0], self._asked.popleft()[1].result())
 
@@ -269,7 +295,9 @@ def attempt(
     except InputError:
         raise
     except Exception as error:
-        said = f"reward {name_of(reward)} failed on {count} images: {type(error).__name__}: {error}"
+        said = without_secrets(
+            f"reward {name_of(reward)} failed on {count} images: {type(error).__name__}: {error}"
+        )
         if on_failure == "raise":
             raise InputError(f"{said} (scoring.on_failure is raise).") from error
         log.warning("%s", said)

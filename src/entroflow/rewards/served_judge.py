@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -40,6 +40,8 @@ class ServedJudge(Served):
     temperature is 0. What fails is tried again with growing pauses until the deadline, then masked.
     """
 
+    section: ClassVar[str] = "reward.judge"
+
     type: Literal["openai"] = "openai"
     format: Literal["answer", "better", "winner", "shares"] = Field(
         "answer", description="in which the answer is read, see above"
@@ -49,6 +51,11 @@ class ServedJudge(Served):
     def own_template(self) -> str:
         """See `Served.own_template`."""
         return TEMPLATE
+
+    @property
+    def wanted(self) -> str:
+        """See `Served.wanted`."""
+        return f"verdict in the format {self.format!r}"
 
     def compare(self, images: Tensor, sides: Tensor, prompts: Sequence[Prompt]) -> Answers:
         """See `Judge.compare`."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from entroflow.prompts import Prompt
 from entroflow.rewards.base import Scores
 from entroflow.rewards.served import PLACE, Served
-from entroflow.rewards.verdicts import final_score, weighted_scores
+from entroflow.rewards.verdicts import dimension_scores, final_score
 
 TEMPLATE = f"""\
 You see an image that was drawn for this caption:
@@ -37,8 +36,10 @@ class ServedScore(Served):
     divided by 5. A comparison (`pairwise`) tells apart what a score blurs.
     """
 
+    section: ClassVar[str] = "reward"
+
     type: Literal["openai"] = "openai"
-    max_tokens: int = Field(512, ge=1, description="most tokens of an answer")
+    max_tokens: int = Field(512, ge=1, description="most tokens of an answer, thoughts included")
     dimensions: dict[str, float] = Field(
         default_factory=dict, description="weights by name, as Alignment: 1.4, Style: 0.7"
     )
@@ -47,6 +48,11 @@ class ServedScore(Served):
     def own_template(self) -> str:
         """See `Served.own_template`."""
         return TEMPLATE
+
+    @property
+    def wanted(self) -> str:
+        """See `Served.wanted`."""
+        return "score from 1 to 5 of each dimension" if self.dimensions else "`Final Score: 1 to 5`"
 
     def check_parts(self) -> None:
         """See `Served.check_parts`.
@@ -60,6 +66,5 @@ class ServedScore(Served):
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """See `Reward.score`."""
-        of_all = partial(weighted_scores, weights=self.dimensions)
-        read = of_all if self.dimensions else final_score
-        return Scores(*self.ask(images, [[i] for i in range(len(images))], prompts, read))
+        reading = dimension_scores(self.dimensions) if self.dimensions else final_score
+        return Scores(*self.ask(images, [[i] for i in range(len(images))], prompts, reading))
