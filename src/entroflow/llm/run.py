@@ -25,7 +25,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerState,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from entroflow.errors import InputError
@@ -35,7 +41,7 @@ from entroflow.llm.grpo import EntropyGRPOConfig
 from entroflow.llm.problems import Problems, judge, problems_of
 from entroflow.llm.recipe import EMBEDDED, LLMRecipe, Model, load
 from entroflow.llm.recorder import BASE_ANSWERS, LONGEST, Recorder, Watch
-from entroflow.llm.state import ResumableTrainer, check_state
+from entroflow.llm.state import TRAINER_STATE, ResumableTrainer, check_state
 from entroflow.runs import EVALUATION, RECIPE, RunFolder
 
 ADAPTER = "adapter_config.json"
@@ -224,6 +230,7 @@ def _run(
         if checkpoint is not None and int(checkpoint.name) >= recipe.run.updates:
             # Only the end was missing.
             trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
             recorder.catch_up(int(checkpoint.name))
             recorder.finish(int(checkpoint.name))
             return
@@ -265,8 +272,13 @@ def evaluate(
     Raises:
         InputError: there is no such model, or not as many problems.
     """
-    of_run = Path(path) / RECIPE
+    of_run, state = Path(path) / RECIPE, TrainerState()
     recipe = load(of_run if of_run.is_file() else "countdown")
+    if of_run.is_file():
+        state.global_step, state.max_steps = (
+            int(RunFolder(Path(path)).latest().name),
+            recipe.run.updates,
+        )
     model, tokenizer = load_model(path, recipe.model.dtype)
     if recipe.trainer.get("use_cpu") is not True:
         model.to(PartialState().device)
@@ -276,6 +288,6 @@ def evaluate(
     found = judge(
         model, tokenizer, known.test[:problems], known.reward, each=each, seed=seed,
         most_words=recipe.trainer.get("max_completion_length", LONGEST),
-        temperature=temperature, batch_size=recipe.evaluation.batch_size,
+        temperature=temperature, batch_size=recipe.evaluation.batch_size, state=state,
     )  # fmt: skip
     return {"problems": problems, **found.numbers()}
