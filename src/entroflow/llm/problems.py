@@ -116,8 +116,9 @@ def _of_dataset(task: Task, tokenizer: Any) -> Problems:
             task.path, ", ".join(unseen),
         )  # fmt: skip
     data = data.map(row, input_columns=used, remove_columns=replaced)
-    reward = imported(task.reward, "task.reward")
-    check_arguments(reward, task.reward, [n for n in data.column_names if n != "prompt"])
+    users = imported(task.reward, "task.reward")
+    reward = guarded(users, task.reward)
+    check_arguments(users, task.reward, [n for n in data.column_names if n != "prompt"])
     first, second = task.held_out, 2 * task.held_out
     last = len(data) if task.problems is None else min(len(data), second + task.problems)
     return Problems(
@@ -125,7 +126,7 @@ def _of_dataset(task: Task, tokenizer: Any) -> Problems:
         # As they come while training: decoded, if they are pictures.
         [*data.select(range(first))],
         [*data.select(range(first, second))],
-        guarded(reward, task.reward),
+        reward,
     )
 
 
@@ -188,7 +189,11 @@ def judge(
         rows, reward: see `Problems`. It is called with the same arguments as while training.
         most_words, temperature, seed, batch_size: see `embedded.answers`.
         state: of the training, for the reward; as before its first update if None.
+
+    Raises:
+        InputError: before the first update no answer has a reward: most likely none ever will.
     """
+    state = state or TrainerState()
     chat = isinstance(rows[0]["prompt"], list)
     asked = [
         tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
@@ -205,12 +210,18 @@ def judge(
         completions=[_message(tokenizer, one) for one in flat] if chat else [a.text for a in flat],
         prompts=columns.pop("prompt"),
         completion_ids=[answer.tokens for answer in flat],
-        trainer_state=state or TrainerState(),
+        trainer_state=state,
         log_extra=_unlogged,
         log_metric=_unlogged,
         **columns,
     )
-    if missing := sum(value is None for value in earned):
+    missing = sum(value is None for value in earned)
+    if missing == len(flat) and not state.global_step:
+        raise InputError(
+            f"task.reward gave no number for any of {missing} answers of the model before it is "
+            "trained, so nothing could be learnt; mend the reward."
+        )
+    if missing:
         log.warning("%d of %d answers have no reward, and count as wrong.", missing, len(flat))
     right = torch.tensor([value is not None and value > 0.5 for value in earned])
     return Judged([[a.text for a in mine] for mine in said], right.view(len(rows), each))

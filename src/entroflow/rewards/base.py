@@ -159,7 +159,7 @@ def valued(
         Status.UNPARSED if status is Status.OK and not there else status
         for status, there in zip(named, known, strict=True)
     ]
-    good = torch.tensor([status is Status.OK for status in named], dtype=torch.bool)
+    good = torch.tensor([status is Status.OK for status in named], dtype=torch.bool, device="cpu")
     return found.where(good, torch.nan), tuple(named)
 
 

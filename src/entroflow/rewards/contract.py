@@ -171,9 +171,9 @@ def _tensor_of(returned: Any, count: int) -> Tensor:
     no_list = isinstance(returned, str | bytes | bytearray | Mapping | Set)
     if no_list or not isinstance(returned, Iterable):
         raise _NotNumbersError(shown(returned))
-    return torch.tensor(
-        [_number(each) for each in islice(returned, count + 1)], dtype=torch.float64
-    )
+    read = [_number(each) for each in islice(returned, count + 1)]
+    # Not where a reward has set the default to be.
+    return torch.tensor(read, dtype=torch.float64, device="cpu")
 
 
 def _number(value: Any) -> float:

@@ -18,7 +18,7 @@ from entroflow.errors import InputError
 from entroflow.prompts import Prompt
 from entroflow.rewards.awaiting import awaited
 from entroflow.rewards.base import Scores, Status, called, failed, valued
-from entroflow.rewards.contract import own
+from entroflow.rewards.contract import own, undisturbed
 from entroflow.rewards.win_rates import (
     OnDisagree,
     Order,
@@ -170,9 +170,11 @@ class Pairwise(Component):
             InputError: it returned no points, the wrong number of them, or some beyond [0, 1].
         """
         who = f"judge {called(self.judge)}"
-        said = awaited(self.judge.compare(images, sides.clone(), own(prompts)))
-        given, named = (said.points, said.statuses) if isinstance(said, Answers) else (said, None)
-        points, statuses = valued(given, named, len(sides), who, "comparison")
+        with undisturbed():
+            said = awaited(self.judge.compare(images, sides.clone(), own(prompts)))
+            whole = isinstance(said, Answers)
+            given, named = (said.points, said.statuses) if whole else (said, None)
+            points, statuses = valued(given, named, len(sides), who, "comparison")
         beyond = points[(points < -ROUNDING) | (points > 1 + ROUNDING)]
         if len(beyond):
             raise InputError(
