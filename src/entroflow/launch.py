@@ -21,7 +21,7 @@ from entroflow.policies.base import Policy
 from entroflow.recipe import Recipe, chosen_type, load_recipe
 from entroflow.report.events import Events
 from entroflow.report.page import write_report
-from entroflow.rewards.base import AnyReward, FunctionReward, GroupReward, Reward, RewardFunction
+from entroflow.rewards.base import AnyReward, RewardFunction, as_reward
 from entroflow.rewards.mixture import Mixture
 from entroflow.runs import EVALUATION, RECIPE, RunFolder
 from entroflow.trainer import Trainer
@@ -136,19 +136,8 @@ def _given(policy: Policy | None, reward: AnyReward | RewardFunction | None) -> 
     if policy is not None:
         given["policy"] = policy
     if reward is not None:
-        given["reward"] = _as_reward(reward)
+        given["reward"] = reward if isinstance(reward, Mixture) else as_reward(reward)
     return given
-
-
-def _as_reward(reward: AnyReward | RewardFunction) -> AnyReward:
-    if isinstance(reward, Reward | GroupReward | Mixture):
-        return reward
-    if not callable(reward):
-        raise InputError(
-            f"reward: {type(reward).__name__} is no reward: it has neither score nor both "
-            "score_group and score_against, and can't be called."
-        )
-    return FunctionReward(reward)
 
 
 def _run(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from time import perf_counter
 from typing import Any
 
@@ -344,8 +345,17 @@ def print_table(table: Table) -> None:
 
 @contextmanager
 def working(what: str, quiet: bool = False) -> Iterator[None]:
-    """A spinner with the time, on a terminal."""
-    if quiet or not console.is_terminal:
+    """A spinner with the time, on a terminal.
+
+    Args:
+        quiet: standard output is for what is printed afterwards alone; what a reward prints within
+            goes to standard error.
+    """
+    if quiet:
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    if not console.is_terminal:
         yield
         return
     with console.status(f"{what} ..."):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import random
 from collections import Counter
 
 import numpy as np
@@ -67,7 +69,7 @@ def test_a_function_is_a_reward(tmp_path):
         assert line["reward/failed"] == 0
 
 
-@pytest.mark.parametrize("failure", ["raises", math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("failure", ["raises", math.nan, math.inf, -math.inf, None, 1e300])
 def test_failed_rewards_are_masked_and_counted(failure, caplog):
     """Whether a call of four images raises or an image has no finite value: the others are scored
     as ever, and advantages come from them alone.
@@ -142,7 +144,7 @@ def test_the_wrong_number_of_values_is_wrong_input(tmp_path, wrong):
         train(tmp_path / "run", reward=reward)
 
 
-@pytest.mark.parametrize("returned", [None, "good", [None] * 4, ["good"] * 4])
+@pytest.mark.parametrize("returned", [None, "good", b"good", ["good"] * 4, dict.fromkeys("good")])
 def test_values_that_are_no_numbers_are_wrong_input(returned):
     with pytest.raises(InputError, match="number"):
         sampled(lambda images, prompts, metadata: returned)
@@ -156,6 +158,109 @@ def test_a_reward_of_a_network_needs_no_no_grad():
     assert not advantages.requires_grad
     trainer.step()
     assert judge.weight.grad is None
+
+
+def test_what_a_reward_does_to_the_process_changes_no_run(tmp_path):
+    """Noise has an address, and what is set for all of torch is set back: the same to the bit."""
+
+    def meddling(images, prompts, metadata):
+        values = brightness(images, prompts, metadata)
+        images.fill_(7)
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_grad_enabled(False)
+        return values
+
+    plain, other = (
+        train(tmp_path / name, reward=reward)
+        for name, reward in (("plain", brightness), ("other", meddling))
+    )
+    assert lines(plain) == lines(other)
+    for part, tensors in final_tensors(plain).items():
+        assert all(torch.equal(t, final_tensors(other)[part][name]) for name, t in tensors.items())
+
+
+class Painter:
+    """A monitor that paints over what it has scored, and over what it was told of it."""
+
+    def score(self, images, prompts):
+        values = images.double().flatten(1).mean(dim=1)
+        images.fill_(0.123)
+        for prompt in prompts:
+            prompt.metadata.get("parts", []).append("paint")
+        return values
+
+
+def test_what_a_reward_paints_over_no_other_sees(tmp_path):
+    """Neither other rewards and monitors, nor the pictures that are kept."""
+    prompts = tmp_path / "prompts.jsonl"
+    told = [{"prompt": f"prompt {n}", "parts": ["a"]} for n in range(8)]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in told))
+    seen = []
+
+    def reward(images, texts, metadata):
+        seen.extend(str(entry["parts"]) for entry in metadata)
+        metadata[0]["parts"].append("mine")
+        return brightness(images, texts, metadata)
+
+    painters = {"one": {"type": f"{__name__}.Painter"}, "two": {"type": f"{__name__}.Painter"}}
+    folders = [
+        train(
+            tmp_path / name,
+            reward=reward,
+            run={"iterations": 1},
+            prompts={"type": "jsonl", "path": str(prompts)},
+            evaluation={
+                "type": "reward",
+                "path": str(prompts),
+                "images": 8,
+                "test_images": 8,
+                "steps": 2,
+                "guidance_tried": [1.0],
+            },
+            monitors={"rewards": monitors},
+        )
+        for name, monitors in (("plain", {}), ("painted", painters))
+    ]
+    assert {*seen} == {"['a']"}
+    plain, painted = (lines(folder)[-1] for folder in folders)
+    assert painted["eval/one"] == painted["eval/two"]
+    calls = "ledger/held_out_reward_calls"
+    assert painted.pop(calls) == 3 * plain.pop(calls)
+    assert {key: painted[key] for key in plain} == plain
+    kept = [[p.read_bytes() for p in sorted(f.path.rglob("*.png"))] for f in folders]
+    assert kept[0]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("failure", [SystemExit(0), GeneratorExit()])
+def test_a_reward_that_wants_to_end_the_program_does_not(failure, caplog):
+    """Nor does it end with success: such an image is one that failed."""
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise failure
+        return brightness(images, prompts, metadata)
+
+    metrics = Trainer(recipe(), PixelPolicy(), FunctionReward(reward)).step()
+    assert metrics["reward/failed"] == 4
+    assert f"{type(failure).__name__}" in caplog.text
+
+
+async def later_brightness(images, prompts, metadata):
+    await asyncio.sleep(0)
+    return brightness(images, prompts, metadata)
+
+
+def test_an_async_function_by_its_path_is_a_reward(tmp_path):
+    one = train(tmp_path / "one", run={"iterations": 1})
+    chosen = recipe(reward={"type": f"{__name__}.later_brightness"}).reward
+    other = train(tmp_path / "other", reward=chosen, run={"iterations": 1})
+    assert lines(one)[1:] == lines(other)[1:]
 
 
 def test_an_object_with_a_score_is_a_reward(tmp_path):

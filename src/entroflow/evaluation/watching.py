@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from entroflow.evaluation.reward import RewardEvaluation
 from entroflow.ledger import Ledger
 from entroflow.rewards.base import AnyReward, GroupReward
 from entroflow.rewards.mixture import Mixture, rewards_of
-from entroflow.rewards.scoring import attempt
+from entroflow.rewards.scoring import score_against, score_alone
 from entroflow.sampling.noise import Stream, generator
 
 
@@ -114,9 +113,8 @@ def _scored(
         images, prompts = drawn.images[rows], [drawn.prompts[p] for p in drawn.prompt[rows]]
         if isinstance(reward, GroupReward):
             assert base is not None
-            others = base.images[rows]
-            call = partial(reward.score_against, images, others, prompts, source)
+            scores = score_against(reward, images, base.images[rows], prompts, source)
         else:
-            call = partial(reward.score, images, prompts)
-        values.append(attempt(reward, call, len(images)).values)
+            scores = score_alone(reward, images, prompts)
+        values.append(scores.values)
     return torch.cat(values)

@@ -6,8 +6,9 @@ loads it. `pretrain.py` made it; MODEL_CARD.md says how good it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,30 @@ def new_model(seed: int) -> LlamaForCausalLM:
     )  # fmt: skip
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Answer:
+    """A sampled answer.
+
+    Attributes:
+        tokens: of the answer, with the one that ends it, if it came to an end.
+        prompt: tokens of what was asked.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt: list[int]
+
+
 def answers(
+    model: Any, tokenizer: PreTrainedTokenizerFast, questions: list[str], **settings: Any
+) -> list[list[str]]:
+    """The texts of `sampled`."""
+    found = sampled(model, tokenizer, questions, **settings)
+    return [[answer.text for answer in mine] for mine in found]
+
+
+@torch.no_grad()
+def sampled(
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
     questions: list[str],
@@ -65,7 +88,7 @@ def answers(
     seed: int = 0,
     batch_size: int = 256,
     special_tokens: bool = True,
-) -> list[list[str]]:
+) -> list[list[Answer]]:
     """Sampled answers to questions, `each` to every one; all of them in every process.
 
     The processes of accelerate share the work, which changes no answer.
@@ -87,15 +110,16 @@ def answers(
     # Where weights lie on all processes, each has to call the model as often as the others.
     turns = -(-len(starts) // state.num_processes)
     mine += [0] * (turns - len(mine))
-    said: list[tuple[int, list[str]]] = []
+    said: list[tuple[int, list[Answer]]] = []
     training = model.training
     model.eval()
-    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)}
+    by_chance = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    own = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)}
+    ends = sorted(end for end in own if end is not None)
     settings = GenerationConfig(
         max_new_tokens=most_words, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted(end for end in ends if end is not None),
-        **(sampled if temperature else {"do_sample": False}),
+        eos_token_id=ends,
+        **(by_chance if temperature else {"do_sample": False}),
     )  # fmt: skip
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with forked, _without_own_settings(model):
@@ -111,11 +135,23 @@ def answers(
                 generation_config=settings,
             )  # fmt: skip
             new = written[:, given["input_ids"].shape[1] :]
-            said.append((start, tokenizer.batch_decode(new, skip_special_tokens=True)))
+            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+            tokens = [_up_to_end(row, ends) for row in new.tolist()]
+            prompts = [
+                ids[seen.bool()].tolist()
+                for ids, seen in zip(given["input_ids"], given["attention_mask"], strict=True)
+            ]
+            said.append((start, [*map(Answer, texts, tokens, prompts)]))
     model.train(training)
     known = dict(gather_object(said))
     flat = [answer for start in starts for answer in known[start]]
     return [flat[place : place + each] for place in range(0, len(flat), each)]
+
+
+def _up_to_end(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """An answer without what fills up its batch."""
+    last = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: last + 1]
 
 
 @contextmanager

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from torch import Tensor
+from transformers import TrainerState
+from trl.chat_template_utils import parse_response
 
 from entroflow.errors import InputError
 from entroflow.evaluation.base import mean_over_prompts
 from entroflow.llm.countdown import Puzzle, fault, puzzles
-from entroflow.llm.embedded import answers
+from entroflow.llm.embedded import Answer, sampled
 from entroflow.llm.passing import avg_at, pass_at
 from entroflow.llm.recipe import Task
+from entroflow.llm.reward import NOT_GIVEN, Reward, check_arguments, guarded
 from entroflow.users_code import imported
 from entroflow.wrong_keys import hint
 
 Rows = list[dict[str, Any]]
-Reward = Callable[..., Sequence[float | None]]
+log = logging.getLogger(__name__)
+
+ANSWER = str(Task.model_fields["answer"].default)
+"""The name under which a reward is given what is right."""
 PUZZLES, HELD_OUT = 4000, 400
 """Of countdown, to train on and of each split that is held out."""
 
@@ -32,7 +38,7 @@ class Problems:
     """Of a task.
 
     Attributes:
-        train: with a column `prompt`, and what the reward takes besides.
+        train: with a column `prompt`, and all others of the data; what is right is `solution`.
         validation, test: rows of the same columns, held out.
         reward: (completions, **columns) -> one number per completion, None where it has none.
     """
@@ -80,7 +86,9 @@ def _of_dataset(task: Task, tokenizer: Any) -> Problems:
     except (OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"task: {task.path} can't be loaded: {reason}") from None
-    for column in (task.prompt, task.answer):
+    # What is right need not be a column: some rewards can tell without.
+    has_answer = task.answer in data.column_names or task.answer != ANSWER
+    for column in (task.prompt, task.answer)[: 1 + has_answer]:
         if column not in data.column_names:
             raise InputError(
                 f"task: {task.path} has no column {column!r}{hint(column, data.column_names)}"
@@ -94,20 +102,31 @@ def _of_dataset(task: Task, tokenizer: Any) -> Problems:
             "validation and as many for the test; lower task.held_out."
         )
 
-    def row(given: Mapping[str, Any]) -> dict[str, Any]:
-        asked = given[task.prompt]
+    def row(asked: Any, *right: Any) -> dict[str, Any]:
         if isinstance(asked, str) and getattr(tokenizer, "chat_template", None):
             asked = [{"role": "user", "content": asked}]
-        return {"prompt": asked, "solution": given[task.answer]}
+        return {"prompt": asked, **dict(zip((ANSWER,), right, strict=False))}
 
-    data = data.map(row, remove_columns=data.column_names)
+    used = [task.prompt, task.answer][: 1 + has_answer]
+    made = ["prompt", ANSWER][: 1 + has_answer]
+    replaced = [name for name in data.column_names if name in (*made, *NOT_GIVEN)]
+    if unseen := [name for name in replaced if name not in used]:
+        log.warning(
+            "task: the reward does not see these columns of %s, as others have their names: %s.",
+            task.path, ", ".join(unseen),
+        )  # fmt: skip
+    data = data.map(row, input_columns=used, remove_columns=replaced)
+    users = imported(task.reward, "task.reward")
+    reward = guarded(users, task.reward)
+    check_arguments(users, task.reward, [n for n in data.column_names if n != "prompt"])
     first, second = task.held_out, 2 * task.held_out
     last = len(data) if task.problems is None else min(len(data), second + task.problems)
     return Problems(
         data.select(range(second, last)),
-        data.select(range(first)).to_list(),
-        data.select(range(first, second)).to_list(),
-        guarded(imported(task.reward, "task.reward"), task.reward),
+        # As they come while training: decoded, if they are pictures.
+        [*data.select(range(first))],
+        [*data.select(range(first, second))],
+        reward,
     )
 
 
@@ -123,33 +142,6 @@ def _check_prompts(prompts: Sequence[Any], task: Task, tokenizer: Any) -> None:
                 f"task: {task.path}, column {task.prompt!r} holds messages, but the model's "
                 "tokenizer has no chat template; give texts."
             )
-
-
-def guarded(reward: Reward, name: str) -> Reward:
-    """A reward of the user's, whose failure is said in one line.
-
-    Raises:
-        InputError: when it is called and raises, or returns another number of values.
-    """
-
-    @wraps(reward)
-    def safe(completions: Sequence[Any], **columns: Any) -> Sequence[float | None]:
-        try:
-            found = reward(completions=completions, **columns)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"task.reward: {name} failed: {type(error).__name__}: {reason}"
-            ) from error
-        if not isinstance(found, Sequence):
-            raise InputError(f"task.reward: {name} gave no list of numbers, but {found!r}.")
-        if len(found) != len(completions):
-            raise InputError(
-                f"task.reward: {name} gave {len(found)} values for {len(completions)} completions."
-            )
-        return found
-
-    return safe
 
 
 @dataclass(frozen=True)
@@ -189,27 +181,58 @@ def judge(
     temperature: float,
     seed: int,
     batch_size: int,
+    state: TrainerState | None = None,
 ) -> Judged:
     """Sample `each` answers to every problem; right is what earns more than a half.
 
     Args:
-        rows, reward: see `Problems`.
+        rows, reward: see `Problems`. It is called with the same arguments as while training.
         most_words, temperature, seed, batch_size: see `embedded.answers`.
+        state: of the training, for the reward; as before its first update if None.
+
+    Raises:
+        InputError: before the first update no answer has a reward: most likely none ever will.
     """
+    state = state or TrainerState()
     chat = isinstance(rows[0]["prompt"], list)
     asked = [
         tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
         if chat else row["prompt"]
         for row in rows
     ]  # fmt: skip
-    said = answers(
+    said = sampled(
         model, tokenizer, asked, each=each, most_words=most_words, temperature=temperature,
         seed=seed, batch_size=batch_size, special_tokens=not chat,
     )  # fmt: skip
     flat = [answer for mine in said for answer in mine]
-    completions = [[{"role": "assistant", "content": text}] for text in flat] if chat else flat
     columns = {key: [row[key] for row in rows for _ in range(each)] for key in rows[0]}
-    prompts = columns.pop("prompt")
-    earned = reward(completions=completions, prompts=prompts, **columns)
+    earned = reward(
+        completions=[_message(tokenizer, one) for one in flat] if chat else [a.text for a in flat],
+        prompts=columns.pop("prompt"),
+        completion_ids=[answer.tokens for answer in flat],
+        trainer_state=state,
+        log_extra=_unlogged,
+        log_metric=_unlogged,
+        **columns,
+    )
+    missing = sum(value is None for value in earned)
+    if missing == len(flat) and not state.global_step:
+        raise InputError(
+            f"task.reward gave no number for any of {missing} answers of the model before it is "
+            "trained, so nothing could be learnt; mend the reward."
+        )
+    if missing:
+        log.warning("%d of %d answers have no reward, and count as wrong.", missing, len(flat))
     right = torch.tensor([value is not None and value > 0.5 for value in earned])
-    return Judged(said, right.view(len(rows), each))
+    return Judged([[a.text for a in mine] for mine in said], right.view(len(rows), each))
+
+
+def _message(tokenizer: Any, answer: Answer) -> list[dict[str, Any]]:
+    """An answer as TRL hands it over: of some models it is read into its parts."""
+    if any(getattr(tokenizer, name, None) for name in ("response_template", "response_schema")):
+        return [parse_response(tokenizer, answer.tokens, prefix=answer.prompt)]
+    return [{"role": "assistant", "content": answer.text}]
+
+
+def _unlogged(*_: Any) -> None:
+    """What a reward logs is of the training alone."""

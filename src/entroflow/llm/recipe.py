@@ -59,10 +59,14 @@ class Task(Component):
     name: str | None = Field(None, description="of dataset: which of its configurations")
     split: str = Field("train", description="of dataset: which of its parts")
     prompt: str = Field("prompt", description="of dataset: the column with what is asked")
-    answer: str = Field("solution", description="of dataset: the column with what is right")
+    answer: str = Field(
+        "solution", description="of dataset: the column with what is right, for the reward as "
+        "`solution`"
+    )  # fmt: skip
     reward: str = Field(
         "trl.rewards.accuracy_reward",
-        description="of dataset: dotted path of a function (completions, solution, **) -> numbers",
+        description="of dataset: dotted path of a function (completions, prompts, and each column "
+        "by its name, **_) -> numbers",
     )
     held_out: int = Field(
         500, ge=1, description="of dataset: problems for validation, and as many again for the "

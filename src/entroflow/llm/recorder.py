@@ -94,7 +94,7 @@ class Recorder(TrainerCallback):
                 self.problems.reward, each=settings.each,
                 most_words=trainer.args.max_completion_length or LONGEST,
                 temperature=settings.temperature, seed=self.recipe.run.seed,
-                batch_size=settings.batch_size,
+                batch_size=settings.batch_size, state=trainer.state,
             )  # fmt: skip
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

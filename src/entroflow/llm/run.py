@@ -24,7 +24,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerState,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from entroflow.checkpoints import DIGESTS, check_digests
@@ -35,7 +41,7 @@ from entroflow.llm.grpo import EntropyGRPOConfig
 from entroflow.llm.problems import Problems, judge, problems_of
 from entroflow.llm.recipe import EMBEDDED, LLMRecipe, Model, load
 from entroflow.llm.recorder import LONGEST, Recorder, Watch, read_base_answers
-from entroflow.llm.state import PROGRESS, ResumableTrainer, check_state, logged_at
+from entroflow.llm.state import PROGRESS, TRAINER_STATE, ResumableTrainer, check_state, logged_at
 from entroflow.runs import EVALUATION, RECIPE, RunFolder
 
 ADAPTER = "adapter_config.json"
@@ -226,6 +232,7 @@ def _run(
         if checkpoint is not None and int(checkpoint.name) >= recipe.run.updates:
             # Only the end was missing.
             trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
             recorder.catch_up(int(checkpoint.name))
             recorder.finish(int(checkpoint.name))
             return
@@ -267,8 +274,13 @@ def evaluate(
     Raises:
         InputError: there is no such model, or not as many problems.
     """
-    of_run = Path(path) / RECIPE
+    of_run, state = Path(path) / RECIPE, TrainerState()
     recipe = load(of_run if of_run.is_file() else "countdown")
+    if of_run.is_file():
+        state.global_step, state.max_steps = (
+            int(RunFolder(Path(path)).latest().name),
+            recipe.run.updates,
+        )
     model, tokenizer = load_model(path, recipe.model.dtype)
     if recipe.trainer.get("use_cpu") is not True:
         model.to(PartialState().device)
@@ -278,6 +290,6 @@ def evaluate(
     found = judge(
         model, tokenizer, known.test[:problems], known.reward, each=each, seed=seed,
         most_words=recipe.trainer.get("max_completion_length", LONGEST),
-        temperature=temperature, batch_size=recipe.evaluation.batch_size,
+        temperature=temperature, batch_size=recipe.evaluation.batch_size, state=state,
     )  # fmt: skip
     return {"problems": problems, **found.numbers()}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol, runtime_checkable
+from functools import cache, partial
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,6 +17,8 @@ from torch import Tensor
 
 from entroflow.errors import InputError
 from entroflow.prompts import Prompt
+from entroflow.rewards.awaiting import awaited
+from entroflow.rewards.contract import number_of, numbers_of, shown, undisturbed
 
 
 class Status(StrEnum):
@@ -41,8 +46,9 @@ class Scores:
     """What a reward says of n images.
 
     Attributes:
-        values: [n] in float64, NaN where the status is not ok.
-        statuses: [n].
+        values: [n] in float64, NaN where the status is not ok. What a reward hands over may be
+            anything that `contract.numbers_of` reads.
+        statuses: [n]; of a reward, names will do.
         floor: a standard deviation within a group below this is the noise of the reward.
         facts: by name, numbers about the judging itself; of groups, their means.
     """
@@ -55,7 +61,11 @@ class Scores:
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores images one by one."""
+    """Scores images one by one.
+
+    What it is given is its own, and may be changed. Instead of `Scores` it may return the numbers
+    alone, and an awaitable of either; see `contract`.
+    """
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Scores of images [n, 3, H, W] in [0, 1], each against its prompt."""
@@ -100,13 +110,16 @@ class Cancellable(Protocol):
 
 AnyReward = Reward | GroupReward
 
-RewardFunction = Callable[[Tensor, Sequence[str], Sequence[object]], Sequence[float]]
-"""A user's reward: (images [n, 3, H, W] in [0, 1], prompts, metadata) -> n numbers."""
+RewardFunction = Callable[[Tensor, Sequence[str], Sequence[object]], Any]
+"""A user's reward: (images [n, 3, H, W] in [0, 1], prompts, metadata) -> n numbers, see `contract`.
+
+It may be async, and anything that can be called: a partial, an instance with `__call__`.
+"""
 
 
 @dataclass(frozen=True)
 class FunctionReward:
-    """A plain function as a reward. What it returns that is not finite is masked."""
+    """What can be called as a reward. What it returns that is not finite is masked."""
 
     function: RewardFunction
 
@@ -114,34 +127,121 @@ class FunctionReward:
         """See `Reward.score`.
 
         Raises:
-            InputError: the function returned the wrong number of values: a bug, not a failure.
+            InputError: it returned the wrong number of values, or no numbers: a bug, not a failure.
         """
-        name = name_of(self)
-        with torch.no_grad():
-            returned = self.function(
-                images, [p.text for p in prompts], [dict(p.metadata) for p in prompts]
+        with undisturbed():
+            returned = awaited(
+                _uncached(self.function)(
+                    images, [p.text for p in prompts], [dict(p.metadata) for p in prompts]
+                )
             )
+            return scores_of(returned, len(images), f"reward {name_of(self)}")
+
+
+def scores_of(returned: Any, count: int, who: str) -> Scores:
+    """What a reward has returned of `count` images: `Scores`, or their numbers alone.
+
+    Args:
+        who: returned it, for messages.
+
+    Raises:
+        InputError: it is neither, or not of this number.
+    """
+    if not isinstance(returned, Scores):
+        return Scores(*valued(returned, None, count, who))
+    values, statuses = valued(returned.values, returned.statuses, count, who)
+    floor = number_of(returned.floor, who, "floor")
+    facts = {name: number_of(fact, who, name) for name, fact in returned.facts.items()}
+    # One that is no number is none.
+    return Scores(values, statuses, max(0.0, floor), facts)
+
+
+def valued(
+    values: Any, statuses: Any, count: int, who: str, of: str = "image"
+) -> tuple[Tensor, tuple[Status, ...]]:
+    """Values [count] as `contract.numbers_of`, NaN where the status is not ok, and their statuses.
+
+    Args:
+        statuses: [count] each a `Status` or its name; None where all that have a value are ok.
+
+    Raises:
+        InputError: as `numbers_of`; or no statuses, or not of this number.
+    """
+    if statuses is None:
+        found = numbers_of(values, count, who, of)
+        named = [Status.OK] * count
+    else:
+        each = "one value and one status"
+        found = numbers_of(values, count, who, of, each)
+        named = _statuses(statuses, count, f"{who} must return {each} per {of}")
+    known = found.isfinite().tolist()
+    named = [
+        Status.UNPARSED if status is Status.OK and not there else status
+        for status, there in zip(named, known, strict=True)
+    ]
+    good = torch.tensor([status is Status.OK for status in named], dtype=torch.bool, device="cpu")
+    return found.where(good, torch.nan), tuple(named)
+
+
+def _statuses(given: Any, count: int, must: str) -> list[Status]:
+    if isinstance(given, str | Mapping | Set) or not isinstance(given, Iterable):
+        raise InputError(f"{must}, not the statuses {shown(given)}.")
+    named = []
+    for each in islice(given, count + 1):
         try:
-            values = torch.as_tensor(returned, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError):
+            named.append(Status(each))
+        except ValueError:
             raise InputError(
-                f"reward {name} must return one number per image, not {returned!r:.80}."
+                f"{must}, not the status {shown(each)}; there are {', '.join(Status)}."
             ) from None
-        if values.shape != (len(images),):
-            raise InputError(
-                f"reward {name} must return one number per image: {len(images)} images, "
-                f"but a result of shape {tuple(values.shape)}."
-            )
-        finite = values.isfinite()
-        statuses = tuple(Status.OK if ok else Status.UNPARSED for ok in finite.tolist())
-        return Scores(values.where(finite, torch.nan), statuses)
+    if len(named) != count:
+        raise InputError(f"{must}: {count} values, but another number of statuses.")
+    return named
+
+
+def as_reward(given: Any, where: str = "reward") -> AnyReward:
+    """A reward of a caller's: as it is, or what can be called.
+
+    Args:
+        where: what messages call it.
+
+    Raises:
+        InputError: it is a class, or neither.
+    """
+    if inspect.isclass(given):
+        raise InputError(
+            f"{where}: {given.__name__} is a class; give an instance: {given.__name__}(...)."
+        )
+    if isinstance(given, Reward | GroupReward):
+        return given
+    if not callable(given):
+        raise InputError(
+            f"{where}: {type(given).__name__} is no reward: it has neither score nor both "
+            "score_group and score_against, and can't be called."
+        )
+    return FunctionReward(given)
 
 
 def name_of(reward: AnyReward) -> str:
     """What messages call a reward."""
-    if isinstance(reward, FunctionReward):
-        return getattr(reward.function, "__qualname__", repr(reward.function))
-    return type(reward).__name__
+    return called(reward.function) if isinstance(reward, FunctionReward) else called(reward)
+
+
+def called(part: Any) -> str:
+    """What messages call a function, what a partial is of, or else an object: by its class."""
+    while isinstance(part, partial):
+        part = part.func
+    return str(getattr(part, "__qualname__", type(part).__name__))
+
+
+_CACHED = type(cache(len))
+
+
+def _uncached(function: Any) -> Any:
+    """Without `functools.cache`: lists are no keys of it, and it would keep all images."""
+    if isinstance(function, partial):
+        return partial(_uncached(function.func), *function.args, **function.keywords)
+    return function.__wrapped__ if isinstance(function, _CACHED) else function
 
 
 def failures(statuses: Iterable[Status]) -> dict[str, int]:

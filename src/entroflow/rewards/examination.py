@@ -18,7 +18,7 @@ from entroflow.prompts import Prompt
 from entroflow.recipe import Recipe
 from entroflow.rewards.base import AnyReward, GroupReward, failures
 from entroflow.rewards.mixture import rewards_of
-from entroflow.rewards.scoring import attempt, score_images
+from entroflow.rewards.scoring import score_against, score_images
 from entroflow.sampling.noise import Stream, gaussian, generator
 
 ENOUGH = 8
@@ -188,8 +188,7 @@ class _Subject:
         reward = self.reward
         if isinstance(reward, GroupReward):
             source, asked = generator(0, Stream.JUDGE), [prompt] * len(images)
-            call = lambda: reward.score_against(images, noise, asked, source)  # noqa: E731
-            return attempt(reward, call, len(images)).values - 0.5
+            return score_against(reward, images, noise, asked, source).values - 0.5
         return before - score_images(reward, noise, prompt).values
 
 

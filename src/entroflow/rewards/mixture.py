@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from entroflow.component import Component
-from entroflow.rewards.base import AnyReward, Scores, Status
+from entroflow.rewards.base import AnyReward, Scores, Status, as_reward
 
 Combine = Literal["normalise_then_sum", "sum_then_normalise", "gdpo"]
 
@@ -69,7 +69,11 @@ class Mixture(Component):
     @property
     def trained(self) -> dict[str, AnyReward]:
         """The rewards by name, without those of weight 0."""
-        return {name: reward for name, reward in self.rewards.items() if self.weight(name)}
+        return {
+            name: as_reward(reward, f"rewards.{name}")
+            for name, reward in self.rewards.items()
+            if self.weight(name)
+        }
 
     def weight(self, name: str) -> float:
         """The weight of a reward."""

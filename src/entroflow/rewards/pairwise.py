@@ -14,8 +14,11 @@ from pydantic import Field
 from torch import Tensor
 
 from entroflow.component import Component
+from entroflow.errors import InputError
 from entroflow.prompts import Prompt
-from entroflow.rewards.base import Cancellable, Scores, Status, failed
+from entroflow.rewards.awaiting import awaited
+from entroflow.rewards.base import Cancellable, Scores, Status, called, failed, valued
+from entroflow.rewards.contract import own, undisturbed
 from entroflow.rewards.win_rates import (
     OnDisagree,
     Order,
@@ -27,6 +30,9 @@ from entroflow.rewards.win_rates import (
     trust,
     win_rates,
 )
+
+ROUNDING = 1e-6
+"""By so much probabilities may lie beyond [0, 1]."""
 
 Schedule = Literal["round_robin", "circulant", "random"]
 
@@ -41,7 +47,8 @@ class Answers:
     Attributes:
         points: [m] of the image that was shown first, in [0, 1]: 1 where it is better, 0.5 where
             both are as good, or the probability that it is better; NaN where the status is not ok.
-        statuses: [m].
+            What a judge hands over may be anything that `contract.numbers_of` reads.
+        statuses: [m]; of a judge, names will do.
     """
 
     points: Tensor
@@ -51,7 +58,9 @@ class Answers:
 class Judge(Protocol):
     """Says which of two images of a prompt is better.
 
-    One that waits for others, as for a server, says so with an attribute `waits`.
+    One that waits for others, as for a server, says so with an attribute `waits`. What it is given
+    is its own, and may be changed. Instead of `Answers` it may return the points alone, and an
+    awaitable of either; see `contract`.
     """
 
     def compare(self, images: Tensor, sides: Tensor, prompts: Sequence[Prompt]) -> Answers:
@@ -118,7 +127,7 @@ class Pairwise(Component):
         pairs = self._pairs(n, source)
         sides = shown(pairs, self.order, source)
         start = perf_counter()
-        said = self.judge.compare(images, sides, [prompt] * len(sides))
+        said = self._compared(images, sides, [prompt] * len(sides))
         seconds = perf_counter() - start
         answers = self._answers(said)
         points = settled(answers, pairs, sides, self.order, self.on_disagree)
@@ -154,7 +163,7 @@ class Pairwise(Component):
         pairs = torch.stack([torch.arange(n), torch.arange(n, 2 * n)], dim=1)
         sides = shown(pairs, "swap", source)
         asked = [prompts[i % n] for i in sides[:, 0].tolist()]
-        said = self.judge.compare(torch.cat([images, others]), sides, asked)
+        said = self._compared(torch.cat([images, others]), sides, asked)
         points = settled(self._answers(said), pairs, sides, "swap", self.on_disagree)
         return Scores(points, _statuses(points, sides % n, said))
 
@@ -165,10 +174,29 @@ class Pairwise(Component):
             return random_pairs(n, self.comparisons, source)
         return round_robin(n)
 
+    def _compared(self, images: Tensor, sides: Tensor, prompts: Sequence[Prompt]) -> Answers:
+        """What the judge says, with points in float64 on the CPU.
+
+        Raises:
+            InputError: it returned no points, the wrong number of them, or some beyond [0, 1].
+        """
+        who = f"judge {called(self.judge)}"
+        with undisturbed():
+            said = awaited(self.judge.compare(images, sides.clone(), own(prompts)))
+            whole = isinstance(said, Answers)
+            given, named = (said.points, said.statuses) if whole else (said, None)
+            points, statuses = valued(given, named, len(sides), who, "comparison")
+        beyond = points[(points < -ROUNDING) | (points > 1 + ROUNDING)]
+        if len(beyond):
+            raise InputError(
+                f"{who} must return points in [0, 1], 1 where the first image is better, not "
+                f"{beyond[0].item():g}."
+            )
+        return Answers(points.clamp(0, 1), statuses)
+
     def _answers(self, said: Answers) -> Tensor:
         """[m] points; NaN where an answer does not count."""
-        ok = torch.tensor([status is Status.OK for status in said.statuses], dtype=torch.bool)
-        points = said.points.to(torch.float64).where(ok, torch.nan)
+        points = said.points
         if self.on_unparsed == "tie":
             unparsed = torch.tensor([s in UNREADABLE for s in said.statuses], dtype=torch.bool)
             points = points.masked_fill(unparsed, 0.5)

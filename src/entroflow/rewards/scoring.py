@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,15 +20,19 @@ from entroflow.errors import InputError
 from entroflow.ledger import Ledger
 from entroflow.prompts import Prompt
 from entroflow.redaction import without_secrets
+from entroflow.rewards.awaiting import awaited
 from entroflow.rewards.base import (
     AnyReward,
     Cancellable,
     GroupReward,
+    Reward,
     Scores,
     Status,
     failed,
     name_of,
+    scores_of,
 )
+from entroflow.rewards.contract import own, own_prompt, told, undisturbed
 from entroflow.rewards.workers import Workers
 from entroflow.sampling.noise import Stream, generator
 from entroflow.sampling.rollouts import Rollouts
@@ -169,7 +173,7 @@ class _Collected:
         numbers = (rows + self._offsets[-1]).tolist()
         if not isinstance(self._reward, GroupReward):
             reward, prompts = self._reward, self._prompts(numbers)
-            self._ask(numbers, lambda: reward.score(self._images(numbers), prompts))
+            self._ask(numbers, lambda: reward.score(self._images(numbers), own(prompts)))
             return
         for number, group in zip(numbers, self._rounds[-1].plan.group[rows].tolist(), strict=True):
             self._waiting.setdefault(group, []).append(number)
@@ -212,7 +216,7 @@ class _Collected:
         reward, prompt = self._reward, self._prompts(rows[:1])[0]
         assert isinstance(reward, GroupReward)
         source = generator(*self._address, group=group)
-        self._ask(rows, lambda: reward.score_group(self._images(rows), prompt, source))
+        self._ask(rows, lambda: reward.score_group(self._images(rows), own_prompt(prompt), source))
 
     def _ask(self, rows: list[int], call: Callable[[], Scores]) -> None:
         self.calls += len(rows)
@@ -230,11 +234,12 @@ class _Collected:
         return self._rounds[which], number - self._offsets[which]
 
     def _images(self, numbers: Sequence[int]) -> Tensor:
+        """A copy, for this reward alone."""
         found = []
         for rollouts, row in map(self._located, numbers):
             assert rollouts.images is not None
-            found.append(rollouts.images[rollouts.image_of(torch.tensor([row]))])
-        return torch.cat(found)
+            found.append(rollouts.images[int(rollouts.image_of(torch.tensor(row)))])
+        return torch.stack(found)
 
     def _prompts(self, numbers: Sequence[int]) -> list[Prompt]:
         where = map(self._located, numbers)
@@ -270,51 +275,69 @@ def score_images(reward: AnyReward, images: Tensor, prompt: Prompt, seed: int = 
     """
     if isinstance(reward, GroupReward):
         source = generator(seed, Stream.JUDGE)
-        return attempt(reward, lambda: reward.score_group(images, prompt, source), len(images))
-    return attempt(reward, lambda: reward.score(images, [prompt] * len(images)), len(images))
+        call = partial(reward.score_group, images.clone(), own_prompt(prompt), source)
+        return attempt(reward, call, len(images))
+    return score_alone(reward, images, [prompt] * len(images))
+
+
+def score_alone(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+    """Scores of images [n, 3, H, W], each against its prompt; failures are masked.
+
+    Raises:
+        InputError: see `score`.
+    """
+    return attempt(reward, partial(reward.score, images.clone(), own(prompts)), len(images))
+
+
+def score_against(
+    reward: GroupReward,
+    images: Tensor,
+    others: Tensor,
+    prompts: Sequence[Prompt],
+    source: np.random.Generator,
+) -> Scores:
+    """Scores of images [n, 3, H, W], each against its counterpart in `others`.
+
+    Failures are masked.
+
+    Raises:
+        InputError: see `score`.
+    """
+    call = partial(reward.score_against, images.clone(), others.clone(), own(prompts), source)
+    return attempt(reward, call, len(images))
 
 
 def attempt(
-    reward: AnyReward, call: Callable[[], Scores], count: int, on_failure: OnFailure = "mask"
+    reward: AnyReward, call: Callable[[], Any], count: int, on_failure: OnFailure = "mask"
 ) -> Scores:
     """What a call to a reward returns; where it raises, images without a score.
 
-    A value that is not finite, or whose status is not ok, is NaN whatever the reward put there.
+    Every reward is called here, whatever it is and whoever calls: the run, an evaluation, the
+    examination. A value that is not finite, or whose status is not ok, is NaN whatever the reward
+    put there. An exit is a failure as any other, but Ctrl-C interrupts.
 
     Args:
         reward: for messages.
+        call: hands over what the reward may change.
         count: images it is asked about.
         on_failure: see `score`.
 
     Raises:
-        InputError: as the reward raised it, or it returned the wrong number of values or statuses;
-            or it raised anything, where that is not to be masked.
+        InputError: as the reward raised it, or it returned no numbers, or the wrong number of
+            values or statuses; or it raised anything, where that is not to be masked.
     """
+    who = f"reward {name_of(reward)}"
     try:
-        scores = call()
-    except InputError:
+        with undisturbed():
+            return scores_of(awaited(call()), count, who)
+    except (InputError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        said = without_secrets(
-            f"reward {name_of(reward)} failed on {count} images: {type(error).__name__}: {error}"
-        )
+    except BaseException as error:
+        said = without_secrets(f"{who} failed on {count} images: {told(error)}")
         if on_failure == "raise":
             raise InputError(f"{said} (scoring.on_failure is raise).") from error
         log.warning("%s", said)
         return failed(count, Status.TIMEOUT if isinstance(error, TimeoutError) else Status.ERROR)
-    if scores.values.shape != (count,) or len(scores.statuses) != count:
-        raise InputError(
-            f"reward {name_of(reward)} must return one value and one status per image: "
-            f"{count} images, but values of shape {tuple(scores.values.shape)} and "
-            f"{len(scores.statuses)} statuses."
-        )
-    finite = scores.values.isfinite()
-    statuses = tuple(
-        Status.UNPARSED if status is Status.OK and not known else status
-        for status, known in zip(map(Status, scores.statuses), finite.tolist(), strict=True)
-    )
-    good = torch.tensor([status is Status.OK for status in statuses], dtype=torch.bool)
-    return replace(scores, values=scores.values.double().where(good, torch.nan), statuses=statuses)
 
 
 def _mean(values: Sequence[float]) -> float:
