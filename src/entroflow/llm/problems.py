@@ -18,7 +18,7 @@ from entroflow.llm.countdown import Puzzle, fault, puzzles
 from entroflow.llm.embedded import answers
 from entroflow.llm.passing import avg_at, pass_at
 from entroflow.llm.recipe import Task
-from entroflow.users_code import imported
+from entroflow.users_code import users_function
 from entroflow.wrong_keys import hint
 
 Rows = list[dict[str, Any]]
@@ -107,7 +107,7 @@ def _of_dataset(task: Task, tokenizer: Any) -> Problems:
         data.select(range(second, last)),
         data.select(range(first)).to_list(),
         data.select(range(first, second)).to_list(),
-        guarded(imported(task.reward, "task.reward"), task.reward),
+        guarded(users_function(task.reward, "task.reward"), task.reward),
     )
 
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from entroflow.checkpoints import CheckpointError, read_state, write_text
+from entroflow.errors import RecipeError
 from entroflow.plain_sections import ENDS, Monitors, Run
-from entroflow.recipe import LATER_SECTIONS, SECTIONS, TEXTS, Recipe
+from entroflow.recipe import LATER_SECTIONS, SECTIONS, Recipe
 from entroflow.report import attention, curves, examples, judging, outcome, trajectories
 from entroflow.report.rendering import rendered
 from entroflow.report.wording import count
 from entroflow.runs import EVALUATION, RECIPE, REPORT, RunError, RunFolder, read_object, spent
+from entroflow.settings_text import TEXTS, parse_yaml
 
 TEMPLATE = "report.html.j2"
 
@@ -132,14 +132,13 @@ def _read_recipe(path: Path) -> tuple[Recipe, str, Run]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        resolved = YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, UnicodeDecodeError):
+        resolved = parse_yaml(text, str(path))
+    except (RecipeError, UnicodeDecodeError):
         raise RunError(f"{path} is torn: it is not YAML.") from None
-    if isinstance(resolved, dict):
-        for later in LATER_SECTIONS:
-            resolved.setdefault(later, {})
+    for later in LATER_SECTIONS:
+        resolved.setdefault(later, {})
     for section in SECTIONS:
-        if not isinstance(resolved, dict) or not isinstance(resolved.get(section), dict):
+        if not isinstance(resolved.get(section), dict):
             raise RunError(f"{path} is torn: it has no section {section!r}.")
     try:
         run = Run(**resolved["run"])
