@@ -26,6 +26,7 @@ from entroflow.rewards.mixture import Mixture
 from entroflow.runs import EVALUATION, RECIPE, RunFolder, folder_name
 from entroflow.trainer import Trainer
 from entroflow.training_run import train_in
+from entroflow.users_code import uncached
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ def _as_reward(reward: AnyReward | RewardFunction) -> AnyReward:
             f"reward: {type(reward).__name__} is no reward: it has neither score nor both "
             "score_group and score_against, and can't be called."
         )
-    return FunctionReward(reward)
+    return FunctionReward(uncached(reward))
 
 
 def _run(

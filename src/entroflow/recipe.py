@@ -40,6 +40,7 @@ from entroflow.users_code import (
     refuse_shadowed,
     refuse_untrusted,
     search_beside,
+    uncached,
     users_errors,
 )
 from entroflow.wrong_keys import explained, hint
@@ -570,7 +571,7 @@ def _as_it_is(section: str, kind: str, chosen: Any, fields: Mapping[str, Any], w
 
     with users_errors(f"{where}: {kind}"):
         _refuse_arguments(chosen, ("images", "prompts", "metadata"), {}, f"{where}: {kind}")
-    return FunctionReward(chosen)
+    return FunctionReward(uncached(chosen))
 
 
 def _refuse_arguments(

@@ -184,7 +184,8 @@ def evaluation_table(summary: dict[str, Any]) -> Table:
     images = models["base"]["scores"]["overall"]["images"]
     table = Table(
         title=f"{plain(summary['measure']['name'])} on {summary['split']} prompts, "
-        f"{images} images, {summary['steps']} ODE steps, guidance {summary['guidance']:g}, [95% interval]",
+        f"{images} images, {summary['steps']} ODE steps, guidance {summary['guidance']:g}, "
+        "[95% interval]",
         title_justify="left",
     )
     table.add_column("")

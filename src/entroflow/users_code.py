@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from entroflow.errors import InputError, RecipeError, UntrustedError, one_line
@@ -132,6 +133,18 @@ def home_of(part: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
+def uncached(function: Any) -> Any:
+    """A function without a cache of functools, whose keys can't be lists of prompts."""
+    if isinstance(function, functools.partial):
+        inner = uncached(function.func)
+        return functools.partial(inner, *function.args, **function.keywords)
+    if isinstance(function, MethodType):
+        return MethodType(uncached(function.__func__), function.__self__)
+    while hasattr(function, "cache_clear") and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
 def users_function(path: str, where: str) -> Any:
     """What a dotted path of the user's names, which can be called and is no class.
 
@@ -149,7 +162,7 @@ def users_function(path: str, where: str) -> Any:
         raise RecipeError(f"{where}: {path} is a class; name a function, or an instance of it.")
     if not callable(function):
         raise RecipeError(f"{where}: {path} can't be called.")
-    return function
+    return uncached(function)
 
 
 def imported(path: str, where: str) -> Any:
