@@ -152,6 +152,8 @@ def _given(policy: Policy | None, reward: AnyReward | RewardFunction | None) -> 
 
 
 def _as_reward(reward: AnyReward | RewardFunction) -> AnyReward:
+    if isinstance(reward, type):
+        raise InputError(f"reward: {reward.__name__} is a class; pass an instance of it.")
     if isinstance(reward, Reward | GroupReward | Mixture):
         return reward
     if not callable(reward):

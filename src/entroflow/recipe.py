@@ -492,7 +492,7 @@ def _users(
         raise _unfit(section, kind, where, [*_methods(protocols[0])], "it is of Python itself")
     chosen = imported(kind, f"{where}.type")
     refuse_shadowed(kind, source.folder, f"{where}.type")
-    if not callable(chosen) and not any(_has(chosen, _methods(each)) for each in protocols):
+    if not callable(chosen) and all(_lacking(chosen, protocol) for protocol in protocols):
         raise RecipeError(f"{where}.type: {kind} is neither a class nor a function.")
     if inspect.isclass(chosen):
         component, resolved = _instance(section, kind, chosen, fields, where, source)
@@ -521,8 +521,13 @@ def _methods(protocol: Any) -> list[str]:
     return [key for key in vars(protocol) if key[0] != "_"]
 
 
-def _has(part: Any, names: Sequence[str]) -> bool:
-    return all(hasattr(part, name) for name in names)
+def _lacking(part: Any, protocol: Any) -> list[str]:
+    """The methods of a protocol that an object, or a class and its annotations, do not have."""
+    bases = part.__mro__ if inspect.isclass(part) else ()
+    annotated = {name for base in bases for name in inspect.get_annotations(base)}
+    return [
+        name for name in _methods(protocol) if not hasattr(part, name) and name not in annotated
+    ]
 
 
 def _missing(component: Any, protocol: Any) -> list[str]:
@@ -538,15 +543,15 @@ def _instance(
 ) -> tuple[Any, dict[str, Any]]:
     """An instance of a class of the user's, if that has the methods of the section."""
     protocols = [imported(path, where) for path in PROTOCOLS[section]]
-    if not any(_has(chosen, _methods(protocol)) for protocol in protocols):
+    lacking = [_lacking(chosen, protocol) for protocol in protocols]
+    if all(lacking):
         if section == "reward" and any("__call__" in vars(base) for base in chosen.__mro__):
             raise RecipeError(
                 f"{where}.type: {kind} is a class whose instances can be called (it has __call__); "
                 f"name an instance, as `mine = {chosen.__name__}()` in its module, or give it a "
                 "method score."
             )
-        lacking = [name for name in _methods(protocols[0]) if not hasattr(chosen, name)]
-        raise _unfit(section, kind, where, lacking)
+        raise _unfit(section, kind, where, lacking[0])
     with users_errors(f"{where}: {kind}"):
         if issubclass(chosen, BaseModel):
             component, resolved = _validated(chosen, fields, where, source)
@@ -558,7 +563,7 @@ def _instance(
 def _as_it_is(section: str, kind: str, chosen: Any, fields: Mapping[str, Any], where: str) -> Any:
     """An object of the user's, or in the section of rewards what can be called."""
     protocols = [imported(path, where) for path in PROTOCOLS[section]]
-    is_function = not any(_has(chosen, _methods(protocol)) for protocol in protocols)
+    is_function = all(_lacking(chosen, protocol) for protocol in protocols)
     if fields:
         what = "a function" if is_function else "an object"
         raise RecipeError(f"{where}: {what} takes no keys, but {quoted(sorted(fields))} are given.")

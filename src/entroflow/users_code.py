@@ -137,6 +137,8 @@ def uncached(function: Any) -> Any:
     """A function without a cache of functools, whose keys can't be lists of prompts."""
     if isinstance(function, functools.partial):
         inner = uncached(function.func)
+        if inner is function.func:
+            return function
         return functools.partial(inner, *function.args, **function.keywords)
     if isinstance(function, MethodType):
         return MethodType(uncached(function.__func__), function.__self__)
