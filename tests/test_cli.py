@@ -352,6 +352,47 @@ def test_unknown_option_exits_with_2(entroflow):
     assert entroflow("train", "--fast")[0] == 2
 
 
+def test_names_and_texts_are_no_markup_and_no_path(entroflow, tmp_path, monkeypatch):
+    """They are shown as they stand, and the run lies where runs lie."""
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "[bold].yaml"
+    recipe.write_text(
+        "name: '[/bold]'\ntitle: '[/] :smile: [bold]x</script>'\nnotes: <script>alert(1)</script>\n"
+        "exploration: {type: window}\nmonitors: {rewards: {'[red]': {type: jpeg_size}}}\n"
+    )
+    code, out, err = entroflow("train", recipe, *TINY, "run.iterations=1")
+    assert code == 0, err
+    assert out.startswith("[/bold] ")
+    assert "[/] :smile: [bold]x</script>" in out
+    assert "[red] " in out
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("__bold_-")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert(1)" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "x&lt;/script&gt;" in page
+    recipe.write_text("name: ../../x\nexploration: {type: window}")
+    code, _, err = entroflow("train", recipe, *TINY)
+    assert code == 2
+    assert one_line(err)
+    assert "is a path" in err
+
+
+def test_messages_do_not_move_the_cursor(entroflow, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        ("train", "\x1b[2J\x1b[31m.yaml"),
+        ("train", "quickstart", "run.seed=\x1b[2J"),
+        ("reward", "test", "evil.\x1b[2J"),
+        ("evaluate", "\x1b[2J"),
+        ("llm", "recipes", "\x1b[2J"),
+    ):
+        code, _, err = entroflow(*arguments)
+        assert code == 2
+        assert one_line(err)
+        assert err.strip().isprintable()
+
+
 def test_help_is_told_without_torch():
     """Heavy imports are late, so that the help answers at once."""
     program = """

@@ -192,6 +192,8 @@ def test_the_folder_of_the_last_recipe_is_not_searched_for_the_next(stranger):
     folder, module, ran = stranger
     load_recipe(written(folder, f"reward: {{type: {module}.score}}"), trust=True)
     ran.unlink()
+    with pytest.raises(UntrustedError):
+        load_recipe(folder / "mine.yaml")
     del sys.modules[module]
     with pytest.raises(RecipeError):
         load_recipe("quickstart", [f"reward.type={module}.score"])

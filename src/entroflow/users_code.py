@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import sys
 import sysconfig
 import traceback
@@ -98,8 +97,11 @@ def refuse_untrusted(path: str, where: str) -> None:
 
 
 def _is_installed(top: str) -> bool:
-    """Whether a module is found without the folder of the recipe; it is not imported."""
-    return top in sys.modules or importlib.util.find_spec(top) is not None
+    """Whether a module is found without the folder of the recipe; it is not imported.
+
+    That it was imported says nothing: the folder may have been trusted then.
+    """
+    return any(finder.find_spec(top, None) is not None for finder in sys.meta_path)
 
 
 def is_of_python(path: str) -> bool:

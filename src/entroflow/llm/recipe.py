@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from io import StringIO
 from pathlib import Path
@@ -173,7 +173,7 @@ class LLMRecipe:
     evaluation: Evaluation
     run: Run
     trainer: Mapping[str, Any]
-    found_in: Path | None = None
+    found_in: Path | None = field(default=None, compare=False)
 
     @property
     def hash(self) -> str:
