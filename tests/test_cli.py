@@ -307,7 +307,7 @@ def test_recipes_are_listed_and_printed(entroflow):
         (("train", "quickstart", "allocation.group_size='8'"), "allocation.group_size"),
         (("train", "quickstart", "kernel.type=flow_sd"), "did you mean 'flow_sde'"),
         (("train", "quickstart", "reward.type=no_such_module.reward"), "no_such_module"),
-        (("train", "quickstart", "reward.type=json.dums"), "did you mean 'dumps'"),
+        (("train", "quickstart", "reward.type=torch.nn.Linera"), "did you mean 'Linear'"),
         (("train", "quickstart", "exploration.size=50", "run.iterations=1"), "exploration.size"),
         (("train", "quickstart", "policy.weights=none.safetensors"), "none.safetensors"),
         (("train", "quickstart", "prompts.type=text", "prompts.path=none.txt"), "none.txt"),
@@ -376,6 +376,33 @@ def test_names_and_texts_are_no_markup_and_no_path(entroflow, tmp_path, monkeypa
     assert code == 2
     assert one_line(err)
     assert "is a path" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "is_said"),
+    [
+        (MemoryError(), True),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8e12"),
+            True,
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 8 GiB\nof 4"), True),
+        (RuntimeError("something else"), False),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(entroflow, monkeypatch, error, is_said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("entroflow.recipe.described", fail)
+    if not is_said:
+        with pytest.raises(RuntimeError):
+            entroflow("recipes", "quickstart")
+        return
+    code, _, err = entroflow("recipes", "quickstart")
+    assert code == 2
+    assert one_line(err)
+    assert "not enough memory" in err
 
 
 def test_messages_do_not_move_the_cursor(entroflow, tmp_path, monkeypatch):

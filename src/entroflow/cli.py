@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -581,6 +582,10 @@ DISK = (
 """Failures of files and disks; others, as of a network, are not the user's input."""
 
 
+OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory")
+"""What PyTorch says of it."""
+
+
 class _StandardError(logging.Handler):
     """Writes to what `sys.stderr` is at the time: a live bar puts itself in its place."""
 
@@ -607,6 +612,17 @@ def main() -> None:
         if error.errno not in DISK:
             raise
         typer.echo(f"error: {one_line(str(error))}", err=True)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        # Numbers of a recipe that no machine has room for, or this one has not.
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        reason = one_line(str(error), 200) or type(error).__name__
+        typer.echo(
+            f"error: there is not enough memory for this ({reason}); `entroflow doctor RECIPE` "
+            "says what takes it.",
+            err=True,
+        )
         sys.exit(2)
 
 
