@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from entroflow.recipe import COMPONENTS, PLAIN, SECTIONS, TEXTS, load_recipe, shipped_recipes
+from entroflow.recipe import COMPONENTS, PLAIN, SECTIONS, load_recipe, shipped_recipes
+from entroflow.settings_text import TEXTS
 
 PAGE = Path(__file__).with_name("recipes.md")
 WIDTH = 100
@@ -40,7 +41,8 @@ INTRODUCTION = """\
 
 <!-- Written by docs/build_recipe_reference.py from the components. Edit those, then run it. -->
 
-A recipe is the only input of a run: one YAML file with one entry per section. A section names a
+A recipe is the only input of a run: one YAML file of UTF-8, at most 1 MB large, with one entry per
+section. A section names a
 component by its `type` and sets the keys of that component. What is left out has the default shown
 below. This is a whole recipe:
 
@@ -92,13 +94,22 @@ assert recipe.optimizer.learning_rate == 3e-5
 
 Where a section has types, `type` may also be the dotted path of a class or function of your own, as
 in `reward: {type: my_rewards.blue}`. The module must be importable: it lies beside the recipe file,
-in the current folder, or is installed. What is called depends on what the path names:
+in the current folder, or is installed. What becomes of it depends on what the path names:
 
 - a pydantic model (derive it from `entroflow.component.Component`): the keys are its fields, with
   their defaults, types and ranges, as for the shipped components below. A field `type` keeps its
   default, for that key holds the path;
 - any other class: called with the keys, which must fit its signature; their values are not checked;
-- a function, in the section `reward`: used as the reward itself, and takes no keys.
+- an object that has the methods of the section: used as it is, and takes no keys;
+- in the section `reward`, a function or whatever else can be called with images, prompts and
+  metadata: used as the reward itself, and takes no keys.
+
+A class is called only if it has the methods of the section, and a function is not called to make a
+component; modules of Python itself are not even imported. Still a recipe that names a module runs
+the code in it. **Read a recipe, and the modules beside it, before you run a stranger's.** What lies
+beside a recipe elsewhere than below the current folder is imported only with `--trust` (from
+Python: `trust=True`), or after you are asked: see [Security](security.md). `entroflow recipes FILE`
+imports nothing of yours.
 
 A relative path to a file (prompts, held-out prompts, weights, a LoRA) is looked for beside the
 recipe file, then in the current folder. The run's recipe holds the path that was found, so the run

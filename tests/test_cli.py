@@ -307,7 +307,7 @@ def test_recipes_are_listed_and_printed(entroflow):
         (("train", "quickstart", "allocation.group_size='8'"), "allocation.group_size"),
         (("train", "quickstart", "kernel.type=flow_sd"), "did you mean 'flow_sde'"),
         (("train", "quickstart", "reward.type=no_such_module.reward"), "no_such_module"),
-        (("train", "quickstart", "reward.type=json.dums"), "did you mean 'dumps'"),
+        (("train", "quickstart", "reward.type=torch.nn.Linera"), "did you mean 'Linear'"),
         (("train", "quickstart", "exploration.size=50", "run.iterations=1"), "exploration.size"),
         (("train", "quickstart", "policy.weights=none.safetensors"), "none.safetensors"),
         (("train", "quickstart", "prompts.type=text", "prompts.path=none.txt"), "none.txt"),
@@ -350,6 +350,74 @@ def test_torn_files_are_one_clear_line(entroflow, finished_run, tmp_path):
 
 def test_unknown_option_exits_with_2(entroflow):
     assert entroflow("train", "--fast")[0] == 2
+
+
+def test_names_and_texts_are_no_markup_and_no_path(entroflow, tmp_path, monkeypatch):
+    """They are shown as they stand, and the run lies where runs lie."""
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "[bold].yaml"
+    recipe.write_text(
+        "name: '[/bold]'\ntitle: '[/] :smile: [bold]x</script>'\nnotes: <script>alert(1)</script>\n"
+        "exploration: {type: window}\nmonitors: {rewards: {'[red]': {type: jpeg_size}}}\n"
+    )
+    code, out, err = entroflow("train", recipe, *TINY, "run.iterations=1")
+    assert code == 0, err
+    assert out.startswith("[/bold] ")
+    assert "[/] :smile: [bold]x</script>" in out
+    assert "[red] " in out
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("__bold_-")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert(1)" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "x&lt;/script&gt;" in page
+    recipe.write_text("name: ../../x\nexploration: {type: window}")
+    code, _, err = entroflow("train", recipe, *TINY)
+    assert code == 2
+    assert one_line(err)
+    assert "is a path" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "is_said"),
+    [
+        (MemoryError(), True),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8e12"),
+            True,
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 8 GiB\nof 4"), True),
+        (RuntimeError("something else"), False),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(entroflow, monkeypatch, error, is_said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("entroflow.recipe.described", fail)
+    if not is_said:
+        with pytest.raises(RuntimeError):
+            entroflow("recipes", "quickstart")
+        return
+    code, _, err = entroflow("recipes", "quickstart")
+    assert code == 2
+    assert one_line(err)
+    assert "not enough memory" in err
+
+
+def test_messages_do_not_move_the_cursor(entroflow, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        ("train", "\x1b[2J\x1b[31m.yaml"),
+        ("train", "quickstart", "run.seed=\x1b[2J"),
+        ("reward", "test", "evil.\x1b[2J"),
+        ("evaluate", "\x1b[2J"),
+        ("llm", "recipes", "\x1b[2J"),
+    ):
+        code, _, err = entroflow(*arguments)
+        assert code == 2
+        assert one_line(err)
+        assert err.strip().isprintable()
 
 
 def test_help_is_told_without_torch():

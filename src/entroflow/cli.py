@@ -5,23 +5,48 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 import traceback
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
-from entroflow.errors import InputError
+from entroflow.errors import InputError, one_line, printable
 from entroflow.llm.cli import app as llm
 from entroflow.redaction import without_secrets
 from entroflow.settings_text import names_and_changes
+from entroflow.trust import Trust, is_trusted
 
 if TYPE_CHECKING:
     from entroflow.recipe import Recipe
 
+
+class _Commands(TyperGroup):
+    """All commands; what is called in one can't end the program as if all were well."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command.
+
+        Raises:
+            InputError: the user's own code raised SystemExit or the like.
+        """
+        try:
+            return super().invoke(ctx)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            from entroflow.users_code import raised
+
+            raise InputError(f"what was called {raised(error)}.") from error
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -77,6 +102,7 @@ def train(
     stop_after: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Stop after iteration N; resumable.")
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Train by a recipe. Ctrl-C finishes the iteration, saves, and exits; `--resume` goes on."""
     names, overrides = names_and_changes(arguments)
@@ -90,18 +116,19 @@ def train(
     from entroflow.runs import RECIPE, REPORT, RunFolder
     from entroflow.show import TrainingProgress
 
-    if resume is not None:
-        recipe = load_recipe(RunFolder.open(resume).path / RECIPE, overrides)
-    else:
-        recipe = load_recipe(name, overrides)
+    place = name if resume is None else RunFolder.open(resume).path / RECIPE
+    trust = _trusts(trust, place, overrides)
+    recipe = load_recipe(place, overrides, trust=trust)
     with TrainingProgress(recipe) as progress:
         if resume is not None:
             if (start := RunFolder.open(resume).start()) is not None:
                 progress.begin(start)
-            folder = launch.resume(resume, overrides, stop_after=stop_after, watch=progress.watch)
+            folder = launch.resume(
+                resume, overrides, stop_after=stop_after, watch=progress.watch, trust=trust
+            )
         else:
             folder = launch.train(
-                name, overrides, run=run, stop_after=stop_after, watch=progress.watch
+                name, overrides, run=run, stop_after=stop_after, watch=progress.watch, trust=trust
             )
     progress.close_with(folder)
     typer.echo(f"run     {folder.path}")
@@ -127,6 +154,7 @@ def sample(
     ] = None,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("samples.png"),
+    trust: Trust = False,
 ) -> None:
     """Draw captions: a PNG grid, one row per prompt and model, the same noise for each model.
 
@@ -134,7 +162,7 @@ def sample(
     """
     from entroflow.drawing import draw, open_policy
 
-    opened = open_policy(run, weights.value)
+    opened = open_policy(run, weights.value, trust=_trusts_run(trust, run))
     draw(opened, prompts, count=count, steps=steps, guidance=guidance, seed=seed, out=out)
     rows = "base"
     if opened.iteration is not None:
@@ -157,6 +185,7 @@ def evaluate(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=MOST, help="Seed of all noise.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Score with 95% intervals: base, base with its best guidance, and tuned.
 
@@ -167,9 +196,10 @@ def evaluate(
     from entroflow.evaluation.of_a_run import evaluate as evaluate_run
     from entroflow.show import evaluation_table, print_table, working
 
+    trust = _trusts_run(trust, run)
     with working("evaluating", quiet=as_json):
         summary = evaluate_run(
-            run, split=split, steps=steps, guidance=guidance, images=images, seed=seed
+            run, split=split, steps=steps, guidance=guidance, images=images, seed=seed, trust=trust
         )
     if as_json:
         typer.echo(to_json(summary, indent=1))
@@ -216,6 +246,7 @@ def compare(
     out: Annotated[
         Path, typer.Option(help="Results, and all runs; the same folder goes on.")
     ] = Path("runs/compare"),
+    trust: Trust = False,
 ) -> None:
     """Run recipes with several seeds at equal cost, and print a table.
 
@@ -238,11 +269,12 @@ def compare(
     for rate in rates:
         if not _is_rate(rate):
             raise InputError(f"--learning-rates must be numbers above 0 like 1e-4,3e-4: {rate!r}.")
+    answers = [_trusts(trust, arm.recipe, (*arm.overrides, *shared)) for arm in arms]
     try:
         with comparison_progress() as progress:
             results, failed = comparing.compare(
                 arms, range(seeds), end, out, shared=shared, learning_rates=rates,
-                at_once=at_once, progress=progress,
+                at_once=at_once, progress=progress, trust=any(answers),
             )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on.")
@@ -273,6 +305,7 @@ def export(
     merged: Annotated[
         bool, typer.Option("--merged", help="A whole pipeline, with the LoRA in its weights.")
     ] = False,
+    trust: Trust = False,
 ) -> None:
     """Write the weights of a run for other programs: a LoRA or a pipeline that diffusers loads.
 
@@ -281,8 +314,9 @@ def export(
     from entroflow.exports import export as write
     from entroflow.show import working
 
+    trust = _trusts_run(trust, run)
     with working("exporting"):
-        folder = write(run, out, weights=weights.value, merged=merged)
+        folder = write(run, out, weights=weights.value, merged=merged, trust=trust)
     typer.echo(folder)
 
 
@@ -300,6 +334,7 @@ def doctor(
     devices: Annotated[
         int, typer.Option(min=1, help="That are to share the groups of an iteration.")
     ] = 1,
+    trust: Trust = False,
 ) -> None:
     """Examine a recipe before a long run: does it start, is it right, what does it take?
 
@@ -311,9 +346,24 @@ def doctor(
     from entroflow.show import print_findings
 
     name, changes = _one_name(arguments, "name one recipe; `entroflow recipes` lists them.")
-    failed = print_findings(examine(load_recipe(name, changes), devices))
+    recipe = load_recipe(name, changes, trust=_trusts(trust, name, changes))
+    failed = print_findings(examine(recipe, devices))
     if failed:
         raise InputError(f"not ready to run: {', '.join(failed)}.")
+
+
+def _trusts(trust: bool, recipe: str | Path, changes: Sequence[str] = ()) -> bool:
+    """Whether code that a recipe names may run; see `trust.is_trusted`."""
+    from entroflow.recipe import refuse_strangers
+
+    return is_trusted(trust, lambda: refuse_strangers(recipe, changes))
+
+
+def _trusts_run(trust: bool, run: Path | None) -> bool:
+    """Whether code that a run folder names may run."""
+    from entroflow.runs import RECIPE
+
+    return trust if run is None else _trusts(trust, run / RECIPE)
 
 
 def _one_name(arguments: list[str], otherwise: str) -> tuple[str, list[str]]:
@@ -345,6 +395,7 @@ def try_reward(
     arguments: RewardArguments,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts whose images are scored.")] = 4,
     images: Annotated[int, typer.Option(min=2, help="Images of each.")] = 4,
+    trust: Trust = False,
 ) -> None:
     """Try a reward on images of the untrained model: is it fit to be trained on?
 
@@ -354,7 +405,7 @@ def try_reward(
     from entroflow.rewards.examination import examine_recipe
     from entroflow.show import print_findings
 
-    failed = print_findings(examine_recipe(_recipe_with(arguments), prompts, images))
+    failed = print_findings(examine_recipe(_recipe_with(arguments, trust), prompts, images))
     if failed:
         raise InputError(f"not fit to be trained on: {', '.join(failed)}.")
 
@@ -368,6 +419,7 @@ def calibrate(
     arguments: RewardArguments,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts whose images are scored.")] = 8,
     images: Annotated[int, typer.Option(min=2, help="Images of each.")] = 8,
+    trust: Trust = False,
 ) -> None:
     """Calibrate the floors of a mixture: how much of each reward is noise?
 
@@ -380,7 +432,7 @@ def calibrate(
     from entroflow.rewards.mixture import Mixture
     from entroflow.show import floors_table, print_table, working
 
-    recipe = _recipe_with(arguments)
+    recipe = _recipe_with(arguments, trust)
     with working("drawing images"):
         groups, chosen = untrained(recipe, prompts, images)
     found = {}
@@ -394,7 +446,7 @@ def calibrate(
         typer.echo("floors are keys of a mixture; one of this reward alone will do.")
 
 
-def _recipe_with(arguments: list[str]) -> Recipe:
+def _recipe_with(arguments: list[str], trust: bool) -> Recipe:
     """The recipe that is named; of a reward, quickstart with it."""
     from entroflow.recipe import COMPONENTS, load_recipe, shipped_recipes
 
@@ -402,7 +454,7 @@ def _recipe_with(arguments: list[str]) -> Recipe:
     own = "." in name and not Path(name).exists() and not name.endswith((".yaml", ".yml"))
     if own or (name in COMPONENTS["reward"] and name not in shipped_recipes()):
         name, changes = "quickstart", [f"reward.type={name}", *changes]
-    return load_recipe(name, changes)
+    return load_recipe(name, changes, trust=_trusts(trust, name, changes))
 
 
 @app.command(
@@ -445,11 +497,14 @@ def recipes(
         str | None, typer.Argument(help="Print this recipe with every key written out.")
     ] = None,
 ) -> None:
-    """List the shipped recipes, or print one."""
-    from entroflow.recipe import load_recipe, recipe_titles
+    """List the shipped recipes, or print one.
+
+    Nothing that a recipe names is imported: the keys of your own parts stand as they are.
+    """
+    from entroflow.recipe import described, recipe_titles
 
     if name is not None:
-        typer.echo(load_recipe(name).to_yaml(), nl=False)
+        typer.echo(described(name), nl=False)
         return
     titles = recipe_titles()
     width = max(map(len, titles))
@@ -532,12 +587,17 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
 
+OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory")
+"""What PyTorch says of it."""
+
+
 class _StandardError(logging.Handler):
     """Writes to what `sys.stderr` is at the time: a live bar puts itself in its place."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
-        print(without_secrets(self.format(record)), file=sys.stderr)
+        lines = without_secrets(self.format(record)).splitlines()
+        print("\n".join(map(printable, lines)), file=sys.stderr)
 
 
 def main() -> None:
@@ -550,13 +610,18 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
+        _end_with(str(error))
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK:
             # A folder that can't be written, a full disk: nothing a traceback would explain.
-            typer.echo(f"error: {without_secrets(' '.join(str(error).split()))}", err=True)
-            sys.exit(2)
+            _end_with(str(error))
+        of_torch = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
+        if isinstance(error, MemoryError) or of_torch:
+            reason = one_line(str(error), 200) or type(error).__name__
+            _end_with(
+                f"there is not enough memory for this ({reason}); `entroflow doctor RECIPE` says "
+                "what takes it."
+            )
         print(without_secrets(traceback.format_exc()), file=sys.stderr, end="")
         sys.exit(1)
     except SystemExit as end:
@@ -567,6 +632,11 @@ def main() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(INTERRUPTED)
+
+
+def _end_with(reason: str) -> NoReturn:
+    typer.echo(f"error: {one_line(without_secrets(reason))}", err=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.plain_sections import ENDS
 from entroflow.recipe import load_recipe
 from entroflow.run_files import Results, RunsComparison, read_object
-from entroflow.runs import EVALUATION, METRICS, RunFolder
+from entroflow.runs import EVALUATION, METRICS, RunFolder, folder_name
 from entroflow.trainer import Trainer
 
 RESULTS = "results.json"
@@ -77,7 +77,7 @@ class Job:
     def folder(self, out: Path) -> Path:
         """Where it is run."""
         name = f"{Path(self.arm.recipe).stem}-{self.recipe_hash}-{self.base}-seed{self.seed}"
-        return out / "runs" / name
+        return out / "runs" / folder_name(name)
 
 
 def planned(
@@ -85,12 +85,14 @@ def planned(
     seeds: Sequence[int],
     end: Mapping[str, float | str],
     shared: Sequence[str] = (),
+    trust: bool = False,
 ) -> list[Job]:
     """All runs of a comparison, arm by arm.
 
     Args:
         end: what every run may take: `budget`, `updates` or `minutes`, as in the section `run`.
         shared: overrides of every arm.
+        trust: see `load_recipe`.
 
     Raises:
         InputError: a recipe is wrong, given twice, or can't be run within the budget.
@@ -107,7 +109,7 @@ def planned(
                     "--budget, --updates or --minutes, and --seeds."
                 )
         with _said_of(arm):
-            recipe = load_recipe(arm.recipe, (*overrides, *ending))
+            recipe = load_recipe(arm.recipe, (*overrides, *ending), trust=trust)
             if not isinstance(recipe.evaluation, HeldOutEvaluation):
                 raise InputError(
                     "its evaluation has no test prompts to compare on; derive it from "
@@ -123,7 +125,7 @@ def planned(
             base = trainer.policy.weights.digest("reference")
             for seed in seeds:
                 ended = (*overrides, *ending, f"run.seed={seed}")
-                job = Job(arm, ended, load_recipe(arm.recipe, ended).hash, seed, base)
+                job = Job(arm, ended, load_recipe(arm.recipe, ended, trust=trust).hash, seed, base)
                 twin = jobs.setdefault(_key(job.key), job)
                 if twin is not job:
                     raise InputError(f"it is the same recipe as {twin.arm.name}.")
@@ -145,6 +147,7 @@ def run_all(
     *,
     at_once: int,
     done: Callable[[Job, Mapping[str, Any] | None], None],
+    trust: bool = False,
 ) -> list[dict[str, Any]]:
     """Run what has no result yet, `at_once` processes at a time, one thread each.
 
@@ -154,6 +157,7 @@ def run_all(
     Args:
         out: holds `results.json`, and the run folders and their output in `runs/`.
         done: called with every job and its result, or None where it failed.
+        trust: see `load_recipe`.
 
     Returns:
         The results of the jobs, in their order, without those that failed.
@@ -169,7 +173,7 @@ def run_all(
         def run(job: Job) -> dict[str, Any] | None:
             result = kept.get(_key(job.key))
             if result is None:
-                result = _run(job, out, children)
+                result = _run(job, out, children, trust)
                 if result is not None:
                     with lock:
                         kept[_key(job.key)] = result
@@ -260,7 +264,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(job: Job, out: Path, children: _Children) -> dict[str, Any] | None:
+def _run(job: Job, out: Path, children: _Children, trust: bool) -> dict[str, Any] | None:
     """The result of one run, or None if it failed; its output is in a file beside its folder."""
     folder = job.folder(out)
     if not (folder / EVALUATION).exists():
@@ -270,6 +274,8 @@ def _run(job: Job, out: Path, children: _Children) -> dict[str, Any] | None:
             # What was killed before its first checkpoint begins anew.
             shutil.rmtree(folder, ignore_errors=True)
             asked = [job.arm.recipe, *job.overrides, "--run", str(folder)]
+        if trust:
+            asked.append("--trust")
         with folder.with_suffix(".log").open("ab") as log:
             children.run(
                 [sys.executable, "-m", "entroflow.cli", "train", *asked],
@@ -363,6 +369,7 @@ def compare(
     learning_rates: Sequence[str] = (),
     at_once: int | None = None,
     progress: Progress,
+    trust: bool = False,
 ) -> tuple[list[dict[str, Any]], list[Job]]:
     """Run every arm with every seed at equal cost.
 
@@ -373,6 +380,7 @@ def compare(
         learning_rates: if given, every arm is run with each of them and the first seed, and goes on
             with the one whose last score on validation prompts is the best.
         at_once: processes; as many as there are cores if None.
+        trust: see `load_recipe`.
 
     Returns:
         The results, and the runs that failed.
@@ -384,9 +392,9 @@ def compare(
     cores = at_once or os.cpu_count() or 1
 
     def made(chosen: Sequence[Arm], which: Sequence[int]) -> tuple[list[dict[str, Any]], list[Job]]:
-        jobs = planned(chosen, which, end, shared)
+        jobs = planned(chosen, which, end, shared, trust)
         progress.begin(jobs)
-        results = run_all(jobs, out, at_once=cores, done=progress.done)
+        results = run_all(jobs, out, at_once=cores, done=progress.done, trust=trust)
         there = {_key(result) for result in results}
         return results, [job for job in jobs if _key(job.key) not in there]
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,19 +34,26 @@ class Opened:
         models: `base`, and `tuned` if there is a run.
         recipe: what it was made by, a shipped name or a file.
         iteration: of the checkpoint that the tuned weights come from.
+        trust: see `load_recipe`.
     """
 
     policy: Policy
     models: tuple[str, ...]
     recipe: str | Path
     iteration: int | None = None
+    trust: bool = False
+
+    def part(self, section: str) -> Any:
+        """A part of what it was made by; see `load_component`."""
+        return load_component(self.recipe, section, trust=self.trust)
 
 
-def open_policy(run: Path | None, weights: str = "ema") -> Opened:
+def open_policy(run: Path | None, weights: str = "ema", *, trust: bool = False) -> Opened:
     """The policy of a run, or the embedded base model.
 
     Args:
         weights: `ema` or `live`, of the best checkpoint if one is marked, else of the latest.
+        trust: see `load_recipe`.
 
     Raises:
         InputError: no run folder, no whole checkpoint in it, or other base weights than it had.
@@ -57,12 +65,12 @@ def open_policy(run: Path | None, weights: str = "ema") -> Opened:
         return Opened(policy, ("base",), "quickstart")
     folder = RunFolder.open(run)
     checkpoint = folder.best() or folder.latest()
-    policy = load_component(folder.path / RECIPE, "policy").build()
+    policy = load_component(folder.path / RECIPE, "policy", trust=trust).build()
     policy.weights.keep_reference()
     state = read_run_state(checkpoint)
     check_reference(state, policy.weights.digest("reference"), checkpoint)
     policy.weights.keep("ema", read_tensors(checkpoint / f"{weights}.safetensors"))
-    return Opened(policy, ("base", "tuned"), folder.path / RECIPE, state["iteration"])
+    return Opened(policy, ("base", "tuned"), folder.path / RECIPE, state["iteration"], trust)
 
 
 def draw(
@@ -87,7 +95,7 @@ def draw(
         InputError: a prompt is outside what the model knows.
     """
     policy, models = opened.policy, opened.models
-    evaluation = load_component(opened.recipe, "evaluation")
+    evaluation = opened.part("evaluation")
     usual = evaluation if isinstance(evaluation, HeldOutEvaluation) else HeldOutEvaluation()
     steps = usual.steps if steps is None else steps
     guidance = usual.guidance if guidance is None else guidance
@@ -99,7 +107,7 @@ def draw(
         with policy.weights("reference" if name == "base" else "ema"):
             drawn = sample_images(
                 policy, asked, torch.full((len(asked),), count), steps=steps, guidance=guidance,
-                seed=seed, batch_size=load_component(opened.recipe, "sampling").batch_size,
+                seed=seed, batch_size=opened.part("sampling").batch_size,
             )  # fmt: skip
         images.append(drawn.images)
         captions += [f"{name}: {text}" for text in prompts for _ in range(count)]

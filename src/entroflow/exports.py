@@ -12,7 +12,14 @@ from entroflow.runs import package_version
 ABOUT = "entroflow.json"
 
 
-def export(run: Path | str, out: Path | str, *, weights: str = "ema", merged: bool = False) -> Path:
+def export(
+    run: Path | str,
+    out: Path | str,
+    *,
+    weights: str = "ema",
+    merged: bool = False,
+    trust: bool = False,
+) -> Path:
     """Write what a run has learnt into a new folder.
 
     For a policy over a diffusers pipeline that is the LoRA, as `pipe.load_lora_weights` reads it,
@@ -24,6 +31,7 @@ def export(run: Path | str, out: Path | str, *, weights: str = "ema", merged: bo
         out: the folder, which must not exist or be empty.
         weights: `ema` or `live`.
         merged: a whole pipeline also where only a LoRA was trained.
+        trust: import what the run names also from a folder that is not below the current one.
 
     Returns:
         The folder.
@@ -33,7 +41,7 @@ def export(run: Path | str, out: Path | str, *, weights: str = "ema", merged: bo
     """
     run, out = Path(run), Path(out)
     refuse_used(out)
-    opened = open_policy(run, weights)
+    opened = open_policy(run, weights, trust=trust)
     write = getattr(opened.policy, "export", None)
     if write is None:
         raise InputError(f"a {type(opened.policy).__name__} can't be exported: it has no export().")

@@ -23,7 +23,7 @@ from entroflow.report.events import Events
 from entroflow.report.page import write_report
 from entroflow.rewards.base import AnyReward, RewardFunction, as_reward
 from entroflow.rewards.mixture import Mixture
-from entroflow.runs import EVALUATION, RECIPE, RunFolder
+from entroflow.runs import EVALUATION, RECIPE, RunFolder, folder_name
 from entroflow.trainer import Trainer
 from entroflow.training_run import train_in
 
@@ -39,6 +39,7 @@ def train(
     run: Path | str | None = None,
     stop_after: int | None = None,
     watch: Callable[[Metrics, Evaluated | None], None] | None = None,
+    trust: bool = False,
 ) -> RunFolder:
     """Train by a recipe in a new run folder.
 
@@ -52,6 +53,7 @@ def train(
         run: folder, `runs/<recipe>-<time>` if None; never overwritten.
         stop_after: stop after this iteration, as if interrupted there.
         watch: called with the metrics (and evaluation, if there was one) of every iteration.
+        trust: import what the recipe names also from a folder that is not below the current one.
 
     Returns:
         The run folder.
@@ -59,7 +61,7 @@ def train(
     Raises:
         InputError: a recipe, folder or prompt is wrong.
     """
-    loaded = load_recipe(recipe, overrides, _given(policy, reward))
+    loaded = load_recipe(recipe, overrides, _given(policy, reward), trust=trust)
     trainer = Trainer(loaded, policy)
     trainer.try_inputs()
     folder = RunFolder.create(Path(run) if run else new_folder(loaded), loaded.to_yaml())
@@ -75,6 +77,7 @@ def resume(
     reward: AnyReward | RewardFunction | None = None,
     stop_after: int | None = None,
     watch: Callable[[Metrics, Evaluated | None], None] | None = None,
+    trust: bool = False,
 ) -> RunFolder:
     """Go on from the latest checkpoint of a run, with the same weights as if it never stopped.
 
@@ -83,7 +86,7 @@ def resume(
         overrides: of the sections `run` and `monitors` only, as `run.iterations=200`; other keys
             would make it another run.
         policy, reward: needed again where the run was started with objects of your own.
-        stop_after, watch: see `train`.
+        stop_after, watch, trust: see `train`.
 
     Raises:
         InputError: no run folder, no checkpoint, or a torn one; another policy or reward; a run
@@ -98,7 +101,7 @@ def resume(
                 f"{override!r}; start a new run for another recipe."
             )
     given = _given(policy, reward)
-    recipe = load_recipe(folder.path / RECIPE, overrides, given)
+    recipe = load_recipe(folder.path / RECIPE, overrides, given, trust=trust)
     for section in given:
         before, now = chosen_type(folder.path / RECIPE, section), recipe.resolved[section]["type"]
         if before != now:
@@ -118,7 +121,7 @@ def resume(
 
 def new_folder(recipe: Recipe) -> Path:
     """A new folder `runs/<recipe>-<time>`, with a number where several start at once."""
-    name = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = f"{folder_name(recipe.name)}-{datetime.now():%Y%m%d-%H%M%S}"
     place, number = Path("runs") / name, 1
     place.parent.mkdir(exist_ok=True)
     while True:

@@ -137,6 +137,8 @@ class DatasetPrompts(_ListedPrompts):
             raise InputError(
                 "prompts of type 'dataset' need the extra: pip install 'entroflow[datasets]'"
             ) from None
+        if self.name == "pandas":
+            raise InputError("the format pandas reads pickles, which run code; give another.")
         files = list(self.data_files) or None
         try:
             table = datasets.load_dataset(

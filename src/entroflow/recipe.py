@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -21,10 +21,27 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
 from entroflow.component import Component
-from entroflow.errors import RecipeError
+from entroflow.errors import RecipeError, quoted
 from entroflow.plain_sections import ENDS, Attention, Monitors, Optimizer, Run, Sampling, Scoring
-from entroflow.settings_text import holder_of, override_of, parse_yaml
-from entroflow.users_code import home_of, imported, raised, refuse_shadowed, search_beside
+from entroflow.settings_text import (
+    TEXTS,
+    fields_of,
+    holder_of,
+    name_of_recipe,
+    override_of,
+    parse_yaml,
+    read_recipe,
+    texts_of,
+)
+from entroflow.users_code import (
+    home_of,
+    imported,
+    is_of_python,
+    refuse_shadowed,
+    refuse_untrusted,
+    search_beside,
+    users_errors,
+)
 from entroflow.wrong_keys import explained, hint
 
 if TYPE_CHECKING:
@@ -129,9 +146,21 @@ SECTIONS = (
 )  # fmt: skip
 LATER_SECTIONS = ("scoring", "monitors", "attention")
 """Sections that runs of older versions lack; their defaults are what those did."""
-TEXTS = ("title", "paper", "notes")
 FOUND_IN = "found_in"
 """Key of a run's recipe: the folder of the recipe file, where components of the user's may lie."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a recipe comes from.
+
+    Attributes:
+        folder: where files that it names are looked for first; then in the current folder.
+        is_built: whether the user's own parts are imported and built; else they stay None.
+    """
+
+    folder: Path | None = None
+    is_built: bool = True
 
 
 @dataclass(frozen=True)
@@ -226,12 +255,14 @@ def _many(component: type[BaseModel], key: str) -> bool:
     return isinstance(default, Mapping)
 
 
-def _names_own(resolved: Any) -> bool:
-    """Whether a part, or a part of one, is named by a dotted path."""
-    if not isinstance(resolved, Mapping):
-        return False
-    kind = resolved.get("type")
-    return (isinstance(kind, str) and "." in kind) or any(map(_names_own, resolved.values()))
+def _dotted_paths(fields: Any) -> Iterator[str]:
+    """The dotted paths by which a part and its parts are named."""
+    if isinstance(fields, Mapping):
+        kind = fields.get("type")
+        if isinstance(kind, str) and "." in kind:
+            yield kind
+        for value in fields.values():
+            yield from _dotted_paths(value)
 
 
 SHIPPED = Path(str(resources.files("entroflow") / "recipes"))
@@ -264,6 +295,8 @@ def load_recipe(
     name_or_path: str | Path,
     overrides: Sequence[str] = (),
     given: Mapping[str, Any] | None = None,
+    *,
+    trust: bool = False,
 ) -> Recipe:
     """Read a recipe: a shipped name or a file, then `section.key=value` overrides in order.
 
@@ -271,31 +304,75 @@ def load_recipe(
         name_or_path: of the recipe.
         overrides: changes to it.
         given: see `build_recipe`.
+        trust: import what it names also from a folder that is not below the current one.
 
     Raises:
         RecipeError: unknown recipe, section, key or type; a value of the wrong type or out of
             range; an override of a section that is given; a file that is missing or no YAML.
+        UntrustedError: a part is code beside the recipe, elsewhere than below the current folder.
     """
     for override in overrides:
         section = override.partition(".")[0]
         if given and section in given:
             raise RecipeError(f"{override}: {section} is given as an object; set its fields there.")
-    name, text, folder = _find(str(name_or_path))
+    mapping, name, folder = _opened(name_or_path, overrides, trust)
+    recipe = build_recipe(mapping, name, given, folder)
+    return _with_home(recipe, folder)
+
+
+def described(name_or_path: str | Path) -> str:
+    """A recipe as YAML, with every key of the package's own parts written out.
+
+    Parts of the user's stand as they are in the recipe: none is imported.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+    """
+    mapping, name, folder = _opened(name_or_path, (), False)
+    recipe = _assembled(mapping, name, {}, _Source(folder, is_built=False))
+    return _with_home(recipe, folder).to_yaml()
+
+
+def refuse_strangers(name_or_path: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Refuse a recipe that names code which is neither trusted nor of the user's working tree.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+        UntrustedError: it does; nothing was imported.
+    """
+    mapping, name, _ = _opened(name_or_path, overrides, False)
+    for path in _dotted_paths(mapping):
+        refuse_untrusted(path, name)
+
+
+def _opened(
+    name_or_path: str | Path, overrides: Sequence[str], trust: bool
+) -> tuple[dict[str, Any], str, Path]:
+    """What a recipe says, its name, and the folder it lay in first; what lies there is found."""
+    name, text, beside = read_recipe(str(name_or_path), shipped_recipes())
     mapping = parse_yaml(text, name)
-    folder = _home_folder(mapping, folder)
     # A type goes before its fields, wherever it stands.
     for override in sorted(overrides, key=lambda o: not o.partition("=")[0].endswith(".type")):
         _apply_override(mapping, override)
-    search_beside(_of_users(folder))
-    recipe = build_recipe(mapping, name, given, folder)
-    own = any(_names_own(recipe.resolved[section]) for section in SECTIONS)
+    folder = _home_folder(mapping, beside or SHIPPED, name)
+    search_beside(_of_users(folder), trust)
+    return mapping, name, folder
+
+
+def _with_home(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe, which knows the folder of the user's parts if it has any."""
+    own = any(_dotted_paths(recipe.resolved))
     return replace(recipe, found_in=_of_users(folder)) if own else recipe
 
 
-def _home_folder(mapping: dict[str, Any], folder: Path | None) -> Path | None:
+def _home_folder(mapping: dict[str, Any], folder: Path, name: str) -> Path:
     """Where the recipe lay first: what a run wrote down, or else the file's own folder."""
     written = mapping.pop(FOUND_IN, None)
-    return Path(written) if isinstance(written, str) else folder
+    if written is None:
+        return folder
+    if not isinstance(written, str):
+        raise RecipeError(f"{name}: {FOUND_IN} must be a folder, not {quoted(written)}.")
+    return Path(written)
 
 
 def _of_users(folder: Path | None) -> Path | None:
@@ -303,17 +380,15 @@ def _of_users(folder: Path | None) -> Path | None:
     return None if folder == SHIPPED else folder
 
 
-def load_component(name_or_path: str | Path, section: str) -> Any:
+def load_component(name_or_path: str | Path, section: str, *, trust: bool = False) -> Any:
     """One component of a recipe; the others are neither imported nor built.
 
     Raises:
         RecipeError: see `load_recipe`.
     """
-    name, text, folder = _find(str(name_or_path))
-    mapping = parse_yaml(text, name)
-    folder = _home_folder(mapping, folder)
-    search_beside(_of_users(folder))
-    return _build(section, dict(mapping.get(section) or {}), f"{name}: {section}", folder)[0]
+    mapping, name, folder = _opened(name_or_path, (), trust)
+    fields = fields_of(mapping.get(section), f"{name}: {section}")
+    return _build(section, fields, f"{name}: {section}", _Source(folder))[0]
 
 
 def changed(component: ComponentT, fields: Mapping[str, Any], where: str) -> ComponentT:
@@ -331,8 +406,8 @@ def changed(component: ComponentT, fields: Mapping[str, Any], where: str) -> Com
 
 def chosen_type(name_or_path: str | Path, section: str) -> str:
     """What a recipe chooses for a section, without importing or building it."""
-    name, text, _ = _find(str(name_or_path))
-    fields = parse_yaml(text, name).get(section) or {}
+    name, text, _ = read_recipe(str(name_or_path), shipped_recipes())
+    fields = fields_of(parse_yaml(text, name).get(section), f"{name}: {section}")
     return str(fields.get("type", next(iter(COMPONENTS[section]))))
 
 
@@ -351,40 +426,31 @@ def build_recipe(
     Raises:
         RecipeError: see `load_recipe`.
     """
+    return _assembled(mapping, name, given or {}, _Source(folder))
+
+
+def _assembled(
+    mapping: Mapping[str, Any], name: str, given: Mapping[str, Any], source: _Source
+) -> Recipe:
+    """The recipe of a mapping; see `build_recipe`."""
     mapping = dict(mapping)
-    name = str(mapping.pop("name", None) or name)
+    name = name_of_recipe(mapping, name)
     for key in mapping:
         if key not in SECTIONS and key not in TEXTS:
-            raise RecipeError(f"{name}: unknown section {key!r}{hint(key, [*SECTIONS, *TEXTS])}")
-    texts = {key: "" if mapping.get(key) is None else str(mapping[key]) for key in TEXTS}
+            known = [*SECTIONS, *TEXTS]
+            raise RecipeError(f"{name}: unknown section {quoted(key)}{hint(key, known)}")
+    texts = texts_of(mapping, name)
     parts: dict[str, Any] = dict(texts)
     resolved: dict[str, Any] = {key: value for key, value in texts.items() if value}
     for section in SECTIONS:
-        if given and section in given:
+        if section in given:
             parts[section], resolved[section] = given[section], {"type": home_of(given[section])}
             continue
-        fields = {} if mapping.get(section) is None else mapping[section]
-        if not isinstance(fields, Mapping):
-            raise RecipeError(f"{name}: {section} must hold keys and values, not {fields!r}.")
+        where = f"{name}: {section}"
         parts[section], resolved[section] = _build(
-            section, dict(fields), f"{name}: {section}", folder
+            section, fields_of(mapping.get(section), where), where, source
         )
     return Recipe(name=name, **parts, resolved=resolved)
-
-
-def _find(name: str) -> tuple[str, str, Path | None]:
-    shipped = shipped_recipes()
-    if name in shipped:
-        return name, shipped[name].read_text(encoding="utf-8"), SHIPPED
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        try:
-            return path.stem, path.read_text(encoding="utf-8"), path.resolve().parent
-        except FileNotFoundError:
-            raise RecipeError(f"there is no recipe file {path}.") from None
-        except (UnicodeDecodeError, IsADirectoryError):
-            raise RecipeError(f"{path} is not a YAML file.") from None
-    raise RecipeError(f"there is no recipe {name!r}{hint(name, list(shipped))}")
 
 
 def _apply_override(mapping: dict[str, Any], override: str) -> None:
@@ -398,7 +464,7 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
 
 
 def _build(
-    section: str, fields: dict[str, Any], where: str, folder: Path | None
+    section: str, fields: dict[str, Any], where: str, source: _Source
 ) -> tuple[Any, dict[str, Any]]:
     """A component of the kind of a section, and its fields with defaults written out.
 
@@ -406,69 +472,138 @@ def _build(
         where: what errors call it.
     """
     if section in PLAIN:
-        return _validated(PLAIN[section], fields, where, folder)
+        return _validated(PLAIN[section], fields, where, source)
     known = COMPONENTS[section]
     kind = fields.pop("type", next(iter(known)))
     if not isinstance(kind, str):
-        raise RecipeError(f"{where}.type must be a name, not {kind!r}.")
+        raise RecipeError(f"{where}.type must be a name, not {quoted(kind)}.")
     if kind in known:
         chosen = imported(known[kind], f"{where}.type")
-        return _validated(chosen, {"type": kind, **fields}, where, folder)
+        return _validated(chosen, {"type": kind, **fields}, where, source)
     if "." not in kind:
-        raise RecipeError(f"{where}.type: unknown type {kind!r}{hint(kind, list(known))}")
-    return _users(section, kind, fields, where, folder)
+        raise RecipeError(f"{where}.type: unknown type {quoted(kind)}{hint(kind, list(known))}")
+    if not source.is_built:
+        return None, {"type": kind, **fields}
+    return _users(section, kind, fields, where, source)
 
 
 def _users(
-    section: str, kind: str, fields: dict[str, Any], where: str, folder: Path | None
+    section: str, kind: str, fields: dict[str, Any], where: str, source: _Source
 ) -> tuple[Any, dict[str, Any]]:
-    """A component of the user's, by dotted path."""
-    chosen = imported(kind, f"{where}.type")
-    refuse_shadowed(kind.rpartition(".")[0], folder, f"{where}.type")
-    component, resolved = _made(section, kind, chosen, fields, where, folder)
+    """A component of the user's, by dotted path; nothing is called that is none of this kind."""
     protocols = [imported(path, where) for path in PROTOCOLS[section]]
+    refuse_untrusted(kind, f"{where}.type")
+    if is_of_python(kind):
+        refuse_shadowed(kind, source.folder, f"{where}.type")
+        raise _unfit(section, kind, where, [*_methods(protocols[0])], "it is of Python itself")
+    chosen = imported(kind, f"{where}.type")
+    refuse_shadowed(kind, source.folder, f"{where}.type")
+    if not callable(chosen) and all(_lacking(chosen, protocol) for protocol in protocols):
+        raise RecipeError(f"{where}.type: {kind} is neither a class nor a function.")
+    if inspect.isclass(chosen):
+        component, resolved = _instance(section, kind, chosen, fields, where, source)
+    else:
+        component, resolved = _as_it_is(section, kind, chosen, fields, where), {"type": kind}
     lacking = [_missing(component, protocol) for protocol in protocols]
     if all(lacking):
-        raise RecipeError(
-            f"{where}.type: {kind} is not for {section}: it has no {', '.join(lacking[0])} (an "
-            "object that was passed from Python can be used from Python only)."
-        )
+        raise _unfit(section, kind, where, lacking[0])
     return component, resolved
 
 
+def _unfit(
+    section: str,
+    kind: str,
+    where: str,
+    lacking: Sequence[str],
+    why: str = "an object that was passed from Python can be used from Python only",
+) -> RecipeError:
+    return RecipeError(
+        f"{where}.type: {kind} is not for {section}: it has no {', '.join(lacking)} ({why})."
+    )
+
+
+def _methods(protocol: Any) -> list[str]:
+    """What has to be there before anything is called; other attributes an `__init__` may set."""
+    return [key for key in vars(protocol) if key[0] != "_"]
+
+
+def _lacking(part: Any, protocol: Any) -> list[str]:
+    """The methods of a protocol that an object, or a class and its annotations, do not have."""
+    bases = part.__mro__ if inspect.isclass(part) else ()
+    annotated = {name for base in bases for name in inspect.get_annotations(base)}
+    return [
+        name for name in _methods(protocol) if not hasattr(part, name) and name not in annotated
+    ]
+
+
 def _missing(component: Any, protocol: Any) -> list[str]:
-    needed = {**vars(protocol), **protocol.__annotations__}
-    return [key for key in needed if key[0] != "_" and not hasattr(component, key)]
+    return [
+        key
+        for key in {**vars(protocol), **protocol.__annotations__}
+        if key[0] != "_" and not hasattr(component, key)
+    ]
 
 
-def _made(
-    section: str, kind: str, chosen: Any, fields: dict[str, Any], where: str, folder: Path | None
+def _instance(
+    section: str, kind: str, chosen: type, fields: dict[str, Any], where: str, source: _Source
 ) -> tuple[Any, dict[str, Any]]:
-    if inspect.isclass(chosen) and issubclass(chosen, BaseModel):
-        component, resolved = _validated(chosen, fields, where, folder)
-        return component, {**resolved, "type": kind}
-    if section == "reward" and inspect.isfunction(chosen):
-        if fields:
-            raise RecipeError(f"{where}: a function takes no keys, but {sorted(fields)} are given.")
-        from entroflow.rewards.base import FunctionReward
-
-        return FunctionReward(chosen), {"type": kind}
-    if not callable(chosen):
-        raise RecipeError(f"{where}.type: {kind} is neither a class nor a function.")
-    try:
-        inspect.signature(chosen).bind(**fields)
-    except TypeError as error:
-        raise RecipeError(f"{where}: {kind} {error}.") from None
-    except ValueError:
-        raise RecipeError(f"{where}.type: {kind} does not say which keys it takes.") from None
-    try:
+    """An instance of a class of the user's, if that has the methods of the section."""
+    protocols = [imported(path, where) for path in PROTOCOLS[section]]
+    lacking = [_lacking(chosen, protocol) for protocol in protocols]
+    if all(lacking):
+        if section == "reward" and any("__call__" in vars(base) for base in chosen.__mro__):
+            raise RecipeError(
+                f"{where}.type: {kind} is a class whose instances can be called (it has __call__); "
+                f"name an instance, as `mine = {chosen.__name__}()` in its module, or give it a "
+                "method score."
+            )
+        raise _unfit(section, kind, where, lacking[0])
+    with users_errors(f"{where}: {kind}"):
+        if issubclass(chosen, BaseModel):
+            component, resolved = _validated(chosen, fields, where, source)
+            return component, {**resolved, "type": kind}
+        _refuse_arguments(chosen, (), fields, f"{where}: {kind}")
         return chosen(**fields), {"type": kind, **fields}
-    except Exception as error:
-        raise RecipeError(f"{where}: {kind} {raised(error)}.") from error
+
+
+def _as_it_is(section: str, kind: str, chosen: Any, fields: Mapping[str, Any], where: str) -> Any:
+    """An object of the user's, or in the section of rewards what can be called."""
+    protocols = [imported(path, where) for path in PROTOCOLS[section]]
+    is_function = all(_lacking(chosen, protocol) for protocol in protocols)
+    if fields:
+        what = "a function" if is_function else "an object"
+        raise RecipeError(f"{where}: {what} takes no keys, but {quoted(sorted(fields))} are given.")
+    if not is_function:
+        return chosen
+    if section != "reward":
+        why = "a function is none; name a class or an object"
+        raise _unfit(section, kind, where, _methods(protocols[0]), why)
+    from entroflow.rewards.base import FunctionReward
+
+    with users_errors(f"{where}: {kind}"):
+        _refuse_arguments(chosen, ("images", "prompts", "metadata"), {}, f"{where}: {kind}")
+    return FunctionReward(chosen)
+
+
+def _refuse_arguments(
+    function: Any, positional: Sequence[str], named: Mapping[str, Any], where: str
+) -> None:
+    """Refuse arguments that do not fit the signature of what is to be called."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        if named:
+            raise RecipeError(f"{where} does not say which keys it takes.") from None
+        return
+    try:
+        signature.bind(*positional, **named)
+    except TypeError as error:
+        given = f" (it is called with {', '.join(positional)})" if positional else ""
+        raise RecipeError(f"{where} {error}{given}.") from None
 
 
 def _validated(
-    chosen: type[BaseModel], fields: dict[str, Any], where: str, folder: Path | None = None
+    chosen: type[BaseModel], fields: dict[str, Any], where: str, source: _Source = _Source()
 ) -> tuple[BaseModel, dict[str, Any]]:
     if chosen.model_config.get("extra", "ignore") == "ignore":
         # pydantic would drop them in silence.
@@ -476,20 +611,26 @@ def _validated(
         aliases = {field.alias for field in chosen.model_fields.values()}
         for key in fields:
             if key not in names and key not in aliases:
-                raise RecipeError(f"{where}: unknown key {key!r}{hint(key, names)}")
+                raise RecipeError(f"{where}: unknown key {quoted(key)}{hint(key, names)}")
     nested = getattr(chosen, "parts", {})
     built: dict[str, Any] = {}
     written: dict[str, Any] = {}
     for key, section in nested.items():
         build = _named_parts if _many(chosen, key) else _part
-        built[key], written[key] = build(section, fields.get(key), f"{where}.{key}", folder)
+        built[key], written[key] = build(section, fields.get(key), f"{where}.{key}", source)
     plain = {key: value for key, value in fields.items() if key not in nested}
     try:
         # JSON rules: lists may become tuples and strings paths, but "8" is no number.
-        component = chosen.model_validate_json(json.dumps(plain, default=str), strict=True)
+        text = json.dumps(plain, default=str)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{where}: its values are no JSON ({error}).") from None
+    try:
+        component = chosen.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise RecipeError(explained(error, chosen, where)) from None
-    found = {key: _located(path, folder) for key, path in component if isinstance(path, Path)}
+    found = {
+        key: _located(path, source.folder) for key, path in component if isinstance(path, Path)
+    }
     resolved = component.model_copy(update=found).model_dump(mode="json", exclude={*nested})
     component = component.model_copy(update={**found, **built})
     if check := getattr(component, "check_parts", None):
@@ -500,22 +641,17 @@ def _validated(
     return component, dict(sorted({**resolved, **written}.items(), key=lambda kv: kv[0] != "type"))
 
 
-def _part(section: str, fields: Any, where: str, folder: Path | None) -> tuple[Any, dict[str, Any]]:
+def _part(section: str, fields: Any, where: str, source: _Source) -> tuple[Any, dict[str, Any]]:
     """A component inside of another one."""
-    fields = {} if fields is None else fields
-    if not isinstance(fields, Mapping):
-        raise RecipeError(f"{where} must hold keys and values, not {fields!r}.")
-    return _build(section, dict(fields), where, folder)
+    return _build(section, fields_of(fields, where), where, source)
 
 
 def _named_parts(
-    section: str, named: Any, where: str, folder: Path | None
+    section: str, named: Any, where: str, source: _Source
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Components inside of another one, by name."""
-    named = {} if named is None else named
-    if not isinstance(named, Mapping):
-        raise RecipeError(f"{where} must hold names, each with keys and values, not {named!r}.")
-    built = {n: _part(section, fields, f"{where}.{n}", folder) for n, fields in named.items()}
+    named = fields_of(named, where, "names, each with keys and values")
+    built = {n: _part(section, fields, f"{where}.{n}", source) for n, fields in named.items()}
     return {n: part for n, (part, _) in built.items()}, {n: w for n, (_, w) in built.items()}
 
 

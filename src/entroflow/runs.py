@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,6 +77,11 @@ def package_version() -> str:
         return git("rev-parse", "--short", "HEAD") + ("-changed" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return entroflow.__version__
+
+
+def folder_name(name: str) -> str:
+    """The name of a recipe as that of a folder: letters, digits and `._+=,-`; else `_`."""
+    return re.sub(r"[^\w.+=,-]", "_", name)
 
 
 def spent(line: Mapping[str, Any]) -> dict[str, float]:

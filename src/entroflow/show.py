@@ -26,6 +26,7 @@ from rich.table import Table
 
 from entroflow.compare import Job
 from entroflow.compared import Row, smallest_difference
+from entroflow.errors import one_line, printable
 from entroflow.evaluation.base import Evaluated
 from entroflow.findings import Finding, Verdict
 from entroflow.metrics import Metrics
@@ -36,7 +37,13 @@ from entroflow.rewards.floors import Floor
 from entroflow.run_files import Comparison, read_object
 from entroflow.runs import EVALUATION, RunFolder, spent
 
-console = Console()
+console = Console(emoji=False)
+"""What is printed may hold names and texts of users: none is markup, see `plain`."""
+
+
+def plain(text: str) -> str:
+    """A text of the user's or of others, as it stands between markup."""
+    return escape(printable(text))
 
 
 class TrainingProgress:
@@ -49,10 +56,10 @@ class TrainingProgress:
         self._recipe = recipe
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -65,8 +72,8 @@ class TrainingProgress:
     def __enter__(self) -> TrainingProgress:
         run = self._recipe.run
         console.print(
-            f"[bold]{escape(self._recipe.name)}[/] {self._recipe.hash}  "
-            f"{escape(self._recipe.title)}",
+            f"[bold]{plain(self._recipe.name)}[/] {self._recipe.hash}  "
+            f"{plain(one_line(self._recipe.title))}",
             highlight=False,
         )
         console.print(f"{length(run)}, seed {run.seed}", highlight=False)
@@ -92,11 +99,11 @@ class TrainingProgress:
         if evaluated is not None:
             self._score = metrics["eval/score"]
             score = Interval(self._score, metrics["eval/score_low"], metrics["eval/score_high"])
-            shown = "".join(f"{each}  " for each in _watched(metrics, evaluated.monitor_means()))
+            watched = _watched(metrics, evaluated.monitor_means())
             console.print(
                 f"iteration {metrics['iteration']:>4}  "
                 f"score [bold]{_decimals(self._score, 3)}[/] {escape(score.reach)}  "
-                f"{shown}"
+                f"{plain(''.join(f'{each}  ' for each in watched))}"
                 f"{compact(metrics['ledger/weighted_evaluations'])} weighted evaluations  "
                 f"{metrics['seconds']:.0f} s",
                 highlight=False,
@@ -178,8 +185,9 @@ def evaluation_table(summary: dict[str, Any]) -> Table:
         models.pop("base_guided")
     images = models["base"]["scores"]["overall"]["images"]
     table = Table(
-        title=f"{summary['measure']['name']} on {summary['split']} prompts, {images} images, "
-        f"{summary['steps']} ODE steps, guidance {summary['guidance']:g}, [95% interval]",
+        title=f"{plain(summary['measure']['name'])} on {summary['split']} prompts, "
+        f"{images} images, {summary['steps']} ODE steps, guidance {summary['guidance']:g}, "
+        "[95% interval]",
         title_justify="left",
     )
     table.add_column("")
@@ -191,16 +199,16 @@ def evaluation_table(summary: dict[str, Any]) -> Table:
         for model in models.values():
             score = Interval.of(model["scores"][skill])
             cells.append(f"{_decimals(score.value, 3)} {escape(score.reach)}")
-        table.add_row(skill, *cells, end_section=skill in skills[-2:])
+        table.add_row(plain(skill), *cells, end_section=skill in skills[-2:])
     if list(models["base"].get("win_rates", {})) != ["reward"]:
         table.add_row("reward", *(_decimals(model["reward"], 3) for model in models.values()))
     for monitor in models["base"]["monitors"]:
         values = [model["monitors"][monitor] for model in models.values()]
-        table.add_row(monitor, *(_decimals(value, 4) for value in values))
+        table.add_row(plain(monitor), *(_decimals(value, 4) for value in values))
     for name in models["base"].get("win_rates", {}):
         rates = [Interval.of(model["win_rates"][name]) for model in models.values()]
         label = "win rate" if name == "reward" else f"win rate, {name}"
-        table.add_row(label, *(f"{_decimals(r.value, 3)} {escape(r.reach)}" for r in rates))
+        table.add_row(plain(label), *(f"{_decimals(r.value, 3)} {escape(r.reach)}" for r in rates))
     if "gain" in summary:
         if (iteration := summary.get("iteration")) is not None:
             table.title = f"{table.title}\ntuned: after iteration {iteration}"
@@ -239,7 +247,9 @@ class _ComparisonProgress:
             said = f"score {before:.3f} -> {after:.3f} in {result['training_seconds']:.0f} s"
             said += f" ({result['version']})"
         console.print(
-            f"{escape(job.arm.name)}  seed {job.seed}  {said}", highlight=False, soft_wrap=True
+            f"{plain(job.arm.name)}  seed {job.seed}  {plain(said)}",
+            highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -270,7 +280,8 @@ def comparison_table(table: Sequence[Row]) -> Table:
         if any(name in r.monitors for r in table)
     ]
     shown = Table(
-        title=f"{' or '.join(measures)} on test prompts: mean over seeds, and standard deviation",
+        title=f"{plain(' or '.join(measures))} on test prompts: mean over seeds, and standard "
+        "deviation",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -285,7 +296,7 @@ def comparison_table(table: Sequence[Row]) -> Table:
     for row in table:
         spread = "" if math.isnan(row.spread) else f" ±{row.spread:.3f}"
         shown.add_row(
-            escape(row.name), str(row.seeds), f"{row.iterations:.0f}",
+            plain(row.name), str(row.seeds), f"{row.iterations:.0f}",
             compact(row.weighted_evaluations), f"{row.score:.3f}{spread}", f"{row.gain:+.3f}",
             *("–" if math.isnan(x) else f"×{x:.2f}" for x in map(row.ratio, monitors)),
             f"{row.minutes:.1f}",
@@ -298,7 +309,7 @@ def comparison_table(table: Sequence[Row]) -> Table:
         else f"differences below {least:.3f} would likely not have shown (5%, power 80%)"
     )
     if len(versions) > 1:
-        shown.caption += f"\nmade by several versions of the package: {', '.join(versions)}"
+        shown.caption += f"\nmade by several versions of the package: {plain(', '.join(versions))}"
     return shown
 
 
@@ -319,7 +330,7 @@ def print_findings(findings: Iterator[Finding]) -> list[str]:
         if finding is None:
             return failed
         row = Table.grid(padding=(0, 2))
-        row.add_row(MARKS[finding.verdict], f"{finding.check:<9}", escape(finding.said))
+        row.add_row(MARKS[finding.verdict], f"{finding.check:<9}", plain(finding.said))
         console.print(row, highlight=False)
         failed += [finding.check] if finding.verdict is Verdict.FAILED else []
 
@@ -332,7 +343,7 @@ def floors_table(found: Mapping[str, Floor]) -> Table:
         table.add_column(heading, justify="right")
     for name, one in found.items():
         table.add_row(
-            escape(name), f"{one.noise:.3g}", f"{one.spread:.3g}", f"{one.signal:.0%}",
+            plain(name), f"{one.noise:.3g}", f"{one.spread:.3g}", f"{one.signal:.0%}",
             f"{one.floor:.2g}", f"{one.failed:.0%}" if one.failed else "",
         )  # fmt: skip
     return table
@@ -358,7 +369,7 @@ def working(what: str, quiet: bool = False) -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
-    with console.status(f"{what} ..."):
+    with console.status(f"{plain(what)} ..."):
         yield
 
 

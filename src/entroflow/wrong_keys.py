@@ -9,6 +9,8 @@ from typing import get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from entroflow.errors import QUOTED, quoted
+
 
 def explained(error: ValidationError, chosen: type[BaseModel], where: str) -> str:
     """The first of its errors in a line, and how many more there are.
@@ -31,14 +33,14 @@ def explained(error: ValidationError, chosen: type[BaseModel], where: str) -> st
             name for name, field in chosen.model_fields.items()
             if name != "type" or len(get_args(field.annotation)) > 1
         ]  # fmt: skip
-        return f"{where}: unknown key {key!r}{hint(key, names)}{more}"
+        return f"{where}: unknown key {quoted(key)}{hint(key, names)}{more}"
     if first["type"] == "missing":
         return f"{where}: key {key!r} is missing{more}."
     message = first["msg"].removeprefix("Value error, ")
     if not key:
         return f"{where}: {message}{more}."
     message = message[0].lower() + message[1:]
-    return f"{where}.{key}: {message}, not {first['input']!r}{more}."
+    return f"{where}.{key}: {message}, not {quoted(first['input'])}{more}."
 
 
 def _of_one_form(error: ErrorDetails, chosen: type[BaseModel]) -> bool:
@@ -65,6 +67,6 @@ def _of_all_forms(errors: Sequence[ErrorDetails]) -> ErrorDetails:
 
 def hint(word: str, known: Sequence[str]) -> str:
     """The end of a sentence about an unknown word: what may have been meant, or what is known."""
-    near = get_close_matches(str(word), known, n=1, cutoff=0.5)
+    near = get_close_matches(str(word)[:QUOTED], known, n=1, cutoff=0.5)
     listed = f" (known: {', '.join(known)})." if len(known) <= 16 else "."
     return f"; did you mean {near[0]!r}?{listed if not near else ''}" if near else f"{listed}"

@@ -11,7 +11,7 @@ import torch
 
 import entroflow
 from entroflow.drawing import open_policy
-from entroflow.errors import InputError
+from entroflow.errors import InputError, UntrustedError
 from entroflow.trainer import Trainer
 from tiny_run import HERE, Brightness, PixelPolicy, brightness, recipe, train
 
@@ -68,11 +68,13 @@ def test_a_run_with_a_component_beside_its_recipe_resumes(tmp_path, monkeypatch)
         process.setattr(sys, "path", [*sys.path])
         folder = entroflow.train(
             tmp_path / "mine.yaml", policy=PixelPolicy(), run=tmp_path / "runs" / "one",
-            stop_after=1,
+            stop_after=1, trust=True,
         )  # fmt: skip
     del sys.modules[name]
     importlib.invalidate_caches()
-    folder = entroflow.resume(folder.path, policy=PixelPolicy())
+    with pytest.raises(UntrustedError):
+        entroflow.resume(folder.path, policy=PixelPolicy())
+    folder = entroflow.resume(folder.path, policy=PixelPolicy(), trust=True)
     assert folder.metrics()[-1]["iteration"] == 3
 
 

@@ -6,11 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from entroflow.drawing import open_policy
-from entroflow.errors import InputError, RecipeError
+from entroflow.drawing import Opened, open_policy
+from entroflow.errors import InputError, RecipeError, UntrustedError
 from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.evaluation.base_and_tuned import compare_with_base
-from entroflow.recipe import changed, load_component
+from entroflow.recipe import changed
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ def evaluate(
     guidance: float | None = None,
     images: int | None = None,
     seed: int | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Score by skill, with 95% intervals: base, base at its best guidance scale, and tuned.
 
@@ -30,6 +31,7 @@ def evaluate(
         run: the run folder; its best checkpoint is judged. None: the embedded base model alone.
         split: `validation` or `test`.
         steps, guidance, images, seed: None: as in the comparison at the end of the run.
+        trust: import what the run names also from a folder that is not below the current one.
 
     Returns:
         The same summary as the `evaluation.json` of a finished run; `iteration` is that of the
@@ -42,9 +44,9 @@ def evaluate(
     if split not in ("validation", "test"):
         raise InputError(f"split is validation or test, not {split!r}.")
     folder = None if run is None else Path(run)
-    opened = open_policy(folder)
+    opened = open_policy(folder, trust=trust)
     recipe = opened.recipe
-    evaluation = load_component(recipe, "evaluation")
+    evaluation = opened.part("evaluation")
     if not isinstance(evaluation, HeldOutEvaluation):
         raise InputError(
             f"the evaluation of {recipe} can't be repeated on other prompts: "
@@ -52,25 +54,27 @@ def evaluate(
         )
     given = {"split": split, "steps": steps, "guidance": guidance, "images": images}
     settings = {key: value for key, value in given.items() if value is not None}
-    run_settings = load_component(recipe, "run")
+    run_settings = opened.part("run")
     if seed is not None:
         changed(run_settings, {"seed": seed}, "run")
     summary, _ = compare_with_base(
         opened.policy,
         changed(evaluation.on_test_prompts(), settings, "evaluation"),
         seed=run_settings.test_seed if seed is None else seed,
-        batch_size=load_component(recipe, "sampling").batch_size,
-        reward=_part(recipe, "reward"),
-        monitors=getattr(_part(recipe, "monitors"), "rewards", {}),
+        batch_size=opened.part("sampling").batch_size,
+        reward=_part(opened, "reward"),
+        monitors=getattr(_part(opened, "monitors"), "rewards", {}),
         with_tuned="tuned" in opened.models,
     )
     return {"iteration": opened.iteration, **summary}
 
 
-def _part(recipe: str | Path, section: str) -> Any:
+def _part(opened: Opened, section: str) -> Any:
     """A section of a recipe; none where it names an object that is gone."""
     try:
-        return load_component(recipe, section)
+        return opened.part(section)
+    except UntrustedError:
+        raise
     except RecipeError as error:
         log.warning("images are judged without the %s of the run: %s", section, error)
         return None

@@ -12,6 +12,7 @@ import typer
 
 from entroflow.errors import InputError
 from entroflow.settings_text import names_and_changes
+from entroflow.trust import Trust, is_trusted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,6 +73,7 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder.")
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Train a language model by a recipe.
 
@@ -93,10 +95,12 @@ def train(
         name = names[0] if names else "countdown"
         if resume is not None:
             name = str(RunFolder.open(resume).path / RECIPE)
-        recipe = recipes.load(name, overrides)
+        recipe = recipes.load(name, overrides, trust=trust)
+        trust = is_trusted(trust, recipe.refuse_strangers)
+        recipe = recipes.load(name, overrides, trust=trust)
         with llm_progress(recipe.run.updates) as watch:
             if resume is not None:
-                folder = runs.resume(resume, overrides, watch)
+                folder = runs.resume(resume, overrides, watch, trust=trust)
             else:
                 folder = runs.train(recipe, run, watch)
     typer.echo(f"run     {folder.path}")
@@ -116,16 +120,20 @@ def evaluate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Avg@k and Pass@k with 95% intervals over problems."""
     from entroflow.checkpoints import to_json
     from entroflow.show import pass_table, print_table, working
 
-    with _extra(), working("evaluating", quiet=as_json):
+    with _extra():
         from entroflow.llm.run import evaluate as evaluate_model
+        from entroflow.llm.run import recipe_of
 
+        trust = is_trusted(trust, lambda: recipe_of(model).refuse_strangers())
+    with _extra(), working("evaluating", quiet=as_json):
         found = evaluate_model(
-            model, problems=problems, each=each, temperature=temperature, seed=seed
+            model, problems=problems, each=each, temperature=temperature, seed=seed, trust=trust
         )
     if as_json:
         typer.echo(to_json(found, indent=1))

@@ -21,7 +21,7 @@ from entroflow.llm.embedded import Answer, sampled
 from entroflow.llm.passing import avg_at, pass_at
 from entroflow.llm.recipe import Task
 from entroflow.llm.reward import NOT_GIVEN, Reward, check_arguments, guarded
-from entroflow.users_code import imported
+from entroflow.users_code import users_function
 from entroflow.wrong_keys import hint
 
 Rows = list[dict[str, Any]]
@@ -116,7 +116,7 @@ def _of_dataset(task: Task, tokenizer: Any) -> Problems:
             task.path, ", ".join(unseen),
         )  # fmt: skip
     data = data.map(row, input_columns=used, remove_columns=replaced)
-    users = imported(task.reward, "task.reward")
+    users = users_function(task.reward, "task.reward")
     reward = guarded(users, task.reward)
     check_arguments(users, task.reward, [n for n in data.column_names if n != "prompt"])
     first, second = task.held_out, 2 * task.held_out

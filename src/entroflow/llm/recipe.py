@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from io import StringIO
 from pathlib import Path
@@ -16,16 +16,26 @@ from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 
 from entroflow.component import Component
-from entroflow.errors import RecipeError
+from entroflow.errors import RecipeError, quoted
 from entroflow.llm.clips import MOST, MU_B, MU_V
-from entroflow.settings_text import holder_of, override_of, parse_yaml
-from entroflow.users_code import search_beside
+from entroflow.settings_text import (
+    TEXTS,
+    fields_of,
+    holder_of,
+    name_of_recipe,
+    override_of,
+    parse_yaml,
+    read_recipe,
+    texts_of,
+)
+from entroflow.users_code import refuse_untrusted, search_beside
 from entroflow.wrong_keys import explained, hint
 
 SHIPPED = Path(str(resources.files("entroflow"))) / "llm" / "recipes"
 """Folder of the recipes in the package."""
 EMBEDDED_WEIGHTS = SHIPPED.parent / "base" / "model.safetensors"
-TEXTS = ("title", "paper", "notes")
+FOUND_IN = "found_in"
+"""Key of a run's recipe: the folder of the recipe file, where a reward of the user's may lie."""
 EMBEDDED = "embedded"
 
 
@@ -129,6 +139,21 @@ OURS = (
     "entropy_clip_mu", "entropy_clip_sides", "entropy_clip_most", "entropy_clip_denominator",
 )  # fmt: skip
 """Settings of TRL that other sections make."""
+REFUSED = {
+    **dict.fromkeys(
+        ("trust_remote_code", "model_init_kwargs", "resume_from_checkpoint"),
+        "it may run code that comes with a model or a checkpoint",
+    ),
+    **dict.fromkeys(
+        (
+            "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy",
+            "hub_always_push", "hub_revision", "log_completions_hub_repo", "trackio_space_id",
+            "trackio_bucket_id", "trackio_static_space_id",
+        ),
+        "a run publishes nothing",
+    ),
+}  # fmt: skip
+"""Settings of TRL that no recipe makes -> why."""
 PLAIN: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str}
 """Types of settings that are checked: what a value must be."""
 
@@ -139,6 +164,7 @@ class LLMRecipe:
 
     Attributes:
         trainer: settings of `EntropyGRPOConfig`, as they are.
+        found_in: the folder of the file, where the user's reward may lie.
     """
 
     name: str
@@ -151,6 +177,7 @@ class LLMRecipe:
     evaluation: Evaluation
     run: Run
     trainer: Mapping[str, Any]
+    found_in: Path | None = field(default=None, compare=False)
 
     @property
     def hash(self) -> str:
@@ -174,13 +201,29 @@ class LLMRecipe:
         text = json.dumps(content, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
+    @property
+    def has_own_reward(self) -> bool:
+        """Whether its reward is found by a dotted path."""
+        return self.task.type == "dataset"
+
+    def refuse_strangers(self) -> None:
+        """Refuse a reward that is neither trusted nor of the user's working tree; see `load`.
+
+        Raises:
+            UntrustedError: it is; nothing was imported.
+        """
+        if self.has_own_reward:
+            refuse_untrusted(self.task.reward, f"{self.name}: task.reward")
+
     def to_yaml(self) -> str:
         """With every key of ours written out; `load` reads it back."""
         writer, out = YAML(), StringIO()
         writer.width = 100
         texts = {key: getattr(self, key) for key in TEXTS if getattr(self, key)}
         parts = {key: getattr(self, key).model_dump(mode="json") for key in PARTS}
-        writer.dump({"name": self.name, **texts, **parts, "trainer": dict(self.trainer)}, out)
+        home = {FOUND_IN: str(self.found_in)} if self.found_in and self.has_own_reward else {}
+        content = {"name": self.name, **home, **texts, **parts, "trainer": dict(self.trainer)}
+        writer.dump(content, out)
         return out.getvalue()
 
     def trl_settings(self, output: Path) -> dict[str, Any]:
@@ -201,39 +244,46 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
 
 
-def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> LLMRecipe:
+def load(
+    name_or_path: str | Path, overrides: Sequence[str] = (), *, trust: bool = False
+) -> LLMRecipe:
     """Read a recipe: a shipped name or a file, then `section.key=value` overrides in order.
+
+    Nothing that it names is imported.
+
+    Args:
+        name_or_path: of the recipe.
+        overrides: changes to it.
+        trust: let its reward be found also in a folder that is not below the current one.
 
     Raises:
         RecipeError: unknown recipe, section or key; a value of the wrong type or out of range.
     """
-    name, text, folder = _find(str(name_or_path))
-    search_beside(folder)
+    name, text, folder = read_recipe(str(name_or_path), shipped())
     mapping = parse_yaml(text, name)
     for override in overrides:
         keys, value = override_of(override, SECTIONS)
         holder_of(mapping, keys, override)[keys[-1]] = value
-    name = str(mapping.pop("name", name))
+    if (home := mapping.pop(FOUND_IN, None)) is not None:
+        if not isinstance(home, str):
+            raise RecipeError(f"{name}: {FOUND_IN} must be a folder, not {quoted(home)}.")
+        folder = Path(home)
+    search_beside(folder, trust)
+    name = name_of_recipe(mapping, name)
     for key in mapping:
         if key not in SECTIONS and key not in TEXTS:
-            raise RecipeError(f"{name}: unknown section {key!r}{hint(key, [*SECTIONS, *TEXTS])}")
-    parts: dict[str, Any] = {key: str(mapping.get(key) or "") for key in TEXTS}
+            known = [*SECTIONS, *TEXTS]
+            raise RecipeError(f"{name}: unknown section {quoted(key)}{hint(key, known)}")
+    parts: dict[str, Any] = dict(texts_of(mapping, name))
     for section, kind in PARTS.items():
-        fields = _fields(mapping, section, name)
+        fields = fields_of(mapping.get(section), f"{name}: {section}")
         try:
             parts[section] = kind.model_validate(fields, strict=True)
         except ValidationError as error:
             raise RecipeError(explained(error, kind, f"{name}: {section}")) from None
-    trainer = _fields(mapping, "trainer", name)
+    trainer = fields_of(mapping.get("trainer"), f"{name}: trainer")
     _check_trainer(trainer, f"{name}: trainer")
-    return LLMRecipe(name=name, **parts, trainer=trainer)
-
-
-def _fields(mapping: Mapping[str, Any], section: str, name: str) -> dict[str, Any]:
-    fields = mapping.get(section) or {}
-    if not isinstance(fields, Mapping):
-        raise RecipeError(f"{name}: {section} must hold keys and values, not {fields!r}.")
-    return dict(fields)
+    return LLMRecipe(name=name, **parts, trainer=trainer, found_in=folder)
 
 
 def _check_trainer(fields: Mapping[str, Any], where: str) -> None:
@@ -247,23 +297,11 @@ def _check_trainer(fields: Mapping[str, Any], where: str) -> None:
     for key, value in fields.items():
         if key in OURS:
             raise RecipeError(f"{where}.{key} is set by the other sections; leave it out.")
+        if key in REFUSED:
+            raise RecipeError(f"{where}.{key} can't be set: {REFUSED[key]}.")
         if key not in known:
-            raise RecipeError(f"{where}: unknown key {key!r}{hint(key, known)}")
-        if types[key] in PLAIN and not isinstance(value, PLAIN[types[key]]):
-            raise RecipeError(f"{where}.{key}: must be of type {types[key]}, not {value!r}.")
-
-
-def _find(name: str) -> tuple[str, str, Path | None]:
-    """Name and text of a recipe, and the folder of one that is the user's."""
-    found = shipped()
-    if name in found:
-        return name, found[name].read_text(encoding="utf-8"), None
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml") and not path.exists():
-        raise RecipeError(f"there is no recipe {name!r}{hint(name, list(found))}")
-    try:
-        return path.stem, path.read_text(encoding="utf-8"), path.resolve().parent
-    except FileNotFoundError:
-        raise RecipeError(f"there is no recipe file {path}.") from None
-    except (UnicodeDecodeError, IsADirectoryError):
-        raise RecipeError(f"{path} is not a YAML file.") from None
+            raise RecipeError(f"{where}: unknown key {quoted(key)}{hint(key, known)}")
+        kind = types[key]
+        is_bool = isinstance(value, bool)
+        if kind in PLAIN and (not isinstance(value, PLAIN[kind]) or is_bool != (kind == "bool")):
+            raise RecipeError(f"{where}.{key}: must be of type {kind}, not {quoted(value)}.")

@@ -42,7 +42,7 @@ from entroflow.llm.problems import Problems, judge, problems_of
 from entroflow.llm.recipe import EMBEDDED, LLMRecipe, Model, load
 from entroflow.llm.recorder import LONGEST, Recorder, Watch, read_base_answers
 from entroflow.llm.state import PROGRESS, TRAINER_STATE, ResumableTrainer, check_state, logged_at
-from entroflow.runs import EVALUATION, RECIPE, RunFolder
+from entroflow.runs import EVALUATION, RECIPE, RunFolder, folder_name
 
 ADAPTER = "adapter_config.json"
 
@@ -118,7 +118,8 @@ def train(recipe: LLMRecipe, run: Path | None = None, watch: Watch | None = None
         trainer, problems = _prepared(recipe, Path(scratch))
 
         def new() -> RunFolder:
-            place = run or Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+            named = f"{folder_name(recipe.name)}-{datetime.now():%Y%m%d-%H%M%S}"
+            place = run or Path("runs") / named
             return RunFolder.create(place, recipe.to_yaml())
 
         folder = _shared(new, trainer.accelerator.is_main_process)
@@ -126,7 +127,13 @@ def train(recipe: LLMRecipe, run: Path | None = None, watch: Watch | None = None
     return folder
 
 
-def resume(path: Path, overrides: Sequence[str] = (), watch: Watch | None = None) -> RunFolder:
+def resume(
+    path: Path,
+    overrides: Sequence[str] = (),
+    watch: Watch | None = None,
+    *,
+    trust: bool = False,
+) -> RunFolder:
     """Go on from the last checkpoint of a run, with the same weights as if it never stopped.
 
     Args:
@@ -134,6 +141,7 @@ def resume(path: Path, overrides: Sequence[str] = (), watch: Watch | None = None
         overrides: `run.updates=N` to go further than it was meant to, which moves the end of a
             falling learning rate; no other, as that would make it another run.
         watch: see `train`.
+        trust: see `recipe.load`.
 
     Raises:
         InputError: no run folder, no checkpoint, a torn one, or nothing left to do.
@@ -145,7 +153,7 @@ def resume(path: Path, overrides: Sequence[str] = (), watch: Watch | None = None
                 f"a resumed run can change run.updates, not {override!r}; start a new run for "
                 "another recipe."
             )
-    recipe = load(path / RECIPE, overrides)
+    recipe = load(path / RECIPE, overrides, trust=trust)
     checkpoint = folder.latest()
     check_digests(checkpoint)
     with TemporaryDirectory() as scratch:
@@ -164,6 +172,7 @@ def _prepared(recipe: LLMRecipe, scratch: Path) -> tuple[ResumableTrainer, Probl
     Raises:
         InputError: a model, a task or a setting is wrong.
     """
+    recipe.refuse_strangers()
     model, tokenizer = load_model(recipe.model.path, recipe.model.dtype, scratch / "merged")
     problems = problems_of(recipe.task, tokenizer)
     known = min(len(problems.validation), len(problems.test))
@@ -258,8 +267,20 @@ def _shared(new: Callable[[], RunFolder], main: bool) -> RunFolder:
     return RunFolder(Path(said[0]))
 
 
+def recipe_of(path: str, trust: bool = False) -> LLMRecipe:
+    """What a model is judged by: the recipe of its run, or countdown; see `load`."""
+    of_run = Path(path) / RECIPE
+    return load(of_run if of_run.is_file() else "countdown", trust=trust)
+
+
 def evaluate(
-    path: str, *, problems: int, each: int, temperature: float, seed: int
+    path: str,
+    *,
+    problems: int,
+    each: int,
+    temperature: float,
+    seed: int,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """A model on test problems: those of its run's recipe, or of countdown.
 
@@ -267,6 +288,7 @@ def evaluate(
         path: see `load_model`.
         problems, each: how many, and answers to each.
         temperature, seed: see `embedded.answers`.
+        trust: see `recipe.load`.
 
     Returns:
         `problems`, and by measure (`avg@16`, `pass@4`) its value and 95% interval over problems.
@@ -274,13 +296,11 @@ def evaluate(
     Raises:
         InputError: there is no such model, or not as many problems.
     """
-    of_run, state = Path(path) / RECIPE, TrainerState()
-    recipe = load(of_run if of_run.is_file() else "countdown")
-    if of_run.is_file():
-        state.global_step, state.max_steps = (
-            int(RunFolder(Path(path)).latest().name),
-            recipe.run.updates,
-        )
+    recipe, state = recipe_of(path, trust), TrainerState()
+    recipe.refuse_strangers()
+    if (Path(path) / RECIPE).is_file():
+        state.global_step = int(RunFolder(Path(path)).latest().name)
+        state.max_steps = recipe.run.updates
     model, tokenizer = load_model(path, recipe.model.dtype)
     if recipe.trainer.get("use_cpu") is not True:
         model.to(PartialState().device)

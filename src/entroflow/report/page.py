@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from entroflow.checkpoints import read_run_state, write_text
+from entroflow.errors import RecipeError
 from entroflow.plain_sections import ENDS, Monitors, Run
-from entroflow.recipe import LATER_SECTIONS, SECTIONS, TEXTS, Recipe
+from entroflow.recipe import LATER_SECTIONS, SECTIONS, Recipe
 from entroflow.report import attention, curves, examples, judging, outcome, trajectories
 from entroflow.report.rendering import rendered
 from entroflow.report.wording import count
 from entroflow.run_files import Comparison, RunError, read_object, read_text
 from entroflow.runs import EVALUATION, METRICS, RECIPE, REPORT, RunFolder, spent
+from entroflow.settings_text import TEXTS, parse_yaml
 
 log = logging.getLogger(__name__)
 
@@ -138,14 +138,13 @@ def _read_recipe(path: Path) -> tuple[Recipe, str, Run]:
     """
     text = read_text(path)
     try:
-        resolved = YAML(typ="safe", pure=True).load(text)
-    except YAMLError:
+        resolved = parse_yaml(text, str(path))
+    except RecipeError:
         raise RunError(f"{path} is torn: it is not YAML.") from None
-    if isinstance(resolved, dict):
-        for later in LATER_SECTIONS:
-            resolved.setdefault(later, {})
+    for later in LATER_SECTIONS:
+        resolved.setdefault(later, {})
     for section in SECTIONS:
-        if not isinstance(resolved, dict) or not isinstance(resolved.get(section), dict):
+        if not isinstance(resolved.get(section), dict):
             raise RunError(f"{path} is torn: it has no section {section!r}.")
     try:
         run = Run(**resolved["run"])

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +19,7 @@ from entroflow.errors import InputError
 from entroflow.prompts import Prompt
 from entroflow.rewards.awaiting import awaited
 from entroflow.rewards.contract import number_of, numbers_of, shown, undisturbed
+from entroflow.users_code import uncached
 
 
 class Status(StrEnum):
@@ -131,7 +132,7 @@ class FunctionReward:
         """
         with undisturbed():
             returned = awaited(
-                _uncached(self.function)(
+                uncached(self.function)(
                     images, [p.text for p in prompts], [dict(p.metadata) for p in prompts]
                 )
             )
@@ -232,16 +233,6 @@ def called(part: Any) -> str:
     while isinstance(part, partial):
         part = part.func
     return str(getattr(part, "__qualname__", type(part).__name__))
-
-
-_CACHED = type(cache(len))
-
-
-def _uncached(function: Any) -> Any:
-    """Without `functools.cache`: lists are no keys of it, and it would keep all images."""
-    if isinstance(function, partial):
-        return partial(_uncached(function.func), *function.args, **function.keywords)
-    return function.__wrapped__ if isinstance(function, _CACHED) else function
 
 
 def failures(statuses: Iterable[Status]) -> dict[str, int]:

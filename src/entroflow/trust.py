@@ -1,0 +1,53 @@
+"""Whether code that a stranger's recipe or run folder names may run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from entroflow.errors import InputError, UntrustedError
+
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Let code run that lies beside the recipe, also elsewhere than below the current "
+        "folder.",
+    ),
+]
+
+
+def is_trusted(trust: bool, refuse: Callable[[], None]) -> bool:
+    """Whether code may run that lies elsewhere than below the current folder.
+
+    Where someone sits at a terminal they are asked; elsewhere it must have been said beforehand.
+
+    Args:
+        trust: what was said.
+        refuse: raises UntrustedError if there is such code.
+
+    Raises:
+        UntrustedError: the answer is no.
+    """
+    if trust or not _is_terminal():
+        return trust
+    try:
+        refuse()
+    except UntrustedError as error:
+        if not typer.confirm(f"{error}\nLet it run now?", err=True):
+            raise
+        return True
+    except InputError:
+        # Whoever loads the recipe says so.
+        return False
+    return False
+
+
+def _is_terminal() -> bool:
+    """Whether a question can be answered; of several processes no one knows which."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return alone and sys.stdin.isatty() and sys.stderr.isatty()
