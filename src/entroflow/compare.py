@@ -3,7 +3,8 @@
     arms -> runs that end with the budget -> results.json -> table
 
 Every run is a run folder of its own, made by the command line, so each can be looked at, and what
-was stopped goes on. A result is kept under recipe hash, seed and base weights and never made twice.
+was stopped goes on. A result is kept under recipe hash, seed and base weights (with
+the contents of the files that the recipe names) and never made twice.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from entroflow.checkpoints import one_writer, to_json, write_text
 from entroflow.compared import best_by_validation
 from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
+from entroflow.inputs import digest_of_records
 from entroflow.plain_sections import ENDS
 from entroflow.recipe import load_recipe
 from entroflow.runs import EVALUATION, RunFolder, read_object
@@ -120,6 +122,10 @@ def planned(
                     f"one iteration costs {cost:,} weighted evaluations, more than all."
                 )
             base = trainer.policy.weights.digest("reference")
+            if trainer.inputs:
+                # The hash has names of files alone, but a result is of what they held.
+                contents = {key: each["digest"] for key, each in trainer.inputs.items()}
+                base = digest_of_records([base, contents])[: len(base)]
             for seed in seeds:
                 ended = (*overrides, *ending, f"run.seed={seed}")
                 job = Job(arm, ended, load_recipe(arm.recipe, ended).hash, seed, base)

@@ -12,6 +12,7 @@ report.html             made from the above
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,14 +30,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, P
 from transformers.utils.logging import disable_progress_bar
 
 from entroflow.errors import InputError
+from entroflow.inputs import check_inputs, digest_of_tensors
 from entroflow.launch import asked_to_stop
 from entroflow.llm.embedded import BASE
 from entroflow.llm.grpo import EntropyGRPOConfig
 from entroflow.llm.problems import Problems, judge, problems_of
 from entroflow.llm.recipe import EMBEDDED, LLMRecipe, Model, load
 from entroflow.llm.recorder import BASE_ANSWERS, LONGEST, Recorder, Watch
-from entroflow.llm.state import ResumableTrainer, check_state
+from entroflow.llm.state import ResumableTrainer, check_state, inputs_of
 from entroflow.runs import EVALUATION, RECIPE, RunFolder
+
+log = logging.getLogger(__name__)
 
 ADAPTER = "adapter_config.json"
 
@@ -106,6 +110,8 @@ def train(recipe: LLMRecipe, run: Path | None = None, watch: Watch | None = None
     # What TRL itself may want to write goes nowhere: the run folder has its own files.
     with TemporaryDirectory() as scratch:
         trainer, problems = _prepared(recipe, Path(scratch))
+        for remark in problems.remarks() if trainer.accelerator.is_main_process else ():
+            log.warning("%s.", remark)
 
         def new() -> RunFolder:
             place = run or Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -139,7 +145,7 @@ def resume(path: Path, overrides: Sequence[str] = (), watch: Watch | None = None
     checkpoint = folder.latest()
     with TemporaryDirectory() as scratch:
         trainer, problems = _prepared(recipe, Path(scratch))
-        done = check_state(checkpoint, trainer.accelerator.num_processes)
+        done = check_state(checkpoint, trainer.accelerator.num_processes, trainer.inputs)
         if done >= recipe.run.updates and (path / EVALUATION).exists():
             raise InputError(f"{path} has made its {done} updates; go further with run.updates=N.")
         if not (path / BASE_ANSWERS).is_file():
@@ -159,6 +165,10 @@ def _prepared(recipe: LLMRecipe, scratch: Path) -> tuple[ResumableTrainer, Probl
     """
     model, tokenizer = load_model(recipe.model.path, recipe.model.dtype, scratch / "merged")
     problems = problems_of(recipe.task, tokenizer)
+    inputs = {
+        "model": {"of": recipe.model.path, "digest": digest_of_tensors(model.state_dict())},
+        "task": _task_input(recipe, problems),
+    }
     known = min(len(problems.validation), len(problems.test))
     if recipe.evaluation.problems > known:
         raise InputError(
@@ -175,6 +185,7 @@ def _prepared(recipe: LLMRecipe, scratch: Path) -> tuple[ResumableTrainer, Probl
         except (ValueError, TypeError, ImportError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{recipe.name}: trainer: {reason}") from None
+    trainer.inputs = inputs
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
     at_once = (trainer.args.generation_batch_size or 1) // (trainer.num_generations or 1)
@@ -192,6 +203,10 @@ def _prepared(recipe: LLMRecipe, scratch: Path) -> tuple[ResumableTrainer, Probl
                 "FULL_STATE_DICT in the configuration of accelerate."
             )
     return trainer, problems
+
+
+def _task_input(recipe: LLMRecipe, problems: Problems) -> dict[str, str]:
+    return {"of": recipe.task.path or recipe.task.type, "digest": problems.digest()}
 
 
 def _lora(model: Model) -> Any:
@@ -271,6 +286,15 @@ def evaluate(
     if recipe.trainer.get("use_cpu") is not True:
         model.to(PartialState().device)
     known = problems_of(recipe.task, tokenizer)
+    if of_run.is_file():
+        # Of edited data other problems are held out: some that the run was trained on.
+        checkpoint = RunFolder(Path(path)).latest()
+        before = inputs_of(checkpoint) or {}
+        check_inputs(
+            {key: each for key, each in before.items() if key == "task"},
+            {"task": _task_input(recipe, known)} if "task" in before else {},
+            checkpoint,
+        )
     if problems > len(known.test):
         raise InputError(f"there are {len(known.test)} test problems, not {problems}.")
     found = judge(

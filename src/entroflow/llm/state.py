@@ -27,6 +27,7 @@ from entroflow.checkpoints import (
     optimizer_tensors,
     read_tensors,
 )
+from entroflow.inputs import Inputs, check_inputs
 from entroflow.llm.grpo import EntropyGRPOTrainer
 
 TRAINER_STATE, OPTIMIZER, REFERENCE, PROGRESS = (
@@ -42,6 +43,9 @@ class ResumableTrainer(EntropyGRPOTrainer):
     So where it stopped `is_between_batches`. TRL's own checkpoints are pickles, and forget how
     often the prompts were shuffled.
     """
+
+    inputs: Inputs
+    """What the recipe names and the training reads; see `entroflow.inputs`."""
 
     def write_state(self, folder: Path) -> None:
         """Write all but the model into a folder; called in every process.
@@ -66,6 +70,7 @@ class ResumableTrainer(EntropyGRPOTrainer):
             "scaler": None if scaler is None else scaler.state_dict(),
             "adapted": {name: getattr(self, name) for name in ADAPTED},
             "random": states,
+            "inputs": self.inputs,
         }
         save_file(tensors, folder / OPTIMIZER)
         try:
@@ -125,21 +130,37 @@ class ResumableTrainer(EntropyGRPOTrainer):
             _set_random_state(states[self.accelerator.process_index])
 
 
-def check_state(folder: Path, processes: int) -> int:
+def inputs_of(folder: Path) -> Inputs | None:
+    """What the training of a checkpoint read; None where that is not written down.
+
+    Raises:
+        CheckpointError: it is torn.
+    """
+    return _progress(folder).get("inputs") if (folder / PROGRESS).is_file() else None
+
+
+def check_state(folder: Path, processes: int, inputs: Inputs) -> int:
     """Whether a training can go on from a folder.
+
+    Args:
+        processes: that there are now.
+        inputs: as they are now.
 
     Returns:
         Its updates.
 
     Raises:
         CheckpointError: it holds the model alone, is torn, or of another number of processes.
+        InputError: model or problems are not those that it was trained with.
     """
     if not (folder / PROGRESS).is_file():
         raise CheckpointError(
             f"{folder} holds the model alone, as FSDP's and DeepSpeed's shards of an optimizer are "
             f"not written down; start a new run from it: model.path={folder}"
         )
-    before = len(_progress(folder)["random"])
+    progress = _progress(folder)
+    check_inputs(progress.get("inputs"), inputs, folder)
+    before = len(progress["random"])
     if before != processes:
         raise CheckpointError(
             f"{folder} was written by {before} processes, not {processes}; launch as many again."
