@@ -139,11 +139,13 @@ def _of_lines(path: Path, text: str) -> list[Record]:
     if not lines:
         return []
     start = lines[0][1]
-    odd = [number for number, line in lines if _is_structure(line)]
-    if odd or OPENING.match(start) or _is_structure(text):
+    odd = next((number for number, line in lines if _is_structure(line)), None)
+    if OPENING.match(start) or _is_structure(text):
+        odd = lines[0][0]
+    if odd is not None:
         raise InputError(
-            f"{path}:{odd[0] if odd else lines[0][0]} holds JSON, not a text; give the file the "
-            "ending .json, or .jsonl for an object in each line."
+            f"{path}:{odd} holds JSON, not a text; give the file the ending .json, or .jsonl for "
+            "an object in each line."
         )
     if re.match(r"<(!doctype|html|\?xml)", start, re.IGNORECASE):
         raise InputError(f"{path} holds a page of HTML or XML, not one text in a line.")

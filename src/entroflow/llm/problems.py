@@ -149,7 +149,7 @@ def _loaded(task: Task, path: str) -> Dataset:
 
 def _check_prompts(prompts: Sequence[Any], task: Task, tokenizer: Any) -> None:
     for number, asked in enumerate(prompts):
-        if not isinstance(asked, str | list) or not asked:
+        if not isinstance(asked, str | list) or not asked or str(asked).isspace():
             raise InputError(
                 f"task: {task.path}, column {task.prompt!r}: row {number} is {asked!r}, but must "
                 "be a text or a list of messages."
