@@ -10,6 +10,7 @@ the contents of the files that the recipe names) and never made twice.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -33,6 +34,8 @@ from entroflow.plain_sections import ENDS
 from entroflow.recipe import load_recipe
 from entroflow.runs import EVALUATION, RunFolder, read_object
 from entroflow.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 CURVE = ("iteration", "seconds", "ledger/weighted_evaluations", "hacking")
@@ -115,7 +118,8 @@ def planned(
                     "entroflow.evaluation.base.HeldOutEvaluation."
                 )
             trainer = Trainer(recipe)
-            trainer.try_inputs()
+            for remark in trainer.try_inputs():
+                log.warning("%s: %s.", arm.name, remark)
             cost = trainer.expected()["weighted_evaluations"]
             if recipe.run.budget is not None and cost > recipe.run.budget:
                 raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from entroflow.checkpoints import check_reference, read_state, read_tensors
 from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.evaluation.images import draw as sample_images
+from entroflow.inputs import Inputs
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
 from entroflow.recipe import load_component
@@ -33,12 +34,14 @@ class Opened:
         models: `base`, and `tuned` if there is a run.
         recipe: what it was made by, a shipped name or a file.
         iteration: of the checkpoint that the tuned weights come from.
+        inputs: what that was trained with; none where it is not written down.
     """
 
     policy: Policy
     models: tuple[str, ...]
     recipe: str | Path
     iteration: int | None = None
+    inputs: Inputs = field(default_factory=dict)
 
 
 def open_policy(run: Path | None, weights: str = "ema") -> Opened:
@@ -62,7 +65,13 @@ def open_policy(run: Path | None, weights: str = "ema") -> Opened:
     state = read_state(checkpoint)
     check_reference(state, policy.weights.digest("reference"), checkpoint)
     policy.weights.keep("ema", read_tensors(checkpoint / f"{weights}.safetensors"))
-    return Opened(policy, ("base", "tuned"), folder.path / RECIPE, state["iteration"])
+    return Opened(
+        policy,
+        ("base", "tuned"),
+        folder.path / RECIPE,
+        state["iteration"],
+        state.get("inputs") or {},
+    )
 
 
 def draw(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from entroflow.component import Component
 from entroflow.errors import InputError
+from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.policies.base import SAMPLED
 from entroflow.prompts import Prompt
 
@@ -76,6 +77,17 @@ def files_of(component: Any, where: str) -> dict[str, dict[str, str]]:
         for name, each in named.items():
             found |= files_of(each, f"{where}.{key}.{name}".rstrip("."))
     return found
+
+
+def held_out_of(evaluation: Any) -> dict[str, dict[str, str]]:
+    """The held-out prompts that an evaluation reads from a file, as inputs."""
+    if not isinstance(evaluation, HeldOutEvaluation) or evaluation.prompts_from is None:
+        return {}
+    of = str(getattr(evaluation, evaluation.prompts_from))
+    return {
+        f"evaluation, {split}": {"of": of, "digest": digest_of_prompts(prompts)}
+        for split, prompts in evaluation.held_out().items()
+    }
 
 
 def check_inputs(before: Inputs | None, now: Inputs, checkpoint: Path) -> None:

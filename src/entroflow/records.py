@@ -100,6 +100,8 @@ def read_plain(path: Path) -> str:
         raise InputError(f"{path} is not a text file in UTF-8: it is a folder.") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not a text file in UTF-8; save it as such.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} can't be read ({error}).") from None
     if odd := UNREADABLE.search(text):
         line = text.count("\n", 0, odd.start()) + 1
         raise InputError(

@@ -33,7 +33,7 @@ from entroflow.evaluation.sentinel import Sentinel
 from entroflow.evaluation.watching import compares, watched
 from entroflow.exploration.base import Request, refuse_undefined
 from entroflow.exploration.summary import summary_of
-from entroflow.inputs import Inputs, check_inputs, digest_of_prompts, files_of
+from entroflow.inputs import Inputs, check_inputs, digest_of_prompts, files_of, held_out_of
 from entroflow.ledger import Ledger
 from entroflow.metrics import Metrics, iteration_metrics, rated_rollouts
 from entroflow.objectives.base import loss_weighting
@@ -122,16 +122,12 @@ class Trainer:
     @cached_property
     def inputs(self) -> Inputs:
         """What the recipe names and the run reads beside the policy, by content."""
-        source, evaluation = self.recipe.prompts, self.recipe.evaluation
-        found = {**files_of(self.reward, "reward")}
+        source = self.recipe.prompts
+        found = {**files_of(self.reward, "reward"), **held_out_of(self.recipe.evaluation)}
         if isinstance(source, ListedSource):
             named = self.recipe.resolved["prompts"]
             of = named.get("path") or named.get("name") or named["type"]
             found["prompts"] = {"of": of, "digest": digest_of_prompts(source.listed())}
-        if isinstance(evaluation, HeldOutEvaluation) and evaluation.prompts_from is not None:
-            of = str(getattr(evaluation, evaluation.prompts_from))
-            for split, prompts in evaluation.held_out().items():
-                found[f"evaluation, {split}"] = {"of": of, "digest": digest_of_prompts(prompts)}
         return found
 
     def step(self) -> Metrics:

@@ -149,3 +149,19 @@ def test_equal_records_have_one_digest_in_every_process():
     command = [sys.executable, "-c", program]
     made = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert made.stdout.split() == [digests[0], digests[8], digest_of_records([{"a": object()}])]
+
+
+def test_an_evaluation_of_other_prompts_than_the_run_had_says_so(tmp_path, caplog):
+    path = tmp_path / "held_out.txt"
+    path.write_text("a red circle\na blue ring\na green square\ntwo red circles\n")
+    small = [
+        "run.iterations=0", "evaluation.type=reward", f"evaluation.path={path}",
+        "evaluation.images=4", "evaluation.test_images=4", "evaluation.steps=1",
+        "evaluation.guidance_tried=[1.0]",
+    ]  # fmt: skip
+    run = entroflow.train("quickstart", small, run=tmp_path / "run")
+    entroflow.evaluate(run.path)
+    assert "holds other prompts" not in caplog.text
+    path.write_text("a red circle\na blue ring\na green square\nthree red circles\n")
+    entroflow.evaluate(run.path)
+    assert f"evaluation, test: {path} holds other prompts than when the run began" in caplog.text
