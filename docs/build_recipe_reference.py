@@ -111,14 +111,26 @@ beside a recipe elsewhere than below the current folder is imported only with `-
 Python: `trust=True`), or after you are asked: see [Security](security.md). `entroflow recipes FILE`
 imports nothing of yours.
 
-A relative path to a file (prompts, held-out prompts, weights, a LoRA) is looked for beside the
-recipe file, then in the current folder. The run's recipe holds the path that was found, so the run
-resumes from anywhere. What `dataset` names is left to `datasets.load_dataset`, which looks in the
-current folder.
-
 `sampling`, `scoring`, `attention`, `optimizer`, `monitors` and `run` have no types.
 [Extending](extending.md) shows a working part of your own for each of the other sections that
 need one.
+
+## Paths and names
+
+Paths are made absolute when a recipe is read: `~` is the home, and a relative path is looked for
+beside the recipe file, then in the current folder. The run's recipe holds the path that was found,
+so the run resumes from anywhere.
+
+Some keys take a path or the name of something on a hub (`policy.model`, `model` of the reward
+`clip`, `name` of the prompts `dataset`; of language models `model.path` and `task.path`). What is
+there is a path; so is what begins with `.`, `/` or `~`, holds more than one `/`, or ends in
+`.jsonl`, `.csv` or another suffix of [prompts](#prompts). A data set is never looked for under a
+bare word: its name on a hub has the form `user/name`, and not even that where there is a folder
+`user`. Local data are read anew every time, not from the cache of `datasets`.
+
+A name is not its content. Every checkpoint holds digests of the prompts (texts, metadata and
+order), the held-out prompts, and the templates and weights that rewards read from files;
+`--resume` refuses a run in which one of them has changed, and `compare` makes its results anew.
 """
 
 

@@ -607,6 +607,11 @@ def main() -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_StandardError()]
     )
+    # A shell expands `~` where a word begins, but not in `--run=~/mine`.
+    sys.argv[1:] = [
+        re.sub(r"^(--[\w-]+=)(~.*)", lambda m: m[1] + os.path.expanduser(m[2]), argument)
+        for argument in sys.argv[1:]
+    ]
     try:
         app()
     except InputError as error:

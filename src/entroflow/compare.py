@@ -3,11 +3,13 @@
     arms -> runs that end with the budget -> results.json -> table
 
 Every run is a run folder of its own, made by the command line, so each can be looked at, and what
-was stopped goes on. A result is kept under recipe hash, seed and base weights and never made twice.
+was stopped goes on. A result is kept under recipe hash, seed and base weights (with
+the contents of the files that the recipe names) and never made twice.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -26,11 +28,14 @@ from entroflow.checkpoints import one_writer, to_json, write_text
 from entroflow.compared import best_by_validation
 from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
+from entroflow.inputs import digest_of_records
 from entroflow.plain_sections import ENDS
 from entroflow.recipe import load_recipe
 from entroflow.run_files import Results, RunsComparison, read_object
 from entroflow.runs import EVALUATION, METRICS, RunFolder, folder_name
 from entroflow.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 OTHERWISE = "; restore it from a copy, or remove it: the runs beside it tell it anew."
@@ -116,13 +121,18 @@ def planned(
                     "entroflow.evaluation.base.HeldOutEvaluation."
                 )
             trainer = Trainer(recipe)
-            trainer.try_inputs()
+            for remark in trainer.try_inputs():
+                log.warning("%s: %s.", arm.name, remark)
             cost = trainer.expected()["weighted_evaluations"]
             if recipe.run.budget is not None and cost > recipe.run.budget:
                 raise InputError(
                     f"one iteration costs {cost:,} weighted evaluations, more than all."
                 )
             base = trainer.policy.weights.digest("reference")
+            if trainer.inputs:
+                # The hash has names of files alone, but a result is of what they held.
+                contents = {key: each["digest"] for key, each in trainer.inputs.items()}
+                base = digest_of_records([base, contents])[: len(base)]
             for seed in seeds:
                 ended = (*overrides, *ending, f"run.seed={seed}")
                 job = Job(arm, ended, load_recipe(arm.recipe, ended, trust=trust).hash, seed, base)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
+
+from entroflow.places import PathOrName, Places, holds_path, with_places
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class Component(BaseModel):
@@ -14,8 +18,28 @@ class Component(BaseModel):
     Attributes:
         parts: fields that are components themselves -> the section whose types they have. Such a
             field is declared `Any`; where its default is a mapping, it holds components by name.
+        read_from: fields that name a file whose content is part of the run, as that of a
+            template: it is resumed only with the same.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     parts: ClassVar[Mapping[str, str]] = {}
+    read_from: ClassVar[tuple[str, ...]] = ()
+
+    def placed(self, places: Places) -> Self:
+        """This component with absolute paths."""
+        return placed(self, places)
+
+
+def placed(component: ModelT, places: Places) -> ModelT:
+    """Settings with absolute paths: of type `Path`, or marked `PathOrName`."""
+    found = {}
+    for key, field in type(component).model_fields.items():
+        value = getattr(component, key)
+        marks = [mark for mark in field.metadata if isinstance(mark, PathOrName)]
+        if marks and isinstance(value, str):
+            found[key] = places.path_or_name(value, marks[0])
+        elif holds_path(value):
+            found[key] = with_places(value, places)
+    return component.model_copy(update=found)

@@ -23,7 +23,8 @@ from entroflow.evaluation.images import draw
 from entroflow.exploration.summary import summary_of
 from entroflow.findings import DoubtfulError, Finding, NotPossibleError, Verdict, finding_of
 from entroflow.plain_sections import ENDS
-from entroflow.prompts import Prompt
+from entroflow.prompt_checks import remarks_on_prompts
+from entroflow.prompts import ListedSource, Prompt
 from entroflow.recipe import Recipe, changed
 from entroflow.report.wording import count, duration, size
 from entroflow.rewards.base import AnyReward, FunctionReward
@@ -121,10 +122,16 @@ class _Patient:
         return f"loaded; {count(trained)} weights are trained; latents {shape}"
 
     def prompts(self) -> str:
-        """They can be read and encoded."""
+        """They can be read and encoded, and held-out ones are other ones; see `prompt_checks`."""
         policy, first = self._built(), self._batch()
         policy.encode([prompt.text for prompt in first])
-        return f"{len(first)} an iteration, as {first[0].text!r}"
+        source = self.recipe.prompts
+        number = f" of {len(source.listed())}" if isinstance(source, ListedSource) else ""
+        said = f"{len(first)}{number} an iteration, as {first[0].text!r}"
+        remarks = remarks_on_prompts(source, self.recipe.evaluation, policy)
+        if remarks:
+            raise DoubtfulError(f"{said}; {'; '.join(remarks)}")
+        return said
 
     def plan(self) -> str:
         """The first iteration can be planned, and the evaluation has what it needs."""

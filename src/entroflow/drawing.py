@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from entroflow.checkpoints import check_reference, read_run_state, read_tensors
 from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.evaluation.images import draw as sample_images
+from entroflow.inputs import Inputs
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
 from entroflow.recipe import load_component
@@ -34,6 +35,7 @@ class Opened:
         models: `base`, and `tuned` if there is a run.
         recipe: what it was made by, a shipped name or a file.
         iteration: of the checkpoint that the tuned weights come from.
+        inputs: what that was trained with; none where it is not written down.
         trust: see `load_recipe`.
     """
 
@@ -41,6 +43,7 @@ class Opened:
     models: tuple[str, ...]
     recipe: str | Path
     iteration: int | None = None
+    inputs: Inputs = field(default_factory=dict)
     trust: bool = False
 
     def part(self, section: str) -> Any:
@@ -70,7 +73,10 @@ def open_policy(run: Path | None, weights: str = "ema", *, trust: bool = False) 
     state = read_run_state(checkpoint)
     check_reference(state, policy.weights.digest("reference"), checkpoint)
     policy.weights.keep("ema", read_tensors(checkpoint / f"{weights}.safetensors"))
-    return Opened(policy, ("base", "tuned"), folder.path / RECIPE, state["iteration"], trust)
+    return Opened(
+        policy, ("base", "tuned"), folder.path / RECIPE, state["iteration"],
+        state.get("inputs") or {}, trust,
+    )  # fmt: skip
 
 
 def draw(

@@ -63,8 +63,11 @@ def train(
     """
     loaded = load_recipe(recipe, overrides, _given(policy, reward), trust=trust)
     trainer = Trainer(loaded, policy)
-    trainer.try_inputs()
-    folder = RunFolder.create(Path(run) if run else new_folder(loaded), loaded.to_yaml())
+    for remark in trainer.try_inputs():
+        log.warning("%s.", remark)
+    folder = RunFolder.create(
+        Path(run).expanduser() if run else new_folder(loaded), loaded.to_yaml()
+    )
     with folder.held():
         return _run(folder, trainer, stop_after, watch)
 
@@ -92,7 +95,7 @@ def resume(
         InputError: no run folder, no checkpoint, or a torn one; another policy or reward; a run
             that an older version began.
     """
-    folder = RunFolder.open(Path(run))
+    folder = RunFolder.open(Path(run).expanduser())
     folder.start()
     for override in overrides:
         if not override.startswith(("run.", "monitors.")) or override.startswith("run.seed"):

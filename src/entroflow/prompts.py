@@ -6,18 +6,20 @@ the seed and i alone, so a resumed run continues with the prompts it would have 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from pydantic import Field
 
 from entroflow.component import Component
+from entroflow.data_sets import FORMATS, read_data_set
 from entroflow.errors import InputError
+from entroflow.places import PathOrName, Places
+from entroflow.records import UNREADABLE, Record, read_records
 from entroflow.sampling.noise import Stream, generator
 from entroflow.shapes import grammar
 
@@ -65,6 +67,17 @@ class ShapesPrompts(Component):
         return [Prompt(grammar.text(grammar.draw(rng, self.split, (renamed[s],)))) for s in dealt]
 
 
+@runtime_checkable
+class ListedSource(Protocol):
+    """A source whose prompts can be listed: they are all looked at before a run, and a run is
+    resumed only with the same ones.
+    """
+
+    def listed(self) -> Sequence[Prompt]:
+        """All prompts, in an order that stays."""
+        ...
+
+
 class _ListedPrompts(Component):
     """Prompts from a finite list: every epoch visits each once, in a new random order."""
 
@@ -84,6 +97,10 @@ class _ListedPrompts(Component):
             chosen.append(prompts[order[index]])
         return chosen
 
+    def listed(self) -> list[Prompt]:
+        """See `ListedSource`."""
+        return self._prompts
+
     @cached_property
     def _prompts(self) -> list[Prompt]:
         prompts = self.load()
@@ -97,99 +114,113 @@ class _ListedPrompts(Component):
 
 
 class TextPrompts(_ListedPrompts):
-    """One prompt per line of a text file; blank lines are skipped."""
+    """Prompts of a file, read by its suffix in any case.
+
+    - .txt, .text, .lst, .list, .prompts or none: one prompt per line; blank lines are skipped;
+    - .jsonl, .ndjson: one JSON object per line;
+    - .json: a list of objects or of texts, an object with one such list, or JSON Lines;
+    - .csv, .tsv: a table with a header, quoted as in RFC 4180; all metadata are texts;
+    - .parquet: a table; needs the extra `datasets`.
+
+    Under `key` stands the prompt, all else of a record is its metadata. Other suffixes, and files
+    that do not hold what theirs says, are refused.
+    """
 
     type: Literal["text"] = "text"
-    path: Path = Field(description="text file in UTF-8")
+    path: Path = Field(description="file of prompts, in UTF-8 unless it is Parquet")
+    key: str = Field("prompt", description="key or column of the prompt in records")
 
     def load(self) -> list[Prompt]:
         """All prompts."""
-        return read_text(self.path)
+        return read_prompts(self.path, self.key)
 
 
-class JSONLPrompts(_ListedPrompts):
-    """One JSON object per line; `key` holds the prompt, everything else becomes its metadata."""
+class JSONLPrompts(TextPrompts):
+    """As the type `text`, but a file with a suffix for text, or none, holds JSON Lines."""
 
-    type: Literal["jsonl"] = "jsonl"
-    path: Path = Field(description="JSON Lines file in UTF-8")
-    key: str = Field("prompt", description="key of the prompt in each object")
+    type: Literal["jsonl"] = "jsonl"  # type: ignore[assignment]
 
     def load(self) -> list[Prompt]:
         """All prompts."""
-        return read_jsonl(self.path, self.key)
+        return read_prompts(self.path, self.key, otherwise=".jsonl")
 
 
 class DatasetPrompts(_ListedPrompts):
-    """A data set that `datasets.load_dataset` finds: a hub name, or a local file or folder."""
+    """A data set: a local file or folder, or the name of one on a hub.
+
+    A file is read by its suffix, as by the type `jsonl`; all else by `datasets.load_dataset`. What
+    lies beside the recipe or in the current folder comes first; a name on the hub has the form
+    `user/name`.
+    """
 
     type: Literal["dataset"] = "dataset"
-    name: str = Field(description="hub name, local folder, or format such as json")
+    name: Annotated[str, PathOrName(FORMATS, in_folders=True)] = Field(
+        description="local file or folder, name on the hub, or format such as json"
+    )
     config: str | None = Field(None, description="configuration of the data set, if it has several")
     split: str = Field("train", description="split of the data set")
     key: str = Field("prompt", description="column of the prompt")
     data_files: tuple[str, ...] = Field((), description="files to read; empty: the data set's own")
 
+    def placed(self, places: Places) -> Self:
+        """See `Component.placed`; the files of a data set are named from within it."""
+        found = super().placed(places)
+        if self.name not in FORMATS:
+            return found
+        return found.model_copy(update={"data_files": tuple(map(places.pattern, self.data_files))})
+
     def load(self) -> list[Prompt]:
         """All prompts."""
         try:
-            import datasets
+            records = read_data_set(self.name, self.config, self.split, self.key, self.data_files)
         except ImportError:
             raise InputError(
                 "prompts of type 'dataset' need the extra: pip install 'entroflow[datasets]'"
             ) from None
-        if self.name == "pandas":
-            raise InputError("the format pandas reads pickles, which run code; give another.")
-        files = list(self.data_files) or None
-        try:
-            table = datasets.load_dataset(
-                self.name, self.config, split=self.split, data_files=files
-            )
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise InputError(f"can't load the data set {self.name!r}: {error}") from error
-        return [
-            _prompt_from_record(dict(record), self.key, f"{self.name}[{index}]")
-            for index, record in enumerate(table)
-        ]
+        return [_prompt_of(record, self.key) for record in records]
 
 
-def read_prompts(path: Path, key: str) -> list[Prompt]:
-    """The prompts of a file: JSON objects if its name ends in .jsonl, else one in a line."""
-    return read_jsonl(path, key) if path.suffix == ".jsonl" else read_text(path)
+def read_prompts(path: Path, key: str, *, otherwise: str = ".txt") -> list[Prompt]:
+    """The prompts of a file by its suffix: one in a line, or under `key` of its records.
+
+    Args:
+        path, otherwise: see `read_records`.
+        key: under which a record holds its prompt.
+
+    Raises:
+        InputError: see `read_records`; a record has no text under `key`, or an empty one.
+    """
+    return [_prompt_of(record, key) for record in read_records(path, key, otherwise=otherwise)]
 
 
 def read_text(path: Path) -> list[Prompt]:
-    """One prompt per line; blank lines are skipped."""
-    return [Prompt(line.strip()) for line in _lines(path) if line.strip()]
+    """The prompts of a file whose records, if it has any, hold them under `prompt`."""
+    return read_prompts(path, "prompt")
 
 
-def read_jsonl(path: Path, key: str) -> list[Prompt]:
-    """One JSON object per line; `key` holds the prompt, everything else becomes its metadata."""
-    prompts = []
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number} is not JSON: {error}") from None
-        prompts.append(_prompt_from_record(record, key, f"{path}:{number}"))
-    return prompts
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        # Not str.splitlines: it also cuts at characters that JSON allows within a text.
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise InputError(f"there is no prompt file {path}.") from None
-    except (UnicodeDecodeError, IsADirectoryError):
-        raise InputError(f"{path} is not a text file in UTF-8.") from None
-
-
-def _prompt_from_record(record: Any, key: str, where: str) -> Prompt:
-    if not isinstance(record, Mapping) or not isinstance(record.get(key), str):
-        found: Sequence[str] = sorted(record) if isinstance(record, Mapping) else ()
+def _prompt_of(record: Record, key: str) -> Prompt:
+    content, where = record.content, record.where
+    if isinstance(content, str):
+        return Prompt(_checked(content, where))
+    if not isinstance(content, Mapping) or not isinstance(content.get(key), str):
+        names = [*map(str, content)] if isinstance(content, Mapping) else []
+        value = f" ({key!r} is {repr(content[key])[:60]})" if key in names else ""
         raise InputError(
-            f"{where} has no text under {key!r}; it has: {', '.join(found) or 'none'}."
+            f"{where} has no text under {key!r}; it has: {', '.join(sorted(names)) or 'none'}"
+            f"{value}."
         )
-    return Prompt(record[key], {name: value for name, value in record.items() if name != key})
+    metadata = {name: value for name, value in content.items() if name != key}
+    return Prompt(_checked(content[key], where), metadata)
+
+
+def _checked(text: str, where: str) -> str:
+    """A prompt that can be read.
+
+    Raises:
+        InputError: it is empty, or holds what is no text.
+    """
+    if not text.strip():
+        raise InputError(f"{where}: the prompt is empty; remove it, or write one.")
+    if odd := UNREADABLE.search(text):
+        raise InputError(f"{where}: the prompt holds {odd[0]!r}, which is no character of a text.")
+    return text

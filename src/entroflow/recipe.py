@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -20,8 +19,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
-from entroflow.component import Component
+from entroflow.component import Component, placed
 from entroflow.errors import RecipeError, quoted
+from entroflow.places import Places
 from entroflow.plain_sections import ENDS, Attention, Monitors, Optimizer, Run, Sampling, Scoring
 from entroflow.settings_text import (
     TEXTS,
@@ -628,11 +628,12 @@ def _validated(
         component = chosen.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise RecipeError(explained(error, chosen, where)) from None
-    found = {
-        key: _located(path, source.folder) for key, path in component if isinstance(path, Path)
-    }
-    resolved = component.model_copy(update=found).model_dump(mode="json", exclude={*nested})
-    component = component.model_copy(update={**found, **built})
+    places = Places(source.folder)
+    component = (
+        component.placed(places) if isinstance(component, Component) else placed(component, places)
+    )
+    resolved = component.model_dump(mode="json", exclude={*nested})
+    component = component.model_copy(update=built)
     if check := getattr(component, "check_parts", None):
         try:
             check()
@@ -653,9 +654,3 @@ def _named_parts(
     named = fields_of(named, where, "names, each with keys and values")
     built = {n: _part(section, fields, f"{where}.{n}", source) for n, fields in named.items()}
     return {n: part for n, (part, _) in built.items()}, {n: w for n, (_, w) in built.items()}
-
-
-def _located(path: Path, folder: Path | None) -> Path:
-    """A file that a recipe names: it lies beside the recipe, or else in the current folder."""
-    places = [place / path for place in (folder, Path.cwd()) if place is not None]
-    return next((place for place in places if os.path.exists(place)), Path.cwd() / path)

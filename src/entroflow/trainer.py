@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -34,12 +35,14 @@ from entroflow.evaluation.sentinel import Sentinel
 from entroflow.evaluation.watching import compares, watched
 from entroflow.exploration.base import Request, refuse_undefined
 from entroflow.exploration.summary import summary_of
+from entroflow.inputs import Inputs, check_inputs, digest_of_prompts, files_of, held_out_of
 from entroflow.ledger import Ledger
 from entroflow.metrics import Metrics, iteration_metrics, rated_rollouts
 from entroflow.objectives.base import loss_weighting
 from entroflow.objectives.update import UpdateStatistics, update
 from entroflow.policies.base import Condition, Policy
-from entroflow.prompts import Prompt
+from entroflow.prompt_checks import remarks_on_prompts
+from entroflow.prompts import ListedSource, Prompt
 from entroflow.recipe import Recipe
 from entroflow.rewards.base import AnyReward, FunctionReward, Scores, failures
 from entroflow.rewards.mixture import rewards_of, total
@@ -97,8 +100,12 @@ class Trainer:
         """How much of the run lies behind, between two iterations: in [0, 1], 1 at its end."""
         return self.recipe.run.share_done(spent(self.taken()))
 
-    def try_inputs(self) -> None:
-        """Plan the first iteration and encode its prompts, so that wrong input shows at once.
+    def try_inputs(self) -> list[str]:
+        """Plan the first iteration, encode its prompts, and look at all others, so that wrong
+        input shows at once.
+
+        Returns:
+            What is odd about the prompts; see `remarks_on_prompts`.
 
         Raises:
             InputError: a prompt file, a caption or a range of steps is wrong, or attention is to
@@ -112,6 +119,18 @@ class Trainer:
         self.expected()
         if isinstance(self.recipe.evaluation, HeldOutEvaluation):
             self.recipe.evaluation.check()
+        return remarks_on_prompts(self.recipe.prompts, self.recipe.evaluation, self.policy)
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """What the recipe names and the run reads beside the policy, by content."""
+        source = self.recipe.prompts
+        found = {**files_of(self.reward, "reward"), **held_out_of(self.recipe.evaluation)}
+        if isinstance(source, ListedSource):
+            named = self.recipe.resolved["prompts"]
+            of = named.get("path") or named.get("name") or named["type"]
+            found["prompts"] = {"of": of, "digest": digest_of_prompts(source.listed())}
+        return found
 
     def step(self) -> Metrics:
         """One iteration: the whole method, a line a stage."""
@@ -440,6 +459,7 @@ class Trainer:
             "evaluation_ledger": self.evaluation_ledger.state(),
             "reference": self.policy.weights.digest("reference"),
             "recipe": self.recipe.identity,
+            "inputs": self.inputs,
             "sentinel": self.sentinel.state(),
             "monitors": self.recipe.resolved["monitors"]["rewards"],
             "stopped": self.stopped,
@@ -454,8 +474,10 @@ class Trainer:
 
         Raises:
             CheckpointError: missing, torn, or made from other base weights.
+            InputError: prompts or files that the recipe names have changed since.
         """
         state = read_run_state(checkpoint)
+        check_inputs(state.get("inputs"), self.inputs, checkpoint)
         weights = self.policy.weights
         check_reference(state, weights.digest("reference"), checkpoint)
         weights.load(read_tensors(checkpoint / "live.safetensors"))

@@ -141,6 +141,8 @@ class HeldOutEvaluation(Component):
     """
 
     measure: ClassVar[Measure] = Measure("score")
+    prompts_from: ClassVar[str | None] = None
+    """The field that names the held-out prompts, where they are not in the package."""
 
     split: Split = Field("validation", description="captions evaluated while training")
     steps: int = Field(10, ge=1, description="ODE steps")
@@ -160,6 +162,10 @@ class HeldOutEvaluation(Component):
         """This evaluation as the comparison at the end of a run makes it."""
         settings = {"split": "test", "images": self.test_images}
         return self.model_copy(update=settings)
+
+    def held_out(self) -> Mapping[Split, Sequence[Prompt]]:
+        """All held-out prompts by split, where they can be listed."""
+        return {}
 
     def check(self) -> None:
         """Read what `run` will need, so that wrong input shows before a run begins.

@@ -10,6 +10,7 @@ from entroflow.drawing import Opened, open_policy
 from entroflow.errors import InputError, RecipeError, UntrustedError
 from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.evaluation.base_and_tuned import compare_with_base
+from entroflow.inputs import held_out_of
 from entroflow.recipe import changed
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,9 @@ def evaluate(
             f"the evaluation of {recipe} can't be repeated on other prompts: "
             f"{type(evaluation).__name__} does not derive from HeldOutEvaluation."
         )
+    for key, now in held_out_of(evaluation).items():
+        if key in opened.inputs and opened.inputs[key]["digest"] != now["digest"]:
+            log.warning("%s: %s holds other prompts than when the run began.", key, now["of"])
     given = {"split": split, "steps": steps, "guidance": guidance, "images": images}
     settings = {key: value for key, value in given.items() if value is not None}
     run_settings = opened.part("run")

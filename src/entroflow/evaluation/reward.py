@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -44,10 +45,11 @@ class RewardEvaluation(HeldOutEvaluation):
         "The score is the mean reward over held-out prompts.",
         over="prompts and noise",
     )
+    prompts_from: ClassVar[str | None] = "path"
 
     type: Literal["reward"] = "reward"
-    path: Path = Field(description="held-out prompts: one in a line, or JSON objects (.jsonl)")
-    key: str = Field("prompt", description="key of the prompt in each JSON object")
+    path: Path = Field(description="file of held-out prompts, read as by the prompts of type text")
+    key: str = Field("prompt", description="key or column of the prompt in records")
 
     def model_post_init(self, _: Any) -> None:
         """Refuse what is not held out."""
@@ -95,6 +97,10 @@ class RewardEvaluation(HeldOutEvaluation):
             drawn=drawn,
         )
 
+    def held_out(self) -> Mapping[Split, Sequence[Prompt]]:
+        """See `HeldOutEvaluation.held_out`."""
+        return self._dealt
+
     def check(self) -> None:
         """See `HeldOutEvaluation.check`."""
         self.prompts(self.split)
@@ -108,7 +114,7 @@ class RewardEvaluation(HeldOutEvaluation):
         return self._dealt[split]
 
     @cached_property
-    def _dealt(self) -> dict[str, list[Prompt]]:
+    def _dealt(self) -> dict[Split, list[Prompt]]:
         found = read_prompts(self.path, self.key)
         if len(found) < FEWEST:
             raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import ClassVar, Literal
 
@@ -37,6 +38,18 @@ class ShapesEvaluation(HeldOutEvaluation):
     prompts_per_skill: int = Field(
         16, ge=1, description="most captions per skill; images are spread evenly over them"
     )
+
+    def held_out(self) -> Mapping[grammar.Split, Sequence[Prompt]]:
+        """See `HeldOutEvaluation.held_out`."""
+        splits: tuple[grammar.Split, ...] = ("validation", "test")
+        return {
+            split: [
+                Prompt(grammar.text(spec))
+                for skill in grammar.SKILLS
+                for spec in held_out(skill, split, self.prompts_per_skill)
+            ]
+            for split in splits
+        }
 
     def run(
         self,

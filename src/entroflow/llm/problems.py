@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import Dataset
+from pyarrow import ArrowException
 from torch import Tensor
 from transformers import TrainerState
 from trl.chat_template_utils import parse_response
 
+from entroflow.data_sets import load_data_set, read_data_set
 from entroflow.errors import InputError
 from entroflow.evaluation.base import mean_over_prompts
+from entroflow.inputs import digest_of_records
 from entroflow.llm.countdown import Puzzle, fault, puzzles
 from entroflow.llm.embedded import Answer, sampled
 from entroflow.llm.passing import avg_at, pass_at
 from entroflow.llm.recipe import Task
 from entroflow.llm.reward import NOT_GIVEN, Reward, check_arguments, guarded
+from entroflow.prompt_checks import remarks_on_texts
+from entroflow.shapes.grammar import Split
 from entroflow.users_code import users_function
 from entroflow.wrong_keys import hint
 
@@ -48,6 +54,18 @@ class Problems:
     test: Rows
     reward: Reward
 
+    def digest(self) -> str:
+        """Of all rows, in their order."""
+        return digest_of_records([*self.train.to_list(), *self.validation, *self.test])
+
+    def remarks(self) -> list[str]:
+        """What is odd about them, each in a line; see `prompt_checks`."""
+        held_out: dict[Split, list[str]] = {
+            "validation": [_words(row["prompt"]) for row in self.validation],
+            "test": [_words(row["prompt"]) for row in self.test],
+        }
+        return remarks_on_texts([_words(prompt) for prompt in self.train["prompt"]], held_out)
+
 
 def problems_of(task: Task, tokenizer: Any) -> Problems:
     """Those of a recipe.
@@ -59,6 +77,11 @@ def problems_of(task: Task, tokenizer: Any) -> Problems:
         InputError: the data lack a column, or are too few.
     """
     return _countdown(task) if task.type == "countdown" else _of_dataset(task, tokenizer)
+
+
+def _words(prompt: Any) -> str:
+    """What is asked: a text, or the messages of a chat as one."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
 def solved(completions: Sequence[str], prompts: Sequence[str], **_: Any) -> list[float]:
@@ -81,11 +104,7 @@ def _asked(split: Any, count: int) -> list[str]:
 
 def _of_dataset(task: Task, tokenizer: Any) -> Problems:
     assert task.path is not None
-    try:
-        data = load_dataset(task.path, task.name, split=task.split)
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"task: {task.path} can't be loaded: {reason}") from None
+    data = _loaded(task, task.path)
     # What is right need not be a column: some rewards can tell without.
     has_answer = task.answer in data.column_names or task.answer != ANSWER
     for column in (task.prompt, task.answer)[: 1 + has_answer]:
@@ -130,9 +149,26 @@ def _of_dataset(task: Task, tokenizer: Any) -> Problems:
     )
 
 
+def _loaded(task: Task, path: str) -> Dataset:
+    """The rows of a file, or of what `datasets` finds."""
+    try:
+        if not os.path.isfile(path):
+            return load_data_set(path, task.name, task.split)
+        rows = [
+            {task.prompt: record.content} if isinstance(record.content, str) else record.content
+            for record in read_data_set(path, task.name, task.split, task.prompt)
+        ]
+        return Dataset.from_list(rows)
+    except (ArrowException, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"task: {path} holds rows of different kinds: {reason}") from None
+    except InputError as error:
+        raise InputError(f"task: {path} can't be loaded: {error}") from None
+
+
 def _check_prompts(prompts: Sequence[Any], task: Task, tokenizer: Any) -> None:
     for number, asked in enumerate(prompts):
-        if not isinstance(asked, str | list) or not asked:
+        if not isinstance(asked, str | list) or not asked or str(asked).isspace():
             raise InputError(
                 f"task: {task.path}, column {task.prompt!r}: row {number} is {asked!r}, but must "
                 "be a text or a list of messages."

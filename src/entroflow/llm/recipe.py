@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from entroflow.component import Component
 from entroflow.errors import RecipeError, quoted
 from entroflow.llm.clips import MOST, MU_B, MU_V
+from entroflow.places import PathOrName, Places
 from entroflow.settings_text import (
     TEXTS,
     fields_of,
@@ -42,7 +43,7 @@ EMBEDDED = "embedded"
 class Model(Component):
     """The policy: any causal language model of transformers."""
 
-    path: str = Field(
+    path: Annotated[str, PathOrName((EMBEDDED,))] = Field(
         EMBEDDED, description="embedded is the one in the package; else a folder, or a name that "
         "transformers finds"
     )  # fmt: skip
@@ -63,9 +64,10 @@ class Task(Component):
     problems: int | None = Field(
         None, ge=1, description="to train on; null: 4000 of countdown, all of a dataset"
     )
-    path: str | None = Field(
-        None, description="of dataset: a folder or name that `datasets.load_dataset` finds"
-    )
+    path: Annotated[str | None, PathOrName(in_folders=True)] = Field(
+        None, description="of dataset: a file (.jsonl, .json, .csv, .tsv, .parquet), a folder, or "
+        "the name user/name of one on a hub"
+    )  # fmt: skip
     name: str | None = Field(None, description="of dataset: which of its configurations")
     split: str = Field("train", description="of dataset: which of its parts")
     prompt: str = Field("prompt", description="of dataset: the column with what is asked")
@@ -278,7 +280,7 @@ def load(
     for section, kind in PARTS.items():
         fields = fields_of(mapping.get(section), f"{name}: {section}")
         try:
-            parts[section] = kind.model_validate(fields, strict=True)
+            parts[section] = kind.model_validate(fields, strict=True).placed(Places(folder))
         except ValidationError as error:
             raise RecipeError(explained(error, kind, f"{name}: {section}")) from None
     trainer = fields_of(mapping.get("trainer"), f"{name}: trainer")

@@ -12,6 +12,7 @@ report.html             made from the above
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -35,14 +36,24 @@ from transformers.utils.logging import disable_progress_bar
 
 from entroflow.checkpoints import DIGESTS, check_digests
 from entroflow.errors import InputError
+from entroflow.inputs import check_inputs, digest_of_tensors
 from entroflow.launch import asked_to_stop
 from entroflow.llm.embedded import BASE
 from entroflow.llm.grpo import EntropyGRPOConfig
 from entroflow.llm.problems import Problems, judge, problems_of
 from entroflow.llm.recipe import EMBEDDED, LLMRecipe, Model, load
 from entroflow.llm.recorder import LONGEST, Recorder, Watch, read_base_answers
-from entroflow.llm.state import PROGRESS, TRAINER_STATE, ResumableTrainer, check_state, logged_at
+from entroflow.llm.state import (
+    PROGRESS,
+    TRAINER_STATE,
+    ResumableTrainer,
+    check_state,
+    inputs_of,
+    logged_at,
+)
 from entroflow.runs import EVALUATION, RECIPE, RunFolder, folder_name
+
+log = logging.getLogger(__name__)
 
 ADAPTER = "adapter_config.json"
 
@@ -116,6 +127,8 @@ def train(recipe: LLMRecipe, run: Path | None = None, watch: Watch | None = None
     # What TRL itself may want to write goes nowhere: the run folder has its own files.
     with TemporaryDirectory() as scratch:
         trainer, problems = _prepared(recipe, Path(scratch))
+        for remark in problems.remarks() if trainer.accelerator.is_main_process else ():
+            log.warning("%s.", remark)
 
         def new() -> RunFolder:
             named = f"{folder_name(recipe.name)}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -158,7 +171,8 @@ def resume(
     check_digests(checkpoint)
     with TemporaryDirectory() as scratch:
         trainer, problems = _prepared(recipe, Path(scratch))
-        done = check_state(checkpoint, trainer.accelerator.num_processes, recipe.identity)
+        processes = trainer.accelerator.num_processes
+        done = check_state(checkpoint, processes, recipe.identity, trainer.inputs)
         if done >= recipe.run.updates and (path / EVALUATION).exists():
             raise InputError(f"{path} has made its {done} updates; go further with run.updates=N.")
         read_base_answers(path)
@@ -175,6 +189,10 @@ def _prepared(recipe: LLMRecipe, scratch: Path) -> tuple[ResumableTrainer, Probl
     recipe.refuse_strangers()
     model, tokenizer = load_model(recipe.model.path, recipe.model.dtype, scratch / "merged")
     problems = problems_of(recipe.task, tokenizer)
+    inputs = {
+        "model": {"of": recipe.model.path, "digest": digest_of_tensors(model.state_dict())},
+        "task": _task_input(recipe, problems),
+    }
     known = min(len(problems.validation), len(problems.test))
     if recipe.evaluation.problems > known:
         raise InputError(
@@ -192,6 +210,7 @@ def _prepared(recipe: LLMRecipe, scratch: Path) -> tuple[ResumableTrainer, Probl
             reason = " ".join(str(error).split())
             raise InputError(f"{recipe.name}: trainer: {reason}") from None
     trainer.identity = recipe.identity
+    trainer.inputs = inputs
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
     at_once = (trainer.args.generation_batch_size or 1) // (trainer.num_generations or 1)
@@ -209,6 +228,10 @@ def _prepared(recipe: LLMRecipe, scratch: Path) -> tuple[ResumableTrainer, Probl
                 "FULL_STATE_DICT in the configuration of accelerate."
             )
     return trainer, problems
+
+
+def _task_input(recipe: LLMRecipe, problems: Problems) -> dict[str, str]:
+    return {"of": recipe.task.path or recipe.task.type, "digest": problems.digest()}
 
 
 def _lora(model: Model) -> Any:
@@ -298,13 +321,21 @@ def evaluate(
     """
     recipe, state = recipe_of(path, trust), TrainerState()
     recipe.refuse_strangers()
-    if (Path(path) / RECIPE).is_file():
-        state.global_step = int(RunFolder(Path(path)).latest().name)
-        state.max_steps = recipe.run.updates
+    checkpoint = RunFolder(Path(path)).latest() if (Path(path) / RECIPE).is_file() else None
+    if checkpoint is not None:
+        state.global_step, state.max_steps = int(checkpoint.name), recipe.run.updates
     model, tokenizer = load_model(path, recipe.model.dtype)
     if recipe.trainer.get("use_cpu") is not True:
         model.to(PartialState().device)
     known = problems_of(recipe.task, tokenizer)
+    if checkpoint is not None:
+        # Of edited data other problems are held out: some that the run was trained on.
+        before = inputs_of(checkpoint) or {}
+        check_inputs(
+            {key: each for key, each in before.items() if key == "task"},
+            {"task": _task_input(recipe, known)} if "task" in before else {},
+            checkpoint,
+        )
     if problems > len(known.test):
         raise InputError(f"there are {len(known.test)} test problems, not {problems}.")
     found = judge(

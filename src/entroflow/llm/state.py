@@ -28,6 +28,7 @@ from entroflow.checkpoints import (
     optimizer_tensors,
     read_tensors,
 )
+from entroflow.inputs import Inputs, check_inputs
 from entroflow.llm.grpo import EntropyGRPOTrainer
 from entroflow.run_files import Progress, TRLState, read_object
 
@@ -53,6 +54,9 @@ class ResumableTrainer(EntropyGRPOTrainer):
 
     identity = ""
 
+    inputs: Inputs
+    """What the recipe names and the training reads; see `entroflow.inputs`."""
+
     def write_state(self, folder: Path) -> None:
         """Write all but the model into a folder; called in every process.
 
@@ -77,6 +81,7 @@ class ResumableTrainer(EntropyGRPOTrainer):
             "scaler": None if scaler is None else scaler.state_dict(),
             "adapted": {name: getattr(self, name) for name in ADAPTED},
             "random": states,
+            "inputs": self.inputs,
         }
         save_file(tensors, folder / OPTIMIZER)
         try:
@@ -136,14 +141,28 @@ class ResumableTrainer(EntropyGRPOTrainer):
             _set_random_state(states[self.accelerator.process_index])
 
 
-def check_state(folder: Path, processes: int, identity: str) -> int:
+def inputs_of(folder: Path) -> Inputs | None:
+    """What the training of a checkpoint read; None where that is not written down.
+
+    Raises:
+        CheckpointError: it is torn.
+    """
+    return _progress(folder).get("inputs") if (folder / PROGRESS).is_file() else None
+
+
+def check_state(folder: Path, processes: int, identity: str, inputs: Inputs) -> int:
     """Whether a training can go on from a folder; a recipe that was changed since is warned of.
+
+    Args:
+        processes: that there are now.
+        inputs: as they are now.
 
     Returns:
         Its updates.
 
     Raises:
         CheckpointError: it holds the model alone, is torn, or of another number of processes.
+        InputError: model or problems are not those that it was trained with.
     """
     if not (folder / PROGRESS).is_file():
         raise CheckpointError(
@@ -151,6 +170,7 @@ def check_state(folder: Path, processes: int, identity: str) -> int:
             f"not written down; start a new run from it: model.path={folder}"
         )
     progress = _progress(folder)
+    check_inputs(progress.get("inputs"), inputs, folder)
     if progress.get("recipe", identity) != identity:
         log.warning("the recipe was changed since %s; the run goes on by it.", folder)
     before = len(progress["random"])

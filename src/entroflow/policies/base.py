@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -64,6 +64,34 @@ class Policy(Protocol):
 
     def evaluations(self, guidance: float) -> int:
         """Network passes that one velocity costs per image."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How long prompts are for one text encoder.
+
+    Attributes:
+        encoder: its name, as people know it.
+        limit: most tokens that it reads; what follows is cut.
+        tokens: [P] of each prompt, counted as the limit counts.
+    """
+
+    encoder: str
+    limit: int
+    tokens: Sequence[int]
+
+
+@runtime_checkable
+class ReadsPrompts(Protocol):
+    """A policy that can say, without encoding prompts, how much of them its encoders read."""
+
+    def readings(self, prompts: Sequence[str]) -> Sequence[Reading]:
+        """For each text encoder.
+
+        Raises:
+            InputError: one of the prompts [P] can't be encoded.
+        """
         ...
 
 

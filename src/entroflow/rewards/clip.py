@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -14,6 +14,7 @@ from transformers import AutoProcessor, CLIPModel
 from entroflow.component import Component
 from entroflow.errors import InputError
 from entroflow.pictures import to_pil
+from entroflow.places import PathOrName
 from entroflow.prompts import Prompt
 from entroflow.rewards.base import Scores, Status
 
@@ -26,10 +27,12 @@ class CLIPScore(Component):
     """
 
     type: Literal["clip"] = "clip"
-    model: str = Field(
+    model: Annotated[str, PathOrName()] = Field(
         "openai/clip-vit-large-patch14", description="CLIP model: a name or a folder"
     )
-    processor: str | None = Field(None, description="of images and words; the model's if unset")
+    processor: Annotated[str | None, PathOrName()] = Field(
+        None, description="of images and words; the model's if unset"
+    )
     scaled: bool = Field(False, description="times the model's own scale, as PickScore has it")
     batch_size: int = Field(32, ge=1, description="most images in one pass")
     device: str | None = Field(None, description="as cuda or cpu; the accelerator if there is one")

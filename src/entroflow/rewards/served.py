@@ -59,6 +59,7 @@ class Served(Component):
     waits: ClassVar[bool] = True
     section: ClassVar[str]
     """Where a recipe has it, for messages."""
+    read_from: ClassVar[tuple[str, ...]] = ("template",)
 
     url: str = Field("http://127.0.0.1:8080/v1", description="of the server, up to its version")
     model: str = Field(description="name under which it serves the model")

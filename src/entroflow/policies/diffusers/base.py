@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -26,8 +26,9 @@ from torch import Tensor
 from entroflow.checkpoints import read_tensors, write_bytes
 from entroflow.component import Component
 from entroflow.errors import InputError
+from entroflow.places import PathOrName
 from entroflow.policies.attention import is_watched
-from entroflow.policies.base import Condition, WeightSets
+from entroflow.policies.base import Condition, Reading, WeightSets
 from entroflow.policies.diffusers.joint_attention import shown_attention
 from entroflow.policies.diffusers.lora import (
     ADAPTER,
@@ -48,7 +49,9 @@ ENCODED_AT_ONCE = 16
 class DiffusersConfig(Component):
     """Settings of every policy over a diffusers pipeline."""
 
-    model: str = Field(description="folder of the pipeline, or its name on a model hub")
+    model: Annotated[str, PathOrName()] = Field(
+        description="folder of the pipeline, or its name on a model hub"
+    )
     resolution: int = Field(512, ge=16, description="width and height of images, in pixels")
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16", description="of the transformer's and encoders' arithmetic; states are float32"
@@ -177,6 +180,22 @@ class DiffusersPolicy:
             self._rest_encoders()
         names = self._embeddings[prompts[0]] if prompts else {}
         return Condition({n: torch.stack([self._embeddings[t][n] for t in prompts]) for n in names})
+
+    def readings(self, prompts: Sequence[str]) -> list[Reading]:
+        """See `ReadsPrompts`: of the CLIPs, which share their tokens, one; and T5."""
+        found: dict[str, Reading] = {}
+        parts = self.pipeline.components
+        for name, tokenizer in parts.items():
+            if not name.startswith("tokenizer") or not prompts:
+                continue
+            if tokenizer is None or parts.get(name.replace("tokenizer", "text_encoder")) is None:
+                continue
+            t5 = "T5" in type(tokenizer).__name__
+            encoder = "T5" if t5 else "CLIP"
+            limit = self.settings.tokens if t5 else self.pipeline.tokenizer_max_length
+            ids = tokenizer(list(prompts), verbose=False)["input_ids"]
+            found.setdefault(encoder, Reading(encoder, limit, [len(of_one) for of_one in ids]))
+        return list(found.values())
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition, guidance: float) -> Tensor:
         """Velocity [B, *latent_shape] in float32, where x is.

@@ -14,7 +14,7 @@ from torch import Tensor
 from entroflow.checkpoints import read_tensors, write_bytes
 from entroflow.component import Component
 from entroflow.policies.attention import conditional
-from entroflow.policies.base import Condition, WeightSets
+from entroflow.policies.base import Condition, Reading, WeightSets
 from entroflow.policies.shapes.network import CHANNELS, RESOLUTION, ShapesNetwork
 from entroflow.policies.shapes.tokenizer import CAPTION_LENGTH, VOCABULARY, tokenize
 from entroflow.sampling.grid import shifted_grid
@@ -63,6 +63,11 @@ class ShapesPolicy:
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Word ids; the network embeds them itself."""
         return Condition({"words": tokenize(prompts)})
+
+    def readings(self, prompts: Sequence[str]) -> list[Reading]:
+        """See `ReadsPrompts`; no caption of the grammar is too long."""
+        words = (tokenize(prompts) != 0).sum(dim=1).tolist()
+        return [Reading("the embedded model", CAPTION_LENGTH, words)]
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition, guidance: float) -> Tensor:
         """Velocity [B, 3, 32, 32] in float32; `guidance` 1 needs one pass, any other value two."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -31,6 +31,8 @@ class ShapesPreference(Component):
     can be hacked: see its model card, rewards/preferences/MODEL_CARD.md. Units are log-odds.
     """
 
+    read_from: ClassVar[tuple[str, ...]] = ("weights",)
+
     type: Literal["shapes_preference"] = "shapes_preference"
     weights: Path | None = Field(None, description="safetensors of it; the shipped ones if unset")
 
@@ -51,6 +53,8 @@ class ShapesJudge(Component):
 
     For captions of the shapes world. Each image is read once, then a small network compares two.
     """
+
+    read_from: ClassVar[tuple[str, ...]] = ("weights",)
 
     type: Literal["shapes_preference"] = "shapes_preference"
     weights: Path | None = Field(None, description="safetensors of it; the shipped ones if unset")

@@ -1,0 +1,167 @@
+"""A run goes on only with the prompts and files that it began with, by content."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from decimal import Decimal
+
+import pytest
+
+import entroflow
+from entroflow.checkpoints import read_state
+from entroflow.compare import Arm, planned
+from entroflow.component import Component
+from entroflow.errors import InputError
+from entroflow.inputs import digest_of_records, files_of
+from tiny_run import PixelPolicy, recipe, train
+
+RECORDS = [{"prompt": f"p{n}", "level": n} for n in range(6)]
+HELD_OUT = [f"h{n}" for n in range(8)]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that was stopped, of prompts with metadata and held-out prompts in files."""
+    write(tmp_path / "train.jsonl", RECORDS)
+    (tmp_path / "held_out.txt").write_text("\n".join(HELD_OUT))
+    return train(
+        tmp_path / "run", stop_after=1,
+        prompts={"type": "jsonl", "path": str(tmp_path / "train.jsonl")},
+        evaluation={
+            "type": "reward", "path": str(tmp_path / "held_out.txt"), "images": 4,
+            "test_images": 4, "steps": 2, "guidance_tried": [1.0],
+        },
+    )  # fmt: skip
+
+
+def resumed(run):
+    return entroflow.resume(run.path, policy=PixelPolicy())
+
+
+@pytest.mark.parametrize("edit", [
+    {1: {"prompt": "other", "level": 1}},
+    {1: {"prompt": "p1", "level": "1"}},
+    {1: {"prompt": "p1"}},
+    {1: RECORDS[2], 2: RECORDS[1]},
+    {6: {"prompt": "more"}},
+])  # fmt: skip
+def test_edited_training_prompts_are_refused(run, tmp_path, edit):
+    """Text, metadata and its type, order, and number."""
+    write(tmp_path / "train.jsonl", {**dict(enumerate(RECORDS)), **edit}.values())
+    with pytest.raises(InputError, match=r"prompts: what .*train\.jsonl holds is not what") as one:
+        resumed(run)
+    assert "restore it to go on, or start a new run" in str(one.value)
+
+
+def test_edited_held_out_prompts_are_refused(run, tmp_path):
+    (tmp_path / "held_out.txt").write_text("\n".join([*HELD_OUT[:-1], "other"]))
+    with pytest.raises(InputError, match=r"evaluation, test: what .*held_out\.txt holds"):
+        resumed(run)
+
+
+def test_the_same_content_in_other_bytes_goes_on(run, tmp_path):
+    text = "".join(json.dumps(dict(reversed(r.items()))) + "\r\n\r\n" for r in RECORDS)
+    (tmp_path / "train.jsonl").write_text(text, encoding="utf-8-sig", newline="")
+    assert resumed(run).metrics()[-1]["iteration"] == 3
+
+
+def test_a_checkpoint_without_digests_goes_on_with_a_warning(run, caplog):
+    path = run.latest() / "state.json"
+    state = json.loads(path.read_text())
+    assert set(state["inputs"]) == {"prompts", "evaluation, validation", "evaluation, test"}
+    del state["inputs"]
+    path.write_text(json.dumps(state))
+    resumed(run)
+    assert "whether prompts and other files have changed since can't be told" in caplog.text
+    assert read_state(run.latest())["inputs"]
+
+
+def test_files_of_parts_are_found_and_others_are_not(tmp_path):
+    class Judge(Component):
+        read_from = ("template",)
+        template: object = tmp_path / "words.txt"
+        log: object = tmp_path / "log.txt"
+
+    class Reward(Component):
+        parts = {"judge": "judge", "others": "reward"}  # noqa: RUF012
+        judge: object = Judge()
+        others: object = {"a": Judge()}
+
+    (tmp_path / "words.txt").write_text("which?")
+    (tmp_path / "log.txt").write_text("1")
+    before = files_of(Reward(), "reward")
+    assert set(before) == {"reward.judge.template", "reward.others.a.template"}
+    (tmp_path / "log.txt").write_text("2")
+    assert files_of(Reward(), "reward") == before
+    (tmp_path / "words.txt").write_text("which one?")
+    assert files_of(Reward(), "reward") != before
+
+
+def test_a_template_that_was_edited_is_refused(tmp_path):
+    template = tmp_path / "words.txt"
+    template.write_text("How good is this for {prompt}? Score: 0 to 10")
+    fields = {
+        "type": "openai",
+        "model": "m",
+        "template": str(template),
+        "url": "http://127.0.0.1:9",
+    }
+    fields |= {"deadline": 0.01, "attempts": 1}
+    path = tmp_path / "mine.yaml"
+    path.write_text(recipe(reward=fields).to_yaml())
+    run = entroflow.train(path, policy=PixelPolicy(), run=tmp_path / "run", stop_after=0)
+    template.write_text("How bad is this for {prompt}? Score: 0 to 10")
+    with pytest.raises(InputError, match=r"reward\.template: what .*words\.txt holds"):
+        resumed(run)
+
+
+def test_results_of_a_comparison_are_of_what_the_files_held(tmp_path):
+    path = tmp_path / "prompts.txt"
+    arm = Arm("quickstart", ("prompts.type=text", f"prompts.path={path}"))
+    keys = []
+    for text in ("a red circle\n", "a blue ring\n", "a red circle\n\n"):
+        path.write_text(text)
+        (job,) = planned([arm], [0], {"budget": "300k"})
+        keys.append(tuple(job.key.values()))
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_equal_records_have_one_digest_in_every_process():
+    """Whatever the order of keys and of a set's members; values that differ have others."""
+    values = [
+        {"a": 1, "b": [None, True]}, {"a": 1.5}, {"a": "1"}, {"a": True}, {"a": b"1"}, "a", ["a"],
+        {"a": Decimal("1.0")}, {"a": {"x", "y", "z"}}, {"a": "\ud800"}, [["a"], "b"], ["a", ["b"]],
+    ]  # fmt: skip
+    digests = [digest_of_records([value]) for value in values]
+    assert len(set(digests)) == len(values)
+    assert digest_of_records(["a", "b"]) != digest_of_records([["a", "b"]])
+    program = (
+        "from entroflow.inputs import digest_of_records as d;"
+        "print(d([{'b': [None, True], 'a': 1}]), d([{'a': {'z', 'y', 'x'}}]), d([{'a': object()}]))"
+    )
+    environment = {"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path)}
+    command = [sys.executable, "-c", program]
+    made = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert made.stdout.split() == [digests[0], digests[8], digest_of_records([{"a": object()}])]
+
+
+def test_an_evaluation_of_other_prompts_than_the_run_had_says_so(tmp_path, caplog):
+    path = tmp_path / "held_out.txt"
+    path.write_text("a red circle\na blue ring\na green square\ntwo red circles\n")
+    small = [
+        "run.iterations=0", "evaluation.type=reward", f"evaluation.path={path}",
+        "evaluation.images=4", "evaluation.test_images=4", "evaluation.steps=1",
+        "evaluation.guidance_tried=[1.0]",
+    ]  # fmt: skip
+    run = entroflow.train("quickstart", small, run=tmp_path / "run")
+    entroflow.evaluate(run.path)
+    assert "holds other prompts" not in caplog.text
+    path.write_text("a red circle\na blue ring\na green square\nthree red circles\n")
+    entroflow.evaluate(run.path)
+    assert f"evaluation, test: {path} holds other prompts than when the run began" in caplog.text
