@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+MOST = 2**31 - 1
+"""Largest whole number but for seeds and budgets; of more, products would leave 64 bits."""
 
 
 class Component(BaseModel):
@@ -19,3 +22,11 @@ class Component(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     parts: ClassVar[Mapping[str, str]] = {}
+
+    @field_validator("*")
+    @classmethod
+    def _is_no_more_than_can_be(cls, value: Any, info: ValidationInfo) -> Any:
+        name = info.field_name or ""
+        if isinstance(value, int) and abs(value) > MOST and not name.endswith(("seed", "budget")):
+            raise ValueError(f"input should be at most {MOST}")
+        return value
