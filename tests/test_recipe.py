@@ -309,6 +309,8 @@ def test_hash_ignores_the_order_of_keys_and_defaults_written_out():
         ("run: {seed: 1.0}", "run.seed"),
         ("run: {seed: true}", "run.seed"),
         ("run: {seed: }", "run.seed"),
+        ("allocation: {group_size: 4611686018427387904}", "group_size: input should be at most 2"),
+        ("sampling: {steps: 2147483648}", "sampling.steps: input should be at most 2147483647"),
         ("sampling: {state_dtype: float16}", "sampling.state_dtype"),
         ("sampling: {steps: 1}", "sampling.steps"),
         ("optimizer: {learning_rate: .nan}", "optimizer.learning_rate"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -147,6 +148,17 @@ def test_plain_data_is_read_as_the_library_reads_it(data):
     YAML().dump(data, out)
     assert parse_yaml(out.getvalue(), "mine") == data
     assert parse_yaml(json.dumps(data), "mine") == data
+
+
+def test_depth_is_bounded_where_it_is_met():
+    """Not where it ends, which recursion may not reach."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    try:
+        with pytest.raises(RecipeError, match="nested more than"):
+            parse_yaml("a: " + "[" * 3000 + "]" * 3000, "mine")
+    finally:
+        sys.setrecursionlimit(before)
 
 
 @pytest.mark.parametrize("levels", [8, 200])

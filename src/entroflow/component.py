@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from entroflow.places import PathOrName, Places, holds_path, with_places
+
+MOST = 2**31 - 1
+"""Largest whole number but for seeds and budgets; of more, products would leave 64 bits."""
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -30,6 +33,14 @@ class Component(BaseModel):
     def placed(self, places: Places) -> Self:
         """This component with absolute paths."""
         return placed(self, places)
+
+    @field_validator("*")
+    @classmethod
+    def _is_no_more_than_can_be(cls, value: Any, info: ValidationInfo) -> Any:
+        name = info.field_name or ""
+        if isinstance(value, int) and abs(value) > MOST and not name.endswith(("seed", "budget")):
+            raise ValueError(f"input should be at most {MOST}")
+        return value
 
 
 def placed(component: ModelT, places: Places) -> ModelT:
