@@ -154,7 +154,13 @@ class DiffusersPolicy:
         self._embeddings: dict[str, dict[str, Tensor]] = {}
         self._cache: EmbeddingCache | None = None
         pipeline.set_progress_bar_config(disable=True)
-        for module in _modules(pipeline):
+        for name, module in _modules(pipeline).items():
+            if getattr(module, "peft_config", None):
+                raise InputError(
+                    f"policy: the pipeline's {name} has a LoRA already, which would be lost: fuse "
+                    "it first (pipe.fuse_lora, pipe.unload_lora_weights), or name its file as "
+                    "policy.lora_start."
+                )
             module.eval().requires_grad_(False)
         transformer = pipeline.transformer
         if settings.lora_rank is None:
@@ -376,11 +382,10 @@ class DiffusersPolicy:
 
     def _frozen(self) -> Iterator[tuple[str, Tensor]]:
         """All else that decides about images: a run is not resumed where it differs."""
-        for part, module in self.pipeline.components.items():
-            if isinstance(module, torch.nn.Module):
-                for name, parameter in module.named_parameters():
-                    if not parameter.requires_grad:
-                        yield (name if part == "transformer" else f"{part}.{name}"), parameter
+        for part, module in _modules(self.pipeline).items():
+            for name, parameter in module.named_parameters():
+                if not parameter.requires_grad:
+                    yield (name if part == "transformer" else f"{part}.{name}"), parameter
         for name, layer in lora_layers(self.pipeline.transformer).items():
             yield f"{name}.scaling", torch.tensor(layer.scaling[ADAPTER])
 
@@ -397,8 +402,9 @@ class DiffusersPolicy:
         return kept is not None
 
 
-def _modules(pipeline: Any) -> list[torch.nn.Module]:
-    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+def _modules(pipeline: Any) -> dict[str, torch.nn.Module]:
+    components = pipeline.components.items()
+    return {name: part for name, part in components if isinstance(part, torch.nn.Module)}
 
 
 def _default_device() -> str:

@@ -30,8 +30,12 @@ log = logging.getLogger(__name__)
 
 LIBRARIES = ("diffusers", "transformers", "tokenizers")
 """They turn a prompt into embeddings; other versions may do it otherwise."""
-UNRELATED = ("_name_or_path", "name_or_path", "transformers_version")
-"""Of configurations: where they were read from and what wrote them, which changes no embedding."""
+UNRELATED = (
+    "_name_or_path", "name_or_path", "is_local", "local_files_only", "transformers_version",
+    "padding", "truncation",
+)  # fmt: skip
+"""Of configurations, what changes no embedding: where they were read from, what wrote them, and how
+the last call padded and cut."""
 
 
 class EmbeddingCache:
@@ -101,7 +105,7 @@ def _encoder(encoder: Any) -> str:
 
 
 def _tokenizer(tokenizer: Any) -> str:
-    """All that a tokenizer saves, but how the last call padded and cut."""
+    """All that a tokenizer saves."""
     if tokenizer is None:
         return ""
     with tempfile.TemporaryDirectory() as folder:
@@ -116,8 +120,7 @@ def _tokenizer(tokenizer: Any) -> str:
 
 
 def _plain(content: Mapping[str, Any]) -> str:
-    left_out = (*UNRELATED, "padding", "truncation")
-    kept = {key: value for key, value in content.items() if key not in left_out}
+    kept = {key: value for key, value in content.items() if key not in UNRELATED}
     return json.dumps(kept, sort_keys=True, default=str)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -64,7 +64,7 @@ def start_lora(transformer: Any, factors: Mapping[str, Factors]) -> None:
     alpha, alphas = _usual_and_others({name: each.alpha for name, each in factors.items()})
     config = LoraConfig(
         r=rank, rank_pattern=ranks, lora_alpha=cast(int, alpha), alpha_pattern=alphas,
-        target_modules="|".join(re.escape(name) for name in factors),
+        target_modules=_any_of(factors),
     )  # fmt: skip
     with torch.random.fork_rng():
         transformer.add_adapter(config, ADAPTER)
@@ -100,18 +100,20 @@ def save_lora(pipeline: Any, folder: Path) -> None:
     # Not a whole configuration: other versions of PEFT refuse keys that they do not know.
     settings = {
         "r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others,
-        "target_modules": sorted(ranks),
+        "target_modules": _any_of(ranks),
     }  # fmt: skip
     type(pipeline).save_lora_weights(
         folder, transformer_lora_layers=tensors, transformer_lora_adapter_metadata=settings
     )
 
 
-def _usual_and_others(by_module: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
-    """The value that most modules have, and those of the others.
+def _any_of(modules: Iterable[str]) -> str:
+    """The pattern of PEFT that means these modules and no others whose names end like theirs."""
+    return "|".join(re.escape(name) for name in modules)
 
-    As PEFT wants them: by patterns that mean a module and no other whose name ends like it.
-    """
+
+def _usual_and_others(by_module: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
+    """The value that most modules have, and those of the others by PEFT's patterns of names."""
     ((usual, _),) = Counter(by_module.values()).most_common(1)
     others = {f"^{re.escape(n)}": value for n, value in by_module.items() if value != usual}
     return usual, others
