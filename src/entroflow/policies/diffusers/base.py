@@ -108,15 +108,12 @@ class DiffusersConfig(Component):
 
     @model_validator(mode="after")
     def _folder_or_file(self) -> Self:
-        if is_one_file(self.model):
-            if self.config is None:
-                raise ValueError(
-                    "model is one file, so config must name a folder (or hub name) of a pipeline "
-                    "of its kind, for the configurations, the tokenizers and what the file lacks"
-                )
-            if self.variant is not None:
-                raise ValueError("variant is for a folder, but model is one file")
-        elif self.config is not None:
+        if is_one_file(self.model) and self.config is None:
+            raise ValueError(
+                "model is one file, so config must name a folder (or hub name) of a pipeline of "
+                "its kind, for the configurations, the tokenizers and what the file lacks"
+            )
+        if self.config is not None and not is_one_file(self.model):
             raise ValueError("config is for a model that is one file; a folder has its own")
         return self
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -19,15 +21,26 @@ ONE_FILE = (".safetensors", ".sft")
 """Ends of the names of checkpoints that are one file."""
 NOT_READ = (".ckpt", ".pt", ".pth", ".bin", ".gguf")
 """Of pickles, which may run code, and of quantised weights."""
-FIRST_BLOCK = {"StableDiffusion3Pipeline": "joint_blocks.0.", "FluxPipeline": "double_blocks.0."}
-"""In the names of a transformer's tensors in its authors' layout, by the class of the pipeline."""
-FIRST_BLOCK_HERE = "transformer_blocks.0."
-"""The same in diffusers' own layout."""
-OF_A_VAE = ("first_stage_model.", "vae.")
-"""Before the names of a VAE's tensors in a file that has one."""
+CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}." for name in ("clip_l", "clip_g", "t5xxl"))
+VAE = ("first_stage_model.", "vae.")
+LAYOUTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "StableDiffusion3Pipeline": {
+        "transformer": ("joint_blocks.0.", "transformer_blocks.0."), "vae": VAE,
+        "text_encoder": (CLIP_L,), "text_encoder_2": (CLIP_G,), "text_encoder_3": (T5,),
+    },
+    "FluxPipeline": {
+        "transformer": ("double_blocks.0.", "transformer_blocks.0."), "vae": VAE,
+        "text_encoder": (CLIP_L,), "text_encoder_2": (T5,),
+    },
+}  # fmt: skip
+"""What the names of a part's tensors contain in a file that has it, in the authors' or diffusers'
+layout; by the class of the pipeline and the name of the part."""
 QUANTISED = ("scaled_fp8", "scale_weight", "weight_scale", "quant_state", "absmax")
 """In the names of tensors that others are to be multiplied by before they are weights."""
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
+    SingleFileComponentError,
+)  # fmt: skip
 """What diffusers raises for weights that are missing, torn, or of another model."""
 
 
@@ -48,10 +61,7 @@ def load_pipeline(settings: DiffusersConfig, kind: str) -> Any:
     if is_one_file(settings.model):
         return _from_one_file(settings, kind)
     try:
-        dtypes = {name: settings.dtype_of(name) for name in ("vae", "transformer", "default")}
-        pipeline = DiffusionPipeline.from_pretrained(
-            settings.model, dtype=dtypes, variant=settings.variant
-        )
+        pipeline = _from_folder(settings.model, settings)
     except UNREADABLE as error:
         raise no_pipeline(settings, error) from None
     if type(pipeline).__name__ != kind:
@@ -59,6 +69,13 @@ def load_pipeline(settings: DiffusersConfig, kind: str) -> Any:
             f"policy.model: {settings.model} is a {type(pipeline).__name__}, not a {kind}."
         )
     return pipeline
+
+
+def _from_folder(folder: str, settings: DiffusersConfig, **without: None) -> Any:
+    dtypes = {name: settings.dtype_of(name) for name in ("vae", "transformer", "default")}
+    return DiffusionPipeline.from_pretrained(
+        folder, dtype=dtypes, variant=settings.variant, **without
+    )
 
 
 def no_pipeline(settings: DiffusersConfig, error: Exception) -> InputError:
@@ -81,6 +98,7 @@ def _variants(folder: Path) -> set[str]:
 
 def _from_one_file(settings: DiffusersConfig, kind: str) -> Any:
     """What a file lacks, and all configurations and tokenizers, come from `policy.config`."""
+    assert settings.config is not None
     file, place = settings.model, settings.config
     names = _names(Path(file))
     quantised = [name for name in names if any(sign in name for sign in QUANTISED)]
@@ -89,11 +107,15 @@ def _from_one_file(settings: DiffusersConfig, kind: str) -> Any:
             f"policy.model: the weights of {file} are quantised ({quantised[0]}); take a file in "
             "bf16, fp16 or fp32."
         )
-    layouts = (FIRST_BLOCK[kind], FIRST_BLOCK_HERE)
-    if not any(layout in name for layout in layouts for name in names):
+    layouts = LAYOUTS[kind]
+    there = {
+        part for part, signs in layouts.items()
+        if any(sign in name for sign in signs for name in names)
+    }  # fmt: skip
+    if "transformer" not in there:
         raise InputError(
             f"policy.model: {file} is no {kind}: none of its {len(names)} tensors is called "
-            f"{' or '.join(layouts)}..., as {next(iter(names), 'there are none')}."
+            f"{' or '.join(layouts['transformer'])}..., as {next(iter(names), 'there are none')}."
         )
     try:
         index: Any = DiffusionPipeline.load_config(place)
@@ -101,20 +123,17 @@ def _from_one_file(settings: DiffusersConfig, kind: str) -> Any:
         raise no_pipeline(settings, error) from None
     if index["_class_name"] != kind:
         raise InputError(f"policy.config: {place} is a {index['_class_name']}, not a {kind}.")
-    parts = {}
     try:
-        if not any(name.startswith(OF_A_VAE) for name in names):
-            parts["vae"] = AutoencoderKL.from_pretrained(place, subfolder="vae")
+        rest = _from_folder(place, settings, **dict.fromkeys(there))
+        parts = {name: part for name, part in rest.components.items() if name not in there}
         pipeline = getattr(diffusers, kind).from_single_file(file, config=place, **parts)
     except UNREADABLE as error:
-        why = _first_line(error)
         raise InputError(
-            f"policy.model: {file} can't be loaded with the configuration of {place} ({why}); "
-            "what the file lacks must be there."
+            f"policy.model: {file} can't be loaded with the configuration of {place} "
+            f"({_first_line(error)}); what the file lacks must be there."
         ) from None
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module):
-            nn.Module.to(part, settings.dtype_of(name))
+    for name in there:
+        nn.Module.to(getattr(pipeline, name), settings.dtype_of(name))
     return pipeline
 
 
