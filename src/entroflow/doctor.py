@@ -118,6 +118,8 @@ class _Patient:
         """It can be loaded."""
         self.policy = self.recipe.policy.build()
         trained = sum(tensor.numel() for tensor in self.policy.weights.live.values())
+        if not trained:
+            raise InputError("no weight of the policy is trained, so nothing can be learnt.")
         shape = " x ".join(map(str, self.policy.latent_shape))
         return f"loaded; {count(trained)} weights are trained; latents {shape}"
 
@@ -250,7 +252,10 @@ class _Patient:
         return said
 
     def on_policy(self) -> str:
-        """In one iteration with few rollouts and random rewards, the ratio is 1 and the KL 0."""
+        """In one iteration with few rollouts and random rewards, the ratio is 1 and the KL 0.
+
+        The KL is what it is where the policy came with another reference than it starts from.
+        """
         recipe = self.recipe
         # In batches of one shape where the method allows, as equal bits need.
         small = replace(
@@ -266,6 +271,7 @@ class _Patient:
             lambda images, *_: torch.rand(len(images), generator=drawn).tolist()
         )
         trainer = Trainer(small, self._built(), reward)
+        at_reference = trainer.policy.weights.equal("live", "reference")
         line = trainer.step()
         self.seconds = trainer.seconds / trainer.ledger.weighted_evaluations
         clip = recipe.objective.clip(trainer.dimensions)
@@ -273,6 +279,9 @@ class _Patient:
         if off is None:
             raise InputError("no transition was trained, so there is nothing to learn from.")
         said = f"ratio off by {off:.1e} and KL {kl:.1e} before a step; clip range {clip:.1e}"
+        if not at_reference:
+            said += "; the KL is to a reference that the policy does not start from"
+            kl = 0.0
         if off > clip or kl > clip:
             raise InputError(f"{said}: rollout and training must agree; the warning says in what.")
         if off > 0.1 * clip or kl > 0.1 * clip:

@@ -82,6 +82,8 @@ class Trainer:
         weights.keep_reference()
         weights.keep("ema")
         self.parameters = list(weights.live.values())
+        if not self.parameters:
+            raise InputError("no weight of the policy is trained, so nothing can be learnt.")
         settings = recipe.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -253,6 +255,7 @@ class Trainer:
         recipe, settings = self.recipe, self.recipe.optimizer
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate_at(self.iteration, share_done)
+        at_reference = self.policy.weights.equal("live", "reference")
         statistics = update(
             self.policy, recipe.kernel, cond, transitions, recipe.objective,
             self.optimizer, self.parameters, seed=recipe.run.seed, iteration=self.iteration,
@@ -260,12 +263,16 @@ class Trainer:
             max_grad_norm=settings.max_grad_norm, ledger=self.ledger,
         )  # fmt: skip
         self.policy.weights.follow("ema", settings.ema)
-        self._check(statistics)
+        self._check(statistics, at_reference)
         self._give_up(statistics)
         return statistics
 
-    def _check(self, statistics: UpdateStatistics) -> None:
-        """Warn where the first pass of the update disagrees with the rollout."""
+    def _check(self, statistics: UpdateStatistics, at_reference: bool) -> None:
+        """Warn where the first pass of the update disagrees with the rollout.
+
+        Args:
+            at_reference: whether the weights that sampled were those of the reference.
+        """
         recipe = self.recipe
         limit = 0.1 * recipe.objective.clip(self.dimensions)
         if statistics.ratio_deviation is not None and statistics.ratio_deviation > limit:
@@ -278,12 +285,13 @@ class Trainer:
                 recipe.sampling.guidance, recipe.sampling.steps, recipe.sampling.batch_size,
                 recipe.optimizer.micro_batch,
             )  # fmt: skip
-        if self.iteration == 0 and (statistics.kl or 0.0) > limit:
+        if at_reference and (statistics.kl or 0.0) > limit:
             log.warning(
-                "the KL to the reference is %.1e before any step, when it must be 0: the reference "
-                "weights are not those that sampled.",
-                statistics.kl,
-            )
+                "iteration %d: the KL to the reference is %.1e before the first step, when it must "
+                "be 0: the weights that sampled are the reference's, so the policy computes "
+                "otherwise under weights('reference').",
+                self.iteration + 1, statistics.kl,
+            )  # fmt: skip
 
     def _give_up(self, statistics: UpdateStatistics) -> None:
         """Refuse to go on for ever.

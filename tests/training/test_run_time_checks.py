@@ -52,14 +52,25 @@ def test_the_ratio_check_sees_a_network_that_changes_with_grad_mode(caplog):
     assert ["policy ratio is off" in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_the_kl_check_sees_another_reference(caplog):
-    """Only in the first iteration: later the weights have moved."""
-    trainer = Trainer(recipe(), PixelPolicy())
-    trainer.policy.weights.keep("reference", {"shift": torch.full((3, 2, 2), 2.0)})
+def test_the_kl_check_sees_a_policy_that_computes_otherwise_as_the_reference(caplog):
+    """While the weights are the same: once they have moved, the KL is no fault."""
+    policy = PixelPolicy()
+    velocity = policy.velocity
+    policy.velocity = lambda *given: velocity(*given) + (policy.weights._active == "reference")
+    trainer = Trainer(recipe(), policy)
     trainer.step()
     assert ["KL to the reference" in record.getMessage() for record in caplog.records] == [True]
     trainer.step()
     assert len(caplog.records) == 1
+
+
+def test_a_policy_may_come_with_another_reference(caplog):
+    """The KL is what it is from the start, and no fault."""
+    policy = PixelPolicy()
+    policy.weights.keep("reference", {"shift": torch.full((3, 2, 2), 2.0)})
+    trainer = Trainer(recipe(), policy)
+    assert trainer.step()["policy/kl"] > trainer.recipe.objective.clip(trainer.dimensions)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])

@@ -8,35 +8,34 @@ arguments in and its result back, so no algorithm knows of a device.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.training_utils import _collate_lora_metadata
-from peft import get_peft_model_state_dict
 from pydantic import Field, model_validator
-from safetensors.torch import save
 from torch import Tensor
 
-from entroflow.checkpoints import read_tensors, write_bytes
 from entroflow.component import Component
 from entroflow.errors import InputError
 from entroflow.places import PathOrName
 from entroflow.policies.attention import is_watched
 from entroflow.policies.base import Condition, Reading, WeightSets
+from entroflow.policies.diffusers.embeddings import EmbeddingCache, origin_of
 from entroflow.policies.diffusers.joint_attention import shown_attention
+from entroflow.policies.diffusers.loading import is_one_file
 from entroflow.policies.diffusers.lora import (
     ADAPTER,
     ATTENTION,
     Initial,
-    load_lora,
+    lora_layers,
     new_lora,
+    save_lora,
+    start_lora,
 )
+from entroflow.policies.diffusers.lora_files import read_lora
 from entroflow.policies.diffusers.memory import Memory, memory_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -50,7 +49,15 @@ class DiffusersConfig(Component):
     """Settings of every policy over a diffusers pipeline."""
 
     model: Annotated[str, PathOrName()] = Field(
-        description="folder of the pipeline, or its name on a model hub"
+        description="folder of the pipeline, its name on a model hub, or a .safetensors file"
+    )
+    variant: str | None = Field(
+        None, description="of the weights in the folder, as fp16 for *.fp16.safetensors"
+    )
+    config: Annotated[str | None, PathOrName()] = Field(
+        None,
+        description="folder (or hub name) of a pipeline of the same kind, where model is a file: "
+        "configurations, tokenizers and what the file lacks are taken from there",
     )
     resolution: int = Field(512, ge=16, description="width and height of images, in pixels")
     precision: Literal["bf16", "fp16", "fp32"] = Field(
@@ -69,7 +76,8 @@ class DiffusersConfig(Component):
     )
     lora_start: Path | None = Field(
         None,
-        description="LoRA to start from, as diffusers saves it; it has its own rank and targets",
+        description="LoRA to start from, a file or a folder, as diffusers, PEFT, ComfyUI or kohya "
+        "write it; it has its own rank, alpha and targets",
     )
     reference: Literal["base", "start"] = Field(
         "start",
@@ -97,6 +105,17 @@ class DiffusersConfig(Component):
                 "lora_start and reference: base are for a LoRA, but lora_rank is null: the whole "
                 "transformer is trained"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _folder_or_file(self) -> Self:
+        if is_one_file(self.model) and self.config is None:
+            raise ValueError(
+                "model is one file, so config must name a folder (or hub name) of a pipeline of "
+                "its kind, for the configurations, the tokenizers and what the file lacks"
+            )
+        if self.config is not None and not is_one_file(self.model):
+            raise ValueError("config is for a model that is one file; a folder has its own")
         return self
 
     def over(self, pipeline: Any) -> DiffusersPolicy:
@@ -131,14 +150,21 @@ class DiffusersPolicy:
         self._device = torch.device(settings.device or _default_device())
         self.dtype = DTYPES[settings.precision]
         self._embeddings: dict[str, dict[str, Tensor]] = {}
+        self._cache: EmbeddingCache | None = None
         pipeline.set_progress_bar_config(disable=True)
-        for module in _modules(pipeline):
+        for name, module in _modules(pipeline).items():
+            if getattr(module, "peft_config", None):
+                raise InputError(
+                    f"policy: the pipeline's {name} has a LoRA already, which would be lost: fuse "
+                    "it first (pipe.fuse_lora, pipe.unload_lora_weights), or name its file as "
+                    "policy.lora_start."
+                )
             module.eval().requires_grad_(False)
         transformer = pipeline.transformer
         if settings.lora_rank is None:
             transformer.requires_grad_(True)
         elif settings.lora_start is not None:
-            load_lora(pipeline, settings.lora_start)
+            start_lora(transformer, read_lora(settings.lora_start, transformer))
         else:
             new_lora(
                 transformer, settings.lora_rank, settings.lora_alpha,
@@ -154,18 +180,22 @@ class DiffusersPolicy:
         self._network = torch.compile(transformer) if settings.compile else transformer
         parameters = dict(transformer.named_parameters())
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
-        frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
-        self.weights = WeightSets(trained, frozen)
+        self.weights = WeightSets(trained, dict(self._frozen()))
         if settings.reference == "base" and settings.lora_rank is not None:
             without = {n: torch.zeros_like(p) if ".lora_B." in n else p for n, p in trained.items()}
             self.weights.keep("reference", without)
         self.latent_shape = self._latent_shape()
+        if settings.cache is not None:
+            origin = origin_of(
+                pipeline, settings.precision, settings.tokens, self.embedding_shapes()
+            )
+            self._cache = EmbeddingCache(settings.cache, origin)
 
     # --- the verbs -----------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Text embeddings, on the CPU; each prompt is encoded once and remembered."""
-        if self.settings.cache is not None and len(self._embeddings) > MOST_IN_MEMORY:
+        if self._cache is not None and len(self._embeddings) > MOST_IN_MEMORY:
             self._embeddings.clear()
         missing = [text for text in dict.fromkeys(prompts) if text not in self._embeddings]
         unknown = [text for text in missing if not self._recall(text)]
@@ -262,12 +292,7 @@ class DiffusersPolicy:
         transformer = self.pipeline.transformer
         if self.settings.lora_rank is not None:
             if not merged:
-                # Without the metadata alpha is lost, and the LoRA loads with another strength.
-                type(self.pipeline).save_lora_weights(
-                    folder,
-                    transformer_lora_layers=get_peft_model_state_dict(transformer),
-                    **_collate_lora_metadata({"transformer": transformer}),
-                )
+                save_lora(self.pipeline, folder)
                 return
             transformer.float()
             transformer.fuse_lora(adapter_names=[ADAPTER])
@@ -369,52 +394,31 @@ class DiffusersPolicy:
         for encoder in self.encoders():
             encoder.to(place)
 
+    def _frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """All else that decides about images: a run is not resumed where it differs."""
+        for part, module in _modules(self.pipeline).items():
+            for name, parameter in module.named_parameters():
+                if not parameter.requires_grad:
+                    yield (name if part == "transformer" else f"{part}.{name}"), parameter
+        for name, layer in lora_layers(self.pipeline.transformer).items():
+            yield f"{name}.scaling", torch.tensor(layer.scaling[ADAPTER])
+
     def _remember(self, text: str, tensors: dict[str, Tensor]) -> None:
         self._embeddings[text] = tensors
-        if self.settings.cache is not None:
-            write_bytes(self._kept_at(text), save(tensors))
+        if self._cache is not None:
+            self._cache.write(text, tensors)
 
     def _recall(self, text: str) -> bool:
         """Whether the embeddings of a prompt were kept on disk; then they are here now."""
-        if self.settings.cache is None or not self._kept_at(text).exists():
-            return False
-        self._embeddings[text] = read_tensors(self._kept_at(text))
-        return True
-
-    def _kept_at(self, text: str) -> Path:
-        assert self.settings.cache is not None
-        of = self.settings
-        address = repr((of.model, type(self).__name__, of.precision, of.tokens, text))
-        name = hashlib.blake2b(address.encode(), digest_size=16).hexdigest()
-        return self.settings.cache / f"{name}.safetensors"
+        kept = None if self._cache is None else self._cache.read(text)
+        if kept is not None:
+            self._embeddings[text] = kept
+        return kept is not None
 
 
-def load_pipeline(settings: DiffusersConfig, kind: str) -> Any:
-    """The pipeline of a folder or hub name.
-
-    Args:
-        kind: name of the class that it must be of.
-
-    Raises:
-        InputError: there is none, or it is of another class.
-    """
-    try:
-        dtypes = {name: settings.dtype_of(name) for name in ("vae", "transformer", "default")}
-        pipeline = DiffusionPipeline.from_pretrained(settings.model, dtype=dtypes)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"policy.model: no pipeline at {settings.model} ({str(error).splitlines()[0]}); give a "
-            "folder, or a name on the hub that `hf download` can get."
-        ) from None
-    if type(pipeline).__name__ != kind:
-        raise InputError(
-            f"policy.model: {settings.model} is a {type(pipeline).__name__}, not a {kind}."
-        )
-    return pipeline
-
-
-def _modules(pipeline: Any) -> list[torch.nn.Module]:
-    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+def _modules(pipeline: Any) -> dict[str, torch.nn.Module]:
+    components = pipeline.components.items()
+    return {name: part for name, part in components if isinstance(part, torch.nn.Module)}
 
 
 def _default_device() -> str:

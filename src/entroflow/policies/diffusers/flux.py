@@ -12,7 +12,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from pydantic import Field
 from torch import Tensor
 
-from entroflow.policies.diffusers.base import DiffusersConfig, DiffusersPolicy, load_pipeline
+from entroflow.policies.diffusers.base import DiffusersConfig, DiffusersPolicy
+from entroflow.policies.diffusers.loading import load_pipeline
 from entroflow.sampling.grid import shifted_grid
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 
 from entroflow.errors import InputError
+from entroflow.policies.diffusers.lora_files import Factors
 
 ADAPTER = "default"
 """Name of the trained adapter; diffusers and peft look for this one where none is named."""
@@ -20,6 +24,7 @@ ATTENTION = (
 """Ends of the names of the attention's projections, in both kinds of transformers."""
 Initial = Literal["gaussian", "uniform"]
 """Of A: normal, or Kaiming uniform; B starts from 0."""
+Number = TypeVar("Number", int, float)
 
 
 def new_lora(
@@ -53,22 +58,65 @@ def new_lora(
     _train(transformer)
 
 
-def load_lora(pipeline: Any, path: Path) -> None:
-    """Load an adapter as diffusers saves it, to go on training it; rank and alpha are its own.
+def start_lora(transformer: Any, factors: Mapping[str, Factors]) -> None:
+    """Add the adapter that a file holds, to go on training it; each module has its own rank."""
+    rank, ranks = _usual_and_others({name: each.rank for name, each in factors.items()})
+    alpha, alphas = _usual_and_others({name: each.alpha for name, each in factors.items()})
+    config = LoraConfig(
+        r=rank, rank_pattern=ranks, lora_alpha=cast(int, alpha), alpha_pattern=alphas,
+        target_modules=_any_of(factors),
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        transformer.add_adapter(config, ADAPTER)
+    _train(transformer)
+    for name, layer in lora_layers(transformer).items():
+        layer.lora_A[ADAPTER].weight.data.copy_(factors[name].down)
+        layer.lora_B[ADAPTER].weight.data.copy_(factors[name].up)
 
-    Raises:
-        InputError: there is none, or not for this model.
+
+def lora_layers(transformer: Any) -> dict[str, Any]:
+    """The modules that the adapter changes, by name."""
+    return {
+        name: module for name, module in transformer.named_modules()
+        if isinstance(module, LoraLayer)
+    }  # fmt: skip
+
+
+def save_lora(pipeline: Any, folder: Path) -> None:
+    """Write the adapter as diffusers does, with a strength of 1 for whoever reads it.
+
+    alpha / rank is part of B, and alpha the rank: in diffusers' metadata, as its loader of Stable
+    Diffusion 3 refuses a file with tensors for it; other programs take the rank for an alpha that
+    is not there.
     """
-    if not path.exists():
-        raise InputError(f"policy.lora_start: there is no {path}.")
-    try:
-        pipeline.load_lora_weights(str(path), adapter_name=ADAPTER)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(
-            f"policy.lora_start: {path} holds no LoRA for this model "
-            f"({str(error).splitlines()[0]})."
-        ) from None
-    _train(pipeline.transformer)
+    transformer = pipeline.transformer
+    tensors, ranks = {}, {}
+    for name, layer in lora_layers(transformer).items():
+        tensors[f"{name}.lora_A.weight"] = layer.lora_A[ADAPTER].weight.detach()
+        up = layer.lora_B[ADAPTER].weight.detach() * layer.scaling[ADAPTER]
+        tensors[f"{name}.lora_B.weight"] = up
+        ranks[name] = layer.r[ADAPTER]
+    usual, others = _usual_and_others(ranks)
+    # Not a whole configuration: other versions of PEFT refuse keys that they do not know.
+    settings = {
+        "r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others,
+        "target_modules": _any_of(ranks),
+    }  # fmt: skip
+    type(pipeline).save_lora_weights(
+        folder, transformer_lora_layers=tensors, transformer_lora_adapter_metadata=settings
+    )
+
+
+def _any_of(modules: Iterable[str]) -> str:
+    """The pattern of PEFT that means these modules and no others whose names end like theirs."""
+    return "|".join(re.escape(name) for name in modules)
+
+
+def _usual_and_others(by_module: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
+    """The value that most modules have, and those of the others by PEFT's patterns of names."""
+    ((usual, _),) = Counter(by_module.values()).most_common(1)
+    others = {f"^{re.escape(n)}": value for n, value in by_module.items() if value != usual}
+    return usual, others
 
 
 def _train(transformer: Any) -> None:

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from entroflow.errors import InputError
 from entroflow.policies.base import Condition
+from entroflow.policies.diffusers.loading import UNREADABLE, no_pipeline
 
 if TYPE_CHECKING:
     from entroflow.policies.diffusers.base import DiffusersConfig, DiffusersPolicy
@@ -129,38 +129,36 @@ def _encoding(policy: DiffusersPolicy, encoder: nn.Module, prompts: int) -> int:
 
 def _without_values(settings: DiffusersConfig) -> DiffusersPolicy:
     """The policy over a pipeline whose modules are on the meta device; it has no tokenizers."""
+    place = settings.config or settings.model
     try:
-        index: dict[str, Any] = DiffusionPipeline.load_config(settings.model)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"policy.model: no pipeline at {settings.model} ({str(error).splitlines()[0]})."
-        ) from None
+        index: dict[str, Any] = DiffusionPipeline.load_config(place)
+    except UNREADABLE as error:
+        raise no_pipeline(settings, error) from None
     components: dict[str, Any] = {}
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list | tuple):
             continue
         library, kind = entry
         chosen = None if library is None else getattr(importlib.import_module(library), kind)
-        components[name] = None if chosen is None else _hollow(settings, name, chosen)
+        components[name] = None if chosen is None else _hollow(settings, place, name, chosen)
     chosen = getattr(importlib.import_module("diffusers"), index["_class_name"])
-    # A LoRA of the user's is taken to be as large as lora_rank and lora_targets say.
     without = {
-        "device": "meta", "lora_start": None, "reference": "start", "compile": False,
-        "offload_encoders": False,
+        "device": "meta", "reference": "start", "compile": False, "offload_encoders": False,
+        "cache": None,
     }  # fmt: skip
     return settings.model_copy(update=without).over(chosen(**components))
 
 
-def _hollow(settings: DiffusersConfig, name: str, chosen: Any) -> Any:
+def _hollow(settings: DiffusersConfig, place: str, name: str, chosen: Any) -> Any:
     if name == "scheduler":
-        return chosen.from_pretrained(settings.model, subfolder=name)
+        return chosen.from_pretrained(place, subfolder=name)
     if not issubclass(chosen, nn.Module):
         return None
     with torch.device("meta"):
         if hasattr(chosen, "config_class"):
-            made = chosen(chosen.config_class.from_pretrained(settings.model, subfolder=name))
+            made = chosen(chosen.config_class.from_pretrained(place, subfolder=name))
         else:
-            made = chosen.from_config(chosen.load_config(settings.model, subfolder=name))
+            made = chosen.from_config(chosen.load_config(place, subfolder=name))
     # Not the module's own `to`, which warns of what concerns values.
     return nn.Module.to(made, settings.dtype_of(name))
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from entroflow.policies.attention import conditional
 from entroflow.policies.base import Condition
-from entroflow.policies.diffusers.base import DiffusersConfig, DiffusersPolicy, load_pipeline
+from entroflow.policies.diffusers.base import DiffusersConfig, DiffusersPolicy
+from entroflow.policies.diffusers.loading import load_pipeline
 
 NEGATIVE = "negative_"
 """Before the names of the negative prompt's embeddings."""
