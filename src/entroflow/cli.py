@@ -8,13 +8,14 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from entroflow.errors import InputError
 from entroflow.llm.cli import app as llm
 from entroflow.settings_text import names_and_changes
+from entroflow.streams import lasting_output
 
 if TYPE_CHECKING:
     from entroflow.recipe import Recipe
@@ -103,8 +104,8 @@ def train(
                 name, overrides, run=run, stop_after=stop_after, watch=progress.watch
             )
     progress.close_with(folder)
-    typer.echo(f"run     {folder.path}")
-    typer.echo(f"report  {folder.path / REPORT}")
+    print(f"run     {folder.path}")
+    print(f"report  {folder.path / REPORT}")
 
 
 @app.command(
@@ -138,7 +139,7 @@ def sample(
     rows = "base"
     if opened.iteration is not None:
         rows += f", tuned ({opened.iteration} iterations)"
-    typer.echo(f"{out}  ({count} images a row; rows: {rows})")
+    print(f"{out}  ({count} images a row; rows: {rows})")
 
 
 @app.command(epilog="Examples: `entroflow evaluate` · `entroflow evaluate runs/mine --json`")
@@ -171,7 +172,7 @@ def evaluate(
             run, split=split, steps=steps, guidance=guidance, images=images, seed=seed
         )
     if as_json:
-        typer.echo(to_json(summary, indent=1))
+        print(to_json(summary, indent=1))
     else:
         print_table(evaluation_table(summary))
 
@@ -244,11 +245,11 @@ def compare(
                 at_once=at_once, progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on.")
+        print("stopped; the same command goes on.")
         return
     if results:
         print_table(comparison_table(rows(results)))
-    typer.echo(f"results  {out / comparing.RESULTS}")
+    print(f"results  {out / comparing.RESULTS}")
     if failed:
         logs = ", ".join(str(job.folder(out).with_suffix(".log")) for job in failed)
         raise InputError(f"{len(failed)} runs failed; their output is in {logs}.")
@@ -282,7 +283,7 @@ def export(
 
     with working("exporting"):
         folder = write(run, out, weights=weights.value, merged=merged)
-    typer.echo(folder)
+    print(folder)
 
 
 @app.command(
@@ -388,9 +389,9 @@ def calibrate(
             found[name] = floor_of(reward, groups, chosen)
     print_table(floors_table(found))
     if isinstance(recipe.reward, Mixture):
-        typer.echo(as_yaml({name: found[name] for name in recipe.reward.trained}))
+        print(as_yaml({name: found[name] for name in recipe.reward.trained}))
     else:
-        typer.echo("floors are keys of a mixture; one of this reward alone will do.")
+        print("floors are keys of a mixture; one of this reward alone will do.")
 
 
 def _recipe_with(arguments: list[str]) -> Recipe:
@@ -423,7 +424,7 @@ def stand_in(
     stand_ins = imported("entroflow.policies.diffusers.stand_ins.STAND_INS", "stand-in")
     with whole_folder(out) as made:
         stand_ins[kind.value]().save_pretrained(made)
-    typer.echo(out)
+    print(out)
 
 
 @app.command()
@@ -435,7 +436,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
     folder = RunFolder.open(run)
     write = write_llm_report if is_of_a_language_model(folder) else write_report
-    typer.echo(write(folder))
+    print(write(folder))
 
 
 @app.command()
@@ -448,12 +449,12 @@ def recipes(
     from entroflow.recipe import load_recipe, recipe_titles
 
     if name is not None:
-        typer.echo(load_recipe(name).to_yaml(), nl=False)
+        print(load_recipe(name).to_yaml(), end="")
         return
     titles = recipe_titles()
     width = max(map(len, titles))
     for recipe, title in titles.items():
-        typer.echo(f"{recipe:<{width}}  {title}")
+        print(f"{recipe:<{width}}  {title}")
 
 
 @pretrain_app.command("shapes", epilog="Example: `entroflow pretrain shapes --folder base`")
@@ -473,9 +474,9 @@ def pretrain_shapes(
     from contextlib import closing
 
     from entroflow.checkpoints import one_writer
-    from entroflow.launch import asked_to_stop
     from entroflow.policies.shapes.pretrain import Pretraining, export_weights, pretrain
     from entroflow.show import steps_progress
+    from entroflow.signals import asked_to_stop
 
     settings = Pretraining(seed=seed)
     if steps is not None:
@@ -489,10 +490,10 @@ def pretrain_shapes(
         for step, loss in training:
             advance(step, loss)
             if stopping() and step < settings.steps:
-                typer.echo(f"stopped at step {step}; the same command goes on.")
+                print(f"stopped at step {step}; the same command goes on.")
                 return
-    typer.echo(f"weights  {export_weights(folder)}")
-    typer.echo(f"use them: entroflow train policy.weights={folder / 'base.safetensors'}")
+    print(f"weights  {export_weights(folder)}")
+    print(f"use them: entroflow train policy.weights={folder / 'base.safetensors'}")
 
 
 @pretrain_app.command("preferences", epilog="Example: `entroflow pretrain preferences`")
@@ -512,9 +513,9 @@ def pretrain_preferences(
 
     found = make(Learning(seed=seed), folder, steps_progress)
     for kind, shares in found.items():
-        typer.echo(f"{kind}: right about {shares['order']:.1%} of the held-out pairs")
-    typer.echo(f"weights  {folder}")
-    typer.echo(
+        print(f"{kind}: right about {shares['order']:.1%} of the held-out pairs")
+    print(f"weights  {folder}")
+    print(
         "use them: entroflow train pointwise_preference "
         f"reward.weights={folder / 'pointwise.safetensors'}"
     )
@@ -532,7 +533,10 @@ class _StandardError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
-        print(self.format(record), file=sys.stderr)
+        try:
+            sys.stderr.write(f"{self.format(record)}\n")
+        except Exception:
+            self.handleError(record)
 
 
 def main() -> None:
@@ -542,17 +546,21 @@ def main() -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_StandardError()]
     )
-    try:
-        app()
-    except InputError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
-    except OSError as error:
-        # A folder that can't be written, a full disk: nothing a traceback would explain.
-        if error.errno not in DISK:
-            raise
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
+    with lasting_output():
+        try:
+            app()
+        except InputError as error:
+            _end_with(error)
+        except OSError as error:
+            # A folder that can't be written, a full disk: nothing a traceback would explain.
+            if error.errno not in DISK:
+                raise
+            _end_with(error)
+
+
+def _end_with(error: Exception) -> NoReturn:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, P
 from transformers.utils.logging import disable_progress_bar
 
 from entroflow.errors import InputError
-from entroflow.launch import asked_to_stop
 from entroflow.llm.embedded import BASE
 from entroflow.llm.grpo import EntropyGRPOConfig
 from entroflow.llm.problems import Problems, judge, problems_of
@@ -37,6 +36,7 @@ from entroflow.llm.recipe import EMBEDDED, LLMRecipe, Model, load
 from entroflow.llm.recorder import BASE_ANSWERS, LONGEST, Recorder, Watch
 from entroflow.llm.state import ResumableTrainer, check_state
 from entroflow.runs import EVALUATION, RECIPE, RunFolder
+from entroflow.signals import asked_to_stop
 
 ADAPTER = "adapter_config.json"
 
