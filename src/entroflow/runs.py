@@ -52,7 +52,8 @@ def package_version() -> str:
 
     def git(*arguments: str) -> str:
         asked = ["git", "-C", str(here), *arguments]
-        return subprocess.check_output(asked, text=True, stderr=subprocess.DEVNULL).strip()
+        answer = subprocess.check_output(asked, stderr=subprocess.DEVNULL)
+        return os.fsdecode(answer).strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) not in here.parents:
@@ -162,16 +163,24 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole lines; a last line torn by a crash is left out."""
+        return list(self.each_metrics())
+
+    def each_metrics(self) -> Iterator[dict[str, Any]]:
+        """As `metrics`, one line at a time: of a long run they take much memory together."""
         path = self.path / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        parsed = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                parsed.append(json.loads(line))
-            except json.JSONDecodeError:
-                if number < len(lines):
-                    raise RunError(f"{path}:{number} is torn; the run can't be read.") from None
-        return parsed
+        if not path.exists():
+            return
+        torn = 0
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if torn:
+                    raise RunError(f"{path}:{torn} is torn; the run can't be read.")
+                try:
+                    parsed = json.loads(line)
+                except json.JSONDecodeError:
+                    torn = number
+                else:
+                    yield parsed
 
     def cut_after(self, iteration: int) -> None:
         """Forget what was written after `iteration`: it is about to be written again."""

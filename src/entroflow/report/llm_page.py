@@ -27,6 +27,7 @@ from entroflow.report.figures import (
     trace_style,
 )
 from entroflow.report.rendering import rendered
+from entroflow.report.thinning import thinned_metrics, thinning
 from entroflow.report.wording import Interval
 from entroflow.runs import EVALUATION, RECIPE, REPORT, RunFolder, read_object
 from entroflow.settings_text import parse_yaml
@@ -55,7 +56,7 @@ def write_llm_report(folder: RunFolder) -> Path:
 
 def _content(folder: RunFolder) -> dict[str, Any]:
     text = (folder.path / RECIPE).read_text(encoding="utf-8")
-    recipe, metrics = parse_yaml(text, RECIPE), folder.metrics()
+    recipe, metrics = parse_yaml(text, RECIPE), thinned_metrics(folder)
     path = folder.path / EVALUATION
     evaluation = read_object(path) if path.is_file() else {}
     done = metrics[-1]["iteration"] if metrics else 0
@@ -71,6 +72,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "clip": {"none": "none", "b": "Clip_B", "v": "Clip_V"}[recipe["clip"]["type"]],
         "seed": recipe["run"]["seed"],
         "done": done,
+        "thinning": thinning(metrics),
         "updates": recipe["run"]["updates"],
         "panels": [panel for panel in panels if panel is not None],
         "outcome": outcome(evaluation),

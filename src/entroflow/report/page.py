@@ -21,6 +21,7 @@ from entroflow.plain_sections import ENDS, Monitors, Run
 from entroflow.recipe import LATER_SECTIONS, SECTIONS, TEXTS, Recipe
 from entroflow.report import attention, curves, examples, judging, outcome, trajectories
 from entroflow.report.rendering import rendered
+from entroflow.report.thinning import thinned_metrics, thinning
 from entroflow.report.wording import count
 from entroflow.runs import EVALUATION, RECIPE, REPORT, RunError, RunFolder, read_object, spent
 
@@ -43,7 +44,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
     recipe, recipe_yaml, run = _read_recipe(folder.path / RECIPE)
     settings = recipe.resolved["evaluation"]
     prompts = outcome.prompts_of(settings)
-    metrics = folder.metrics()
+    metrics = thinned_metrics(folder)
     done = metrics[-1]["iteration"] if metrics else 0
     watching = Monitors.model_construct(**recipe.resolved["monitors"])
     stopped = bool(metrics) and "hacking" in metrics[-1] and watching.on_hacking == "stop"
@@ -66,6 +67,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "extent": _extent(run, metrics),
         "longer": _longer(run),
         "complete": complete,
+        "thinning": thinning(metrics),
         "prompts": prompts,
         "measure": measure,
         "headline": outcome.headline(metrics, evaluation, complete, settings),

@@ -178,7 +178,7 @@ def pretrain(
             },
             {"step": step, "settings": asdict(settings)},
         )
-        with (folder / "loss.jsonl").open("a") as file:
+        with (folder / "loss.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in recent)
         recent.clear()
         saved = step
