@@ -20,6 +20,7 @@ from entroflow.errors import InputError, one_line, printable
 from entroflow.llm.cli import app as llm
 from entroflow.redaction import without_secrets
 from entroflow.settings_text import names_and_changes
+from entroflow.streams import lasting_output
 from entroflow.trust import Trust, is_trusted
 
 if TYPE_CHECKING:
@@ -131,8 +132,8 @@ def train(
                 name, overrides, run=run, stop_after=stop_after, watch=progress.watch, trust=trust
             )
     progress.close_with(folder)
-    typer.echo(f"run     {folder.path}")
-    typer.echo(f"report  {folder.path / REPORT}")
+    print(f"run     {folder.path}")
+    print(f"report  {folder.path / REPORT}")
 
 
 @app.command(
@@ -167,7 +168,7 @@ def sample(
     rows = "base"
     if opened.iteration is not None:
         rows += f", tuned ({opened.iteration} iterations)"
-    typer.echo(f"{out}  ({count} images a row; rows: {rows})")
+    print(f"{out}  ({count} images a row; rows: {rows})")
 
 
 @app.command(epilog="Examples: `entroflow evaluate` · `entroflow evaluate runs/mine --json`")
@@ -202,7 +203,7 @@ def evaluate(
             run, split=split, steps=steps, guidance=guidance, images=images, seed=seed, trust=trust
         )
     if as_json:
-        typer.echo(to_json(summary, indent=1))
+        print(to_json(summary, indent=1))
     else:
         print_table(evaluation_table(summary))
 
@@ -277,11 +278,11 @@ def compare(
                 at_once=at_once, progress=progress, trust=any(answers),
             )  # fmt: skip
     except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on.")
+        print("stopped; the same command goes on.")
         return
     if results:
         print_table(comparison_table(rows(results)))
-    typer.echo(f"results  {out / comparing.RESULTS}")
+    print(f"results  {out / comparing.RESULTS}")
     if failed:
         logs = ", ".join(str(job.folder(out).with_suffix(".log")) for job in failed)
         raise InputError(f"{len(failed)} runs failed; their output is in {logs}.")
@@ -317,7 +318,7 @@ def export(
     trust = _trusts_run(trust, run)
     with working("exporting"):
         folder = write(run, out, weights=weights.value, merged=merged, trust=trust)
-    typer.echo(folder)
+    print(folder)
 
 
 @app.command(
@@ -441,9 +442,9 @@ def calibrate(
             found[name] = floor_of(reward, groups, chosen)
     print_table(floors_table(found))
     if isinstance(recipe.reward, Mixture):
-        typer.echo(as_yaml({name: found[name] for name in recipe.reward.trained}))
+        print(as_yaml({name: found[name] for name in recipe.reward.trained}))
     else:
-        typer.echo("floors are keys of a mixture; one of this reward alone will do.")
+        print("floors are keys of a mixture; one of this reward alone will do.")
 
 
 def _recipe_with(arguments: list[str], trust: bool) -> Recipe:
@@ -476,7 +477,7 @@ def stand_in(
     stand_ins = imported("entroflow.policies.diffusers.stand_ins.STAND_INS", "stand-in")
     with whole_folder(out) as made:
         stand_ins[kind.value]().save_pretrained(made)
-    typer.echo(out)
+    print(out)
 
 
 @app.command()
@@ -488,7 +489,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
     folder = RunFolder.open(run)
     write = write_llm_report if is_of_a_language_model(folder) else write_report
-    typer.echo(write(folder))
+    print(write(folder))
 
 
 @app.command()
@@ -504,12 +505,12 @@ def recipes(
     from entroflow.recipe import described, recipe_titles
 
     if name is not None:
-        typer.echo(described(name), nl=False)
+        print(described(name), end="")
         return
     titles = recipe_titles()
     width = max(map(len, titles))
     for recipe, title in titles.items():
-        typer.echo(f"{recipe:<{width}}  {title}")
+        print(f"{recipe:<{width}}  {title}")
 
 
 @pretrain_app.command("shapes", epilog="Example: `entroflow pretrain shapes --folder base`")
@@ -529,9 +530,9 @@ def pretrain_shapes(
     from contextlib import closing
 
     from entroflow.checkpoints import one_writer
-    from entroflow.launch import asked_to_stop
     from entroflow.policies.shapes.pretrain import Pretraining, export_weights, pretrain
     from entroflow.show import steps_progress
+    from entroflow.signals import asked_to_stop
 
     settings = Pretraining(seed=seed)
     if steps is not None:
@@ -545,10 +546,10 @@ def pretrain_shapes(
         for step, loss in training:
             advance(step, loss)
             if stopping() and step < settings.steps:
-                typer.echo(f"stopped at step {step}; the same command goes on.")
+                print(f"stopped at step {step}; the same command goes on.")
                 return
-    typer.echo(f"weights  {export_weights(folder)}")
-    typer.echo(f"use them: entroflow train policy.weights={folder / 'base.safetensors'}")
+    print(f"weights  {export_weights(folder)}")
+    print(f"use them: entroflow train policy.weights={folder / 'base.safetensors'}")
 
 
 @pretrain_app.command("preferences", epilog="Example: `entroflow pretrain preferences`")
@@ -568,9 +569,9 @@ def pretrain_preferences(
 
     found = make(Learning(seed=seed), folder, steps_progress)
     for kind, shares in found.items():
-        typer.echo(f"{kind}: right about {shares['order']:.1%} of the held-out pairs")
-    typer.echo(f"weights  {folder}")
-    typer.echo(
+        print(f"{kind}: right about {shares['order']:.1%} of the held-out pairs")
+    print(f"weights  {folder}")
+    print(
         "use them: entroflow train pointwise_preference "
         f"reward.weights={folder / 'pointwise.safetensors'}"
     )
@@ -596,8 +597,11 @@ class _StandardError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
-        lines = without_secrets(self.format(record)).splitlines()
-        print("\n".join(map(printable, lines)), file=sys.stderr)
+        try:
+            lines = without_secrets(self.format(record)).splitlines()
+            sys.stderr.write("\n".join(map(printable, lines)) + "\n")
+        except Exception:
+            self.handleError(record)
 
 
 def main() -> None:
@@ -612,35 +616,36 @@ def main() -> None:
         re.sub(r"^(--[\w-]+=)(~.*)", lambda m: m[1] + os.path.expanduser(m[2]), argument)
         for argument in sys.argv[1:]
     ]
-    try:
-        app()
-    except InputError as error:
-        _end_with(str(error))
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK:
-            # A folder that can't be written, a full disk: nothing a traceback would explain.
+    with lasting_output():
+        try:
+            app()
+        except InputError as error:
             _end_with(str(error))
-        of_torch = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
-        if isinstance(error, MemoryError) or of_torch:
-            reason = one_line(str(error), 200) or type(error).__name__
-            _end_with(
-                f"there is not enough memory for this ({reason}); `entroflow doctor RECIPE` says "
-                "what takes it."
-            )
-        print(without_secrets(traceback.format_exc()), file=sys.stderr, end="")
-        sys.exit(1)
-    except SystemExit as end:
-        if end.code != INTERRUPTED:
-            raise
-        # All is closed and written by now. A thread that still waits, as for the name of a server
-        # or in a reward of the user's, must not hold up the end.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(INTERRUPTED)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK:
+                # A folder that can't be written, a full disk: nothing a traceback would explain.
+                _end_with(str(error))
+            of_torch = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
+            if isinstance(error, MemoryError) or of_torch:
+                reason = one_line(str(error), 200) or type(error).__name__
+                _end_with(
+                    f"there is not enough memory for this ({reason}); `entroflow doctor RECIPE` "
+                    "says what takes it."
+                )
+            print(without_secrets(traceback.format_exc()), file=sys.stderr, end="")
+            sys.exit(1)
+        except SystemExit as end:
+            if end.code != INTERRUPTED:
+                raise
+            # All is closed and written by now. A thread that still waits, as for the name of a
+            # server or in a reward of the user's, must not hold up the end.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
 
 
 def _end_with(reason: str) -> NoReturn:
-    typer.echo(f"error: {one_line(without_secrets(reason))}", err=True)
+    print(f"error: {one_line(without_secrets(reason))}", file=sys.stderr)
     sys.exit(2)
 
 

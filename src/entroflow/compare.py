@@ -33,6 +33,7 @@ from entroflow.plain_sections import ENDS
 from entroflow.recipe import load_recipe
 from entroflow.run_files import Results, RunsComparison, read_object
 from entroflow.runs import EVALUATION, METRICS, RunFolder, folder_name
+from entroflow.signals import end_group, interrupted
 from entroflow.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -161,8 +162,8 @@ def run_all(
 ) -> list[dict[str, Any]]:
     """Run what has no result yet, `at_once` processes at a time, one thread each.
 
-    Interrupted by SIGINT or SIGTERM, the runs finish their iterations and are saved; the same call
-    goes on with them.
+    Interrupted by SIGINT, SIGTERM or SIGHUP, the runs finish their iterations and are saved; the
+    same call goes on with them. A second SIGINT ends them at once.
 
     Args:
         out: holds `results.json`, and the run folders and their output in `runs/`.
@@ -176,7 +177,7 @@ def run_all(
         KeyboardInterrupt: after the runs have stopped.
     """
     children = _Children()
-    with one_writer(out), _terminated_as_interrupted():
+    with one_writer(out), interrupted():
         kept = {_key(result): result for result in stored_results(out)}
         lock = threading.Lock()
 
@@ -197,8 +198,15 @@ def run_all(
                 for finished in as_completed(running):
                     done(running[finished], finished.result())
             except BaseException:
-                children.stop()
-                pool.shutdown(cancel_futures=True)
+                log.warning(
+                    "the runs finish their iterations and are saved; press Ctrl-C again to end "
+                    "them at once."
+                )
+                try:
+                    children.stop()
+                    pool.shutdown(cancel_futures=True)
+                except KeyboardInterrupt:
+                    children.kill()
                 raise
         # One result serves all arms that resolve to its recipe, each under its own name.
         return [{**kept[_key(job.key)], **_named(job)} for job in jobs if _key(job.key) in kept]
@@ -232,7 +240,10 @@ def _key(content: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 class _Children:
-    """Processes in sessions of their own, so that a signal reaches them once: through `stop`."""
+    """Processes in sessions of their own, so that a signal reaches them once: through `stop`.
+
+    Each stops by itself where this process ends before it, as its standard input ends then.
+    """
 
     def __init__(self) -> None:
         self._alive: list[subprocess.Popen[bytes]] = []
@@ -244,9 +255,17 @@ class _Children:
         with self._lock:
             if self._stopped:
                 return
-            process = subprocess.Popen(command, start_new_session=True, **options)
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, start_new_session=True, **options
+            )
             self._alive.append(process)
         process.wait()
+        with self._lock:
+            self._alive.remove(process)
+            if self._stopped:
+                end_group(process.pid)
+        assert process.stdin is not None
+        process.stdin.close()
 
     def stop(self) -> None:
         """Ask all to finish their iteration, save and exit; start no more."""
@@ -256,22 +275,13 @@ class _Children:
                 if process.poll() is None:
                     process.send_signal(signal.SIGINT)
 
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Within, SIGTERM raises KeyboardInterrupt, as SIGINT does."""
-
-    def interrupt(number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def kill(self) -> None:
+        """End all at once, whatever they have started included; start no more."""
+        with self._lock:
+            self._stopped = True
+            for process in self._alive:
+                end_group(process.pid, signal.SIGKILL)
+                process.kill()
 
 
 def _run(job: Job, out: Path, children: _Children, trust: bool) -> dict[str, Any] | None:
@@ -286,12 +296,11 @@ def _run(job: Job, out: Path, children: _Children, trust: bool) -> dict[str, Any
             asked = [job.arm.recipe, *job.overrides, "--run", str(folder)]
         if trust:
             asked.append("--trust")
-        with folder.with_suffix(".log").open("ab") as log:
+        with folder.with_suffix(".log").open("ab") as output:
             children.run(
-                [sys.executable, "-m", "entroflow.cli", "train", *asked],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-m", "entroflow.child", "train", *asked],
+                stdout=output,
+                stderr=output,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         if not (folder / EVALUATION).exists():
@@ -299,8 +308,8 @@ def _run(job: Job, out: Path, children: _Children, trust: bool) -> dict[str, Any
     try:
         return result_of(folder, job)
     except InputError as error:
-        with folder.with_suffix(".log").open("a", encoding="utf-8") as log:
-            log.write(f"{error}\n")
+        with folder.with_suffix(".log").open("a", encoding="utf-8") as output:
+            output.write(f"{error}\n")
         return None
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from entroflow.report.page import write_report
 from entroflow.rewards.base import AnyReward, RewardFunction, as_reward
 from entroflow.rewards.mixture import Mixture
 from entroflow.runs import EVALUATION, RECIPE, RunFolder, folder_name
+from entroflow.signals import asked_to_stop, interrupted
 from entroflow.trainer import Trainer
 from entroflow.training_run import train_in
 
@@ -152,44 +150,54 @@ def _run(
     stop_after: int | None,
     watch: Callable[[Metrics, Evaluated | None], None] | None,
 ) -> RunFolder:
+    with asked_to_stop() as stopping:
+        _iterate(folder, trainer, train_in(folder, trainer, stop_after), watch, stopping)
+        write_report(folder)
+        comparable = isinstance(trainer.recipe.evaluation, HeldOutEvaluation)
+        if comparable and trainer.at_end:
+            try:
+                with interrupted():
+                    if stopping():
+                        raise KeyboardInterrupt
+                    _compare(folder, trainer)
+            except KeyboardInterrupt:
+                log.warning(
+                    "the comparison with the base was left out; everything else is saved, and "
+                    "--resume %s makes it.",
+                    folder.path,
+                )
+            else:
+                write_report(folder)
+    return folder
+
+
+def _iterate(
+    folder: RunFolder,
+    trainer: Trainer,
+    iterations: Generator[tuple[Metrics, Evaluated | None], None, None],
+    watch: Callable[[Metrics, Evaluated | None], None] | None,
+    stopping: Callable[[], bool],
+) -> None:
+    """All iterations, until it is to stop; each is written down and shown."""
     events = Events(folder.tensorboard)
-    iterations = train_in(folder, trainer, stop_after)
     try:
-        with asked_to_stop() as stopping:
-            for metrics, evaluated in iterations:
-                try:
-                    events.numbers(metrics)
-                    if evaluated is not None and len(evaluated.images):
-                        _keep_examples(folder, events, metrics["iteration"], evaluated)
-                    if trainer.trajectories and (evaluated or metrics["iteration"] == 1):
-                        folder.save_trajectories(metrics["iteration"], trainer.trajectories)
-                except BaseException as error:
-                    # A checkpoint would keep a resumed run from writing it.
-                    iterations.throw(error)
-                if watch is not None:
-                    watch(metrics, evaluated)
-                if stopping():
-                    break
+        for metrics, evaluated in iterations:
+            try:
+                events.numbers(metrics)
+                if evaluated is not None and len(evaluated.images):
+                    _keep_examples(folder, events, metrics["iteration"], evaluated)
+                if trainer.trajectories and (evaluated or metrics["iteration"] == 1):
+                    folder.save_trajectories(metrics["iteration"], trainer.trajectories)
+            except BaseException as error:
+                # A checkpoint would keep a resumed run from writing it.
+                iterations.throw(error)
+            if watch is not None:
+                watch(metrics, evaluated)
+            if stopping():
+                break
     finally:
         iterations.close()
         events.close()
-    write_report(folder)
-    comparable = isinstance(trainer.recipe.evaluation, HeldOutEvaluation)
-    if comparable and trainer.at_end:
-        try:
-            with _signals_call(_interrupt):
-                if stopping():
-                    raise KeyboardInterrupt
-                _compare(folder, trainer)
-        except KeyboardInterrupt:
-            log.warning(
-                "the comparison with the base was left out; everything else is saved, and "
-                "--resume %s makes it.",
-                folder.path,
-            )
-        else:
-            write_report(folder)
-    return folder
 
 
 def _keep_examples(folder: RunFolder, events: Events, iteration: int, evaluated: Evaluated) -> None:
@@ -216,40 +224,3 @@ def _compare(folder: RunFolder, trainer: Trainer) -> None:
     for name, evaluated in found.items():
         folder.save_examples(f"test_{name}", evaluated)
         folder.save_sheet(f"test_{name}", evaluated)
-
-
-@contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Within, the first SIGINT or SIGTERM asks to stop after the present iteration.
-
-    A second SIGINT interrupts at once. Outside the main thread signals are left alone.
-    """
-    asked = False
-
-    def ask(number: int, _frame: Any) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked = True
-        log.warning("finishing the iteration, then saving; press Ctrl-C again to stop at once.")
-
-    with _signals_call(ask):
-        yield lambda: asked
-
-
-def _interrupt(_number: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def _signals_call(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Within, SIGINT and SIGTERM call `handler`; outside the main thread they are left alone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -479,28 +480,32 @@ def read_object(
         raise error(f"{path} is torn ({_short(reason)}){remedy}") from None
 
 
-def read_lines(path: Path, remedy: str) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last one that a crash has torn is left out.
+def read_lines(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
+    """The lines of `metrics.jsonl`, one at a time; a last one that a crash has torn is left out.
 
     Raises:
         RunError: another line is torn, or the file can't be read.
     """
-    lines = _bytes(path, RunError).split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            content = parsed(line.decode())
-        except ValueError as reason:
-            if number == len(lines) and _is_cut(line):
-                break
-            raise RunError(f"{path}:{number} is torn ({_short(reason)}){remedy}") from None
-        try:
-            found.append(checked(content, MetricsLine))
-        except ValueError as reason:
-            raise RunError(f"{path}:{number} is torn ({reason}){remedy}") from None
-    return found
+    torn = ""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if torn:
+                    raise RunError(torn)
+                try:
+                    content = parsed(line.decode())
+                except ValueError as reason:
+                    torn = f"{path}:{number} is torn ({_short(reason)}){remedy}"
+                    if not _is_cut(line.rstrip(b"\n")):
+                        raise RunError(torn) from None
+                    continue
+                try:
+                    checked(content, MetricsLine)
+                except ValueError as reason:
+                    raise RunError(f"{path}:{number} is torn ({reason}){remedy}") from None
+                yield content
+    except OSError as reason:
+        raise _unreadable(path, reason, RunError) from None
 
 
 def read_text(
@@ -548,10 +553,14 @@ def checked(content: Any, kind: type[Contents]) -> dict[str, Any]:
 def _bytes(path: Path, error: type[InputError]) -> bytes:
     try:
         return path.read_bytes()
-    except FileNotFoundError:
-        raise error(f"{path} is missing.") from None
     except OSError as reason:
-        raise error(f"{path} can't be read ({reason.strerror}).") from None
+        raise _unreadable(path, reason, error) from None
+
+
+def _unreadable(path: Path, reason: OSError, error: type[InputError]) -> InputError:
+    if isinstance(reason, FileNotFoundError):
+        return error(f"{path} is missing.")
+    return error(f"{path} can't be read ({reason.strerror}).")
 
 
 def _is_cut(line: bytes) -> bool:

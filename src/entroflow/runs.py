@@ -68,7 +68,8 @@ def package_version() -> str:
 
     def git(*arguments: str) -> str:
         asked = ["git", "-C", str(here), *arguments]
-        return subprocess.check_output(asked, text=True, stderr=subprocess.DEVNULL).strip()
+        answer = subprocess.check_output(asked, stderr=subprocess.DEVNULL)
+        return os.fsdecode(answer).strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) not in here.parents:
@@ -183,8 +184,13 @@ class RunFolder:
         Raises:
             RunError: another line is torn.
         """
+        return list(self.each_metrics())
+
+    def each_metrics(self) -> Iterator[dict[str, Any]]:
+        """As `metrics`, one line at a time: of a long run they take much memory together."""
         path = self.path / METRICS
-        return read_lines(path, self._without_metrics()) if path.exists() else []
+        if path.exists():
+            yield from read_lines(path, self._without_metrics())
 
     def start(self) -> dict[str, Any] | None:
         """The line of iteration 0 of a run of images, with how to read the others, if it is there.

@@ -103,8 +103,8 @@ def train(
                 folder = runs.resume(resume, overrides, watch, trust=trust)
             else:
                 folder = runs.train(recipe, run, watch)
-    typer.echo(f"run     {folder.path}")
-    typer.echo(f"report  {folder.path / REPORT}")
+    print(f"run     {folder.path}")
+    print(f"report  {folder.path / REPORT}")
 
 
 @app.command(
@@ -136,7 +136,7 @@ def evaluate(
             model, problems=problems, each=each, temperature=temperature, seed=seed, trust=trust
         )
     if as_json:
-        typer.echo(to_json(found, indent=1))
+        print(to_json(found, indent=1))
     else:
         print_table(pass_table(found))
 
@@ -152,12 +152,12 @@ def recipes(
         from entroflow.llm import recipe as known
 
         if name is not None:
-            typer.echo(known.load(name).to_yaml(), nl=False)
+            print(known.load(name).to_yaml(), end="")
             return
         found = {each: known.load(each).title for each in known.shipped()}
     width = max(map(len, found))
     for each, title in found.items():
-        typer.echo(f"{each:<{width}}  {title}")
+        print(f"{each:<{width}}  {title}")
 
 
 @app.command(epilog="Example: `entroflow llm pretrain --folder base`")
@@ -178,5 +178,5 @@ def pretrain(
         with steps_progress("reading", settings.steps, "loss") as advance:
             for step, loss in read(settings, folder):
                 advance(step, loss)
-    typer.echo(f"model   {folder}")
-    typer.echo(f"use it: entroflow llm train model.path={folder}")
+    print(f"model   {folder}")
+    print(f"use it: entroflow llm train model.path={folder}")

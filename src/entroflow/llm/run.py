@@ -37,7 +37,6 @@ from transformers.utils.logging import disable_progress_bar
 from entroflow.checkpoints import DIGESTS, check_digests
 from entroflow.errors import InputError
 from entroflow.inputs import check_inputs, digest_of_tensors
-from entroflow.launch import asked_to_stop
 from entroflow.llm.embedded import BASE
 from entroflow.llm.grpo import EntropyGRPOConfig
 from entroflow.llm.problems import Problems, judge, problems_of
@@ -52,6 +51,7 @@ from entroflow.llm.state import (
     logged_at,
 )
 from entroflow.runs import EVALUATION, RECIPE, RunFolder, folder_name
+from entroflow.signals import asked_to_stop
 
 log = logging.getLogger(__name__)
 

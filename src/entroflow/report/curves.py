@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from entroflow.evaluation.base import Measure
@@ -12,6 +12,7 @@ from entroflow.report.figures import (
     BLUE,
     BLUE_BAND,
     GRAY,
+    MOST_POINTS,
     ORANGE,
     PURPLE,
     TEAL,
@@ -108,8 +109,9 @@ def _spread(metrics: Metrics) -> Panel | None:
 
 def _moving_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean over up to `window` neighbours on either side."""
-    parts = [values[max(0, i - window) : i + window + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
+    sums = [0.0, *accumulate(values)]
+    ends = [(max(0, i - window), min(len(values), i + window + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
 
 
 # --- models beside each other ---------------------------------------------------------------------
@@ -326,7 +328,8 @@ def over_iterations(metrics: Metrics, which: Sequence[tuple[str, str, str, str]]
             continue
         finding = constant(trace["y"], "iteration")
         axis: dict[str, Any] = {"rangemode": "tozero"}
-        if all(isinstance(value, int) for value in trace["y"]):
+        few = len(trace["x"]) <= MOST_POINTS
+        if few and all(isinstance(value, int) for value in trace["y"]):
             kept = {name: trace[name] for name in ("x", "y", "name", "hovertemplate")}
             trace = kept | {"type": "bar", "marker": {"color": color}}
             axis |= {"dtick": 1} if max(trace["y"]) <= 5 else {}

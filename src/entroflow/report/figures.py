@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from entroflow.checkpoints import finite
@@ -19,6 +20,9 @@ Figure = dict[str, Any]
 GRAY, BLUE, ORANGE, TEAL, PURPLE = "#8a919e", "#3b82f6", "#d97706", "#0d9488", "#a855f7"
 BLUE_BAND = "rgba(59, 130, 246, 0.18)"
 FAINT = "rgba(138, 145, 158, 0.12)"
+
+MOST_POINTS = 2000
+"""Of a line, about; a longer one shows the lowest and the highest of half as many stretches."""
 
 
 @dataclass(frozen=True)
@@ -107,18 +111,44 @@ def trace_style(name: str, color: str, points: int, dash: str = "solid") -> dict
     }
 
 
+def thinned(trace: Mapping[str, Any]) -> dict[str, Any]:
+    """A trace with `MOST_POINTS` points, or few more.
+
+    Along a line that goes from left to right, each stretch keeps its lowest and its highest point,
+    and the ends stay; of a cloud of points, every n-th is kept.
+    """
+    x, y = trace.get("x"), trace.get("y")
+    if x is None or y is None or len(x) != len(y) or len(x) <= MOST_POINTS:
+        return dict(trace)
+    rising = all(map(is_finite, (*x, *y))) and all(a <= b for a, b in pairwise(x))
+    kept = _extremes(y) if rising else range(0, len(x), math.ceil(len(x) / MOST_POINTS))
+    lists = [key for key in ("x", "y", "customdata") if key in trace]
+    return {**trace, **{key: [trace[key][i] for i in kept] for key in lists}}
+
+
+def _extremes(values: Sequence[float]) -> list[int]:
+    """The ends, and where each of `MOST_POINTS` / 2 stretches is lowest and highest, in order."""
+    stretches = MOST_POINTS // 2
+    ends = [round(i * len(values) / stretches) for i in range(stretches + 1)]
+    kept = {0, len(values) - 1}
+    for start, end in pairwise(ends):
+        places = range(start, end)
+        kept |= {min(places, key=values.__getitem__), max(places, key=values.__getitem__)}
+    return sorted(kept)
+
+
 def has_a_line(traces: Sequence[Mapping[str, Any]]) -> bool:
     """Whether one has two points or more."""
     return any(len(trace["x"]) > 1 for trace in traces)
 
 
 def figure_of(
-    traces: Sequence[dict[str, Any]],
+    traces: Sequence[Mapping[str, Any]],
     height: int = 230,
     xaxis: dict[str, Any] | None = None,
     yaxis: dict[str, Any] | None = None,
 ) -> Figure:
-    """Traces with the layout that all figures share; a legend where two have names."""
+    """Traces, `thinned`, with the layout that all figures share; a legend where two have names."""
     named = [trace for trace in traces if trace.get("name") and trace.get("showlegend", True)]
     clear = "rgba(0,0,0,0)"
     axis = {"automargin": True, "zeroline": False, "exponentformat": "power"}
@@ -142,4 +172,4 @@ def figure_of(
         "yaxis": axis | (yaxis or {}),
     }
     # JSON has no NaN; a figure leaves out what is None.
-    return {"data": finite(list(traces)), "layout": layout}
+    return {"data": finite([thinned(trace) for trace in traces]), "layout": layout}

@@ -28,6 +28,7 @@ from entroflow.report.figures import (
     trace_style,
 )
 from entroflow.report.rendering import rendered
+from entroflow.report.thinning import thinned_metrics, thinning
 from entroflow.report.wording import Interval
 from entroflow.run_files import (
     LLMRecipeText,
@@ -71,7 +72,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         raise RunError(
             f"{folder.path / RECIPE} is torn ({reason}); restore it from a copy."
         ) from None
-    metrics = folder.metrics()
+    metrics = thinned_metrics(folder)
     if gap := folder.gap(metrics):
         log.warning("%s %s; the report shows the others.", folder.path / METRICS, gap)
     path = folder.path / EVALUATION
@@ -89,6 +90,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "clip": {"none": "none", "b": "Clip_B", "v": "Clip_V"}[recipe["clip"]["type"]],
         "seed": recipe["run"]["seed"],
         "done": done,
+        "thinning": thinning(metrics),
         "updates": recipe["run"]["updates"],
         "panels": [panel for panel in panels if panel is not None],
         "outcome": outcome(evaluation),

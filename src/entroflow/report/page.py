@@ -21,6 +21,7 @@ from entroflow.plain_sections import ENDS, Monitors, Run
 from entroflow.recipe import LATER_SECTIONS, SECTIONS, Recipe
 from entroflow.report import attention, curves, examples, judging, outcome, trajectories
 from entroflow.report.rendering import rendered
+from entroflow.report.thinning import thinned_metrics, thinning
 from entroflow.report.wording import count
 from entroflow.run_files import Comparison, RunError, read_object, read_text
 from entroflow.runs import EVALUATION, METRICS, RECIPE, REPORT, RunFolder, spent
@@ -47,7 +48,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
     recipe, recipe_yaml, run = _read_recipe(folder.path / RECIPE)
     settings = recipe.resolved["evaluation"]
     prompts = outcome.prompts_of(settings)
-    metrics = folder.metrics()
+    metrics = thinned_metrics(folder)
     if gap := folder.gap(metrics):
         log.warning("%s %s; the report shows the others.", folder.path / METRICS, gap)
     done = metrics[-1]["iteration"] if metrics else 0
@@ -72,6 +73,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "extent": _extent(run, metrics),
         "longer": _longer(run),
         "complete": complete,
+        "thinning": thinning(metrics),
         "prompts": prompts,
         "measure": measure,
         "headline": outcome.headline(metrics, evaluation, complete, settings),

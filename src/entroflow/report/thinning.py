@@ -1,0 +1,98 @@
+"""The metrics of very many iterations, without details that no page could show."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from entroflow.report.figures import MOST_POINTS, is_finite
+from entroflow.runs import METRICS, RunFolder
+
+MOST_DETAILS = 1000
+"""Iterations whose details are kept: columns of a heat map."""
+
+BY_STEP, ATTENTION = "by_step", "attention"
+
+
+def thinned_metrics(folder: RunFolder) -> list[dict[str, Any]]:
+    """The metrics of a run with all their numbers, but details of `MOST_DETAILS` lines at most.
+
+    What was measured by step is the mean over a stretch of lines, at the last of them; what was
+    measured of attention is that of evenly spaced lines and of the last.
+
+    Raises:
+        RunError: a line is torn.
+    """
+    counts = _details(folder)
+    every = {name: math.ceil(count / MOST_DETAILS) for name, count in counts.items()}
+    seen = dict.fromkeys(counts, 0)
+    stretch: list[Mapping[str, Any]] = []
+    kept = []
+    for line in folder.each_metrics():
+        for name in counts:
+            if not line.get(name):
+                continue
+            seen[name] += 1
+            shown = seen[name] % every[name] == 0 or seen[name] == counts[name]
+            if name == BY_STEP:
+                stretch.append(line[name])
+                if shown:
+                    line[name], stretch = mean_by_step(stretch), []
+            if not shown:
+                del line[name]
+        # Names of one line are not those of the next, unless they are made so.
+        kept.append({sys.intern(key): value for key, value in line.items()})
+    return kept
+
+
+def _details(folder: RunFolder) -> dict[str, int]:
+    """How many lines have details of each kind, without reading them."""
+    counts = {BY_STEP: 0, ATTENTION: 0}
+    marks = {name: f'"{name}": {{"'.encode() for name in counts}
+    for line in _raw(folder):
+        for name, mark in marks.items():
+            counts[name] += mark in line
+    return counts
+
+
+def _raw(folder: RunFolder) -> Iterator[bytes]:
+    path = folder.path / METRICS
+    if path.exists():
+        with path.open("rb") as file:
+            yield from file
+
+
+def mean_by_step(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Mean of every quantity at every step, over the lines that know it."""
+    if len(lines) == 1:
+        return dict(lines[0])
+    known: dict[str, dict[str, list[float]]] = {}
+    for line in lines:
+        for name, by in line.items():
+            for step, value in (by or {}).items():
+                values = known.setdefault(name, {}).setdefault(step, [])
+                values += [value] if is_finite(value) else []
+    return {
+        name: {step: _mean(values) for step, values in by.items()} for name, by in known.items()
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    if not values:
+        return None
+    low, high = min(values), max(values)
+    # Equal values have themselves as their mean, without rounding.
+    return low if low == high else sum(values) / len(values)
+
+
+def thinning(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """What a page says of how it shows so many iterations; nothing where it shows all."""
+    if len(metrics) <= MOST_DETAILS:
+        return ""
+    return (
+        f"Of {len(metrics):,} iterations, a line with more than {MOST_POINTS:,} points shows the "
+        f"lowest and the highest of each of {MOST_POINTS // 2:,} stretches; a map over steps has "
+        f"at most {MOST_DETAILS:,} columns, each the mean of its stretch."
+    )
