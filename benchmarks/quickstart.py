@@ -47,7 +47,7 @@ def result_of(folder: Path, key: dict) -> dict:
     """What a finished run left behind, without pictures."""
     run = RunFolder.open(folder)
     metrics = run.metrics()
-    evaluation = json.loads((folder / EVALUATION).read_text())
+    evaluation = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
     return {
         **key,
         "commit": metrics[0]["version"],
@@ -81,7 +81,9 @@ def draw(results: list[dict], runs: Path) -> None:
     axes.legend(frameon=False, loc="lower right")
     curves.subplots_adjust(left=0.14, right=0.97, bottom=0.15, top=0.95)
     first = runs / name_of(next(r for r in results if not r["control"]))
-    known = json.loads((first / "examples" / "test_base.json").read_text())["captions"]
+    known = json.loads((first / "examples" / "test_base.json").read_text(encoding="utf-8"))[
+        "captions"
+    ]
     chosen = np.linspace(0, len(known) - 1, SHOWN).round().astype(int)
     # A thin row between the two pairs of rows leaves room for captions of two lines.
     cells = pictures.subplots(5, SHOWN // 2, height_ratios=(1, 1, 0.3, 1, 1))
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "claims")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args()
-    stored = json.loads(CLAIMS.read_text()) if CLAIMS.exists() else []
+    stored = json.loads(CLAIMS.read_text(encoding="utf-8")) if CLAIMS.exists() else []
     weights = hashlib.blake2b(WEIGHTS.read_bytes(), digest_size=6).hexdigest()
     results = []
     planned = [(seed, False) for seed in arguments.seeds]

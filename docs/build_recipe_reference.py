@@ -238,7 +238,8 @@ def _list_values(schema: dict[str, Any]) -> str:
         each = _values(schema["prefixItems"][0])
         return f"list of {len(schema['prefixItems'])}, each: {each}"
     least = f", at least {schema['minItems']}" if schema.get("minItems") else ""
-    return f"list of {_values(schema['items'])}s{least}"
+    kind, _, limits = _values(schema["items"]).partition(" ")
+    return " ".join(filter(None, (f"list of {kind}s", limits))) + least
 
 
 def _code(value: object) -> str:

@@ -72,6 +72,26 @@ def test_models_stand_below_each_other_by_prompt(tmp_path):
     assert [int(table[GAP + row * height, GAP, 0]) for row in range(4)] == [0, 64, 128, 191]
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--out", "pictures"], "error: pictures is a folder; name the PNG to write.\n"),
+        (["--guidance", "inf"], "error: guidance must be a finite number, not inf.\n"),
+    ],
+)
+def test_what_no_picture_can_come_of_is_refused_before_the_work(
+    tmp_path, monkeypatch, capsys, options, says
+):
+    monkeypatch.setattr("entroflow.drawing.sample_images", pytest.fail)
+    monkeypatch.setattr("sys.argv", ["entroflow", "sample", "a ring", *options])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert (stopped.value.code, capsys.readouterr().err) == (2, says)
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
 @pytest.mark.parametrize("caption", ["a cat\nand a dog", "circle of life", "a red"])
 def test_what_the_embedded_policy_refuses_is_one_clear_line(tmp_path, monkeypatch, capsys, caption):
     monkeypatch.setattr("sys.argv", ["entroflow", "sample", caption, "--steps", "1"])

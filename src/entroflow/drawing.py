@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -98,8 +99,12 @@ def draw(
         steps, guidance: None: as in the evaluation of the run, if it says.
 
     Raises:
-        InputError: a prompt is outside what the model knows.
+        InputError: a prompt is outside what the model knows, or `out` is a folder.
     """
+    if out.is_dir():
+        raise InputError(f"{out} is a folder; name the PNG to write.")
+    if guidance is not None and not math.isfinite(guidance):
+        raise InputError(f"guidance must be a finite number, not {guidance}.")
     policy, models = opened.policy, opened.models
     evaluation = opened.part("evaluation")
     usual = evaluation if isinstance(evaluation, HeldOutEvaluation) else HeldOutEvaluation()

@@ -105,6 +105,29 @@ def test_the_images_are_those_that_were_scored():
     assert len(shown.known["prompts"]) == PROMPTS
 
 
+@pytest.mark.parametrize(
+    ("sides", "shown"), [((256, 64), (256, 64)), ((512, 128), (256, 64)), ((32, 1024), (8, 256))]
+)
+def test_large_images_are_shown_reduced(monkeypatch, sides, shown):
+    """A sheet of thirty steps would be too large to be read again: each pixel is a mean of many."""
+    monkeypatch.setattr(PixelPolicy, "decode", lambda self, x: grown(x, sides))
+    trainer = Trainer(recipe(**TURNING, reward={"type": f"{__name__}.red"}), PixelPolicy())
+    trainer.step()
+    images, known = trainer.trajectories.images, trainer.trajectories.known["trajectories"]
+    assert images.shape[-2:] == shown
+    rewards = torch.tensor([row["rewards"] for row in known]).double()
+    means = (images[:, :, 0].double() / 255).mean(dim=(-2, -1))
+    torch.testing.assert_close(means, rewards, atol=1 / 255, rtol=0)
+
+
+def grown(latents, sides):
+    """Each pixel of 2 x 2 images as a rectangle."""
+    small = latents.clamp(0, 1)
+    for dim, side in zip((-2, -1), sides, strict=True):
+        small = small.repeat_interleave(side // 2, dim=dim)
+    return small
+
+
 def test_failed_completions_are_counted():
     """One image in each iteration has no reward, and it is a completion."""
     calls = []

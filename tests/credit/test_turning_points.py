@@ -116,10 +116,12 @@ def test_turning_points_are_those_of_the_definitions(R, constraint):
         ([0, 0, 1, 1], set(), [0, 1, 0], set(), [0, 1, 0]),
         ([0, 1], {0}, [1], set(), [1]),
         ([2, 1, 3, 2, 2], set(), [-1, 2, -1, 0], set(), [-1, 2, -1, 0]),
+        # Step 2 turns, and what follows undoes it: R_n - R_2 = 0 is what it earns, not d_2 = 2.
+        ([0, 2, 1, 3, 1], {0, 2}, [1, -1, 0, -2], set(), [2, -1, 2, -2]),
     ],
 )
 def test_worked_examples(R, plain, plain_earned, consistent, consistent_earned):
-    """The reference's seven."""
+    """The reference's seven, and a plain turning point that is worth nothing."""
     none = torch.zeros(1, dtype=torch.long)
     for constraint, turns, earned in (
         ("plain", plain, plain_earned), ("consistent", consistent, consistent_earned)

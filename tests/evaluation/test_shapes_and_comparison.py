@@ -392,6 +392,12 @@ def test_equal_weights_gain_nothing():
     assert summary["best_guidance"] == 1
 
 
+@pytest.mark.parametrize("scale", [-0.5, math.inf, math.nan])
+def test_only_scales_that_mean_something_are_tried(scale):
+    with pytest.raises(ValueError, match=r"guidance_tried\.1"):
+        ShapesEvaluation(guidance_tried=(1.0, scale))
+
+
 @pytest.mark.parametrize("right_at", [1.0, 1.5, 8.0])
 def test_the_base_gets_its_best_guidance(right_at):
     """A base that draws at one scale only: found on validation prompts, shown on test prompts."""

@@ -15,6 +15,7 @@ from entroflow.exploration.every_step import EveryStep
 from entroflow.exploration.random_fraction import RandomFraction
 from entroflow.exploration.window import Window
 from entroflow.prompts import Prompt
+from entroflow.recipe import load_recipe
 from entroflow.sampling.grid import shifted_grid
 from entroflow.sampling.kernels import CPS, FlowSDE
 from entroflow.sampling.plan import FRESH
@@ -151,25 +152,70 @@ def test_a_progressive_window_reaches_all_steps_but_the_last():
 
 
 def test_a_decaying_window_passes_late_starts_sooner():
-    """At start l it stays for `every` exp(-rate max(0, l - from)) iterations (MixGRPO)."""
-    window = Window(
-        size=2, start=0, last_start=5, move="decay", every=20, decay_rate=0.5, decay_from=2
-    )
-    stays = [20, 20, 20, 12, 7, 4]
-    assert stays == [round(20 * math.exp(-0.5 * max(0, at - 2))) for at in range(6)]
+    """At start l it stays for `every` exp(-rate max(0, l - from)) iterations, as a rule no integer.
+
+    MixGRPO counts the iterations at a start and leaves it as soon as the count has reached that
+    number: after the smallest integer that is no less than it. With the settings of its code, 25
+    iterations, a rate of 0.1 and 13, those are 25 up to start 13, and then of
+
+        25 exp(-0.1 j), j = 1, ..., 7:  22.62  20.47  18.52  16.76  15.16  13.72  12.41
+
+    the next integers. At starts 15, 18 and 20 the nearest one would be another.
+    """
+    stays = [25] * 14 + [23, 21, 19, 17, 16, 14, 13]
     wanted = [at for at, stay in enumerate(stays) for _ in range(stay)]
-    found = [starts(window, iteration=n, sizes=(1,))[0] for n in range(2 * len(wanted))]
-    assert found == wanted * 2
+    window = Window(size=4, start=0, move="decay")
+    places = [starts(window, iteration=n, steps=25, sizes=(1,))[0] for n in range(len(wanted) + 30)]
+    assert places == wanted + wanted[:30]
 
 
-def test_a_random_window_is_drawn_for_all_groups_every_so_many_iterations():
-    window = Window(size=3, start=2, last_start=7, move="random", every=4)
-    drawn = [starts(window, iteration=n) for n in range(400)]
-    assert all(len(set(rows)) == 1 for rows in drawn)
-    places = [rows[0] for rows in drawn]
-    assert all(len(set(places[n : n + 4])) == 1 for n in range(0, 400, 4))
-    assert set(places) == set(range(2, 8))
-    assert places != [starts(window, iteration=n, seed=1)[0] for n in range(400)]
+def test_a_window_that_decays_fast_stays_for_one_iteration():
+    """20 exp(-5 j) is 20, 0.13, 0.0009, ...; from the first start on, with a stride of 2."""
+    window = Window(size=2, start=1, last_start=7, stride=2, move="decay", every=20,
+                    decay_rate=5.0, decay_from=1)  # fmt: skip
+    places = [starts(window, iteration=n, sizes=(1,))[0] for n in range(46)]
+    assert places == ([1] * 20 + [3, 5, 7]) * 2
+
+
+def test_a_random_window_is_sampled_for_all_groups_in_every_iteration():
+    """Whatever `every` is, uniform and independent, as in MixGRPO's code.
+
+    Of 1,200 iterations each of 6 starts has a sixth, and a sixth has the start of the one before,
+    within 5 standard deviations.
+    """
+    window = Window(size=3, start=2, last_start=7, move="random", every=25)
+    rows = [starts(window, iteration=n) for n in range(1201)]
+    assert all(len(set(places)) == 1 for places in rows)
+    places = np.array([first for first, *_ in rows])
+    reach = 5 * math.sqrt(1200 * (1 / 6) * (5 / 6))
+    counts = np.bincount(places[1:], minlength=8)
+    assert counts[:2].sum() == 0
+    assert np.abs(counts[2:] - 200).max() < reach
+    assert abs(np.sum(places[1:] == places[:-1]) - 200) < reach
+    assert list(places) != [starts(window, iteration=n, seed=1)[0] for n in range(1201)]
+
+
+def test_the_windows_of_mix_grpo_are_those_of_its_code_for_500_iterations():
+    """Then, as the notes say, they stay whole, where the code's become shorter.
+
+    In the code, of 25 steps, iteration n has those from l = (n // 25) mod 24 up to l + 4, but
+    below 23.
+    """
+    exploration = load_recipe("mix_grpo").exploration
+
+    def steps(iteration):
+        std = planned(exploration, steps=25, sizes=(1,), iteration=iteration).std
+        return std[0].nonzero()[:, 0].tolist()
+
+    def published(iteration):
+        first = iteration // 25 % 24
+        return [*range(first, min(first + 4, 23))]
+
+    edges = {25 * at + offset for at in range(20) for offset in (0, 12, 24)}
+    assert {n: steps(n) for n in edges} == {n: published(n) for n in edges}
+    assert (published(500), steps(500)) == ([20, 21, 22], [20, 21, 22, 23])
+    assert (steps(524), steps(525)) == ([20, 21, 22, 23], [0, 1, 2, 3])
+    assert (published(575), published(600)) == ([], [0, 1, 2, 3])
 
 
 def test_a_window_per_group_is_shared_by_its_members_in_every_round():

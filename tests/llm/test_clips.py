@@ -90,6 +90,34 @@ def test_of_too_many_clip_v_leaves_out_the_farthest(seed, most):
     assert (~found.keep[valid]).nonzero()[:, 0].tolist() == sorted(over)
 
 
+@pytest.mark.parametrize(
+    ("D", "A", "left_out"),
+    [
+        # Two beyond the threshold, two allowed: the one without an advantage is left out, too.
+        ([9, 8, 0, 0], [-1, 0, -1, -1], [0, 1]),
+        # Three: it stays, though it is farther than one that is left out.
+        ([9, 8, 7, 0], [-1, 0, -1, -1], [0, 2]),
+        # Only such ones, and more than two: all stay.
+        ([9, 8, 7, 0], [0, 0, 0, -1], []),
+        # Three penalised ones: the two farthest.
+        ([7, 9, 8, 0], [-1, -1, -1, -1], [1, 2]),
+        # The second and the third are as far: neither, so one less than allowed.
+        ([9, 8, 8, 0], [-1, -1, -1, -1], [0]),
+        ([8, 8, 8, 0], [-1, -1, -1, -1], []),
+    ],
+)
+def test_the_cap_of_clip_v(D, A, left_out):
+    """Of 20 tokens a share of 0.1, which is two, may be left out: D > 0.5 std(D) are too many."""
+    distance = torch.tensor([[float(d) for d in D] + [0.0] * 16])
+    nothing = torch.zeros_like(distance)
+    tokens = TokenStatistics(nothing, nothing, -distance, nothing)
+    assert torch.equal(tokens.baseline - tokens.discriminator, distance)
+    advantages = torch.tensor([[float(a) for a in A] + [-1.0] * 16])
+    valid = torch.ones_like(distance, dtype=torch.bool)
+    keep = clip_v(tokens, advantages, valid, mu=0.5, most=0.1).keep
+    assert (~keep[0]).nonzero()[:, 0].tolist() == left_out
+
+
 @pytest.mark.parametrize("clip", [clip_b, clip_v])
 @pytest.mark.parametrize("sides", ["one", "two"])
 def test_an_infinite_threshold_keeps_all(clip, sides):

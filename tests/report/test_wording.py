@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from entroflow.report.wording import Interval, count, duration, number
@@ -43,6 +45,13 @@ def test_an_interval_stands_in_brackets_and_a_difference_has_signs():
     assert str(Interval(0.53, 0.494, 0.566)) == "0.53 [0.49, 0.57]"
     assert Interval(0.33, 0.28, 0.38).signed == "+0.33 [+0.28, +0.38]"
     assert Interval(-0.004, -0.02, 0.01).signed == "+0.00 [−0.02, +0.01]"
+
+
+def test_an_interval_of_huge_numbers_stays_short():
+    """As of a reward without a scale; its half width may be beyond what a float can hold."""
+    assert str(Interval(1e300, -1.5e308, 1.5e308)) == "1e+300 [−1.5e+308, 1.5e+308]"
+    assert Interval(-2e9, -math.inf, math.inf).signed == "−2e+09 [−inf, +inf]"
+    assert str(Interval(2e8, 1e8, 3e8)) == "200000000 [100000000, 300000000]"
 
 
 def test_numbers_keep_three_digits():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor
 
 from entroflow.errors import InputError
@@ -60,6 +63,51 @@ def test_long_prompts_are_cut(clip_folder, images):
 def test_a_model_that_is_not_there_is_one_clear_line(tmp_path, images):
     with pytest.raises(InputError, match=r"reward\.model: can't load .*nowhere"):
         score(tmp_path / "nowhere", images, TEXTS)
+
+
+def damaged(clip_folder, path, change):
+    """A copy of the model whose tensors are changed in place."""
+    shutil.copytree(clip_folder, path)
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def test_a_model_that_lacks_weights_is_refused(clip_folder, tmp_path, images):
+    """transformers would make them up, at random and anew each time."""
+    folder = damaged(clip_folder, tmp_path / "part", lambda t: t.pop("text_projection.weight"))
+    with pytest.raises(InputError, match=r"lacks 1 tensors .*text_projection\.weight"):
+        score(folder, images, TEXTS)
+
+
+def cut(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+
+
+@pytest.mark.parametrize("damage", [cut, lambda folder: (folder / "config.json").write_text("[]")])
+def test_a_damaged_model_is_one_clear_line(clip_folder, tmp_path, images, damage):
+    folder = tmp_path / "damaged"
+    shutil.copytree(clip_folder, folder)
+    damage(folder)
+    with pytest.raises(InputError, match=r"reward\.model: can't load .*damaged"):
+        score(folder, images, TEXTS)
+
+
+def test_weights_of_another_shape_are_one_clear_line(clip_folder, tmp_path, images):
+    def widen(tensors):
+        tensors["visual_projection.weight"] = torch.zeros(8, 32)
+
+    folder = damaged(clip_folder, tmp_path / "wide", widen)
+    with pytest.raises(InputError, match=r"reward\.model: can't load .*wide"):
+        score(folder, images, TEXTS)
+
+
+def test_a_device_that_is_not_there_is_one_clear_line(clip_folder, images):
+    reward = CLIPScore(model=str(clip_folder), device="abacus")
+    with pytest.raises(InputError, match=r"reward\.device: can't use abacus"):
+        reward.score(images, [Prompt(text) for text in TEXTS])
 
 
 def test_pickscore_is_a_recipe():

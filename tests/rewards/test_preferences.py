@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -125,6 +126,43 @@ def test_the_command_makes_weights_that_can_be_used(made, images):
     assert not torch.equal(own.score(images, texts).values, shipped.score(images, texts).values)
     judge = ShapesJudge(weights=folder / "pairwise.safetensors")
     assert judge.compare(images, torch.tensor([[0, 1]]), texts[:1]).points.item() in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [
+        (
+            "pointwise.safetensors",
+            lambda path, images: ShapesPreference(weights=path).score(images, prompts(*CAPTIONS)),
+        ),
+        (
+            "pairwise.safetensors",
+            lambda path, images: ShapesJudge(weights=path, answer="probability").compare(
+                images, torch.tensor([[0, 1]]), prompts(CAPTIONS[0])
+            ),
+        ),
+    ],
+)
+def test_weights_are_known_by_what_the_file_holds(made, images, tmp_path, name, score):
+    """Not by its name: another reward in the same process reads it anew."""
+    path = tmp_path / name
+    shutil.copy(models.SHIPPED / name, path)
+    before = vars(score(path, images))
+    shutil.copy(made[0] / name, path)
+    after, expected = vars(score(path, images)), vars(score(made[0] / name, images))
+    values = next(key for key in before if isinstance(before[key], torch.Tensor))
+    assert torch.equal(after[values], expected[values])
+    assert not torch.equal(after[values], before[values])
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_made(made, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "accuracy.json").write_text("mine")
+    for place in (made[0], own, own / "accuracy.json"):
+        with pytest.raises(InputError, match="exists already"):
+            learn.make(Learning(), place, pytest.fail)
+    assert (own / "accuracy.json").read_text() == "mine"
 
 
 def test_data_are_a_function_of_the_seed(monkeypatch):

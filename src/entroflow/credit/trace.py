@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from entroflow.sampling.plan import Plan
 from entroflow.sampling.rollouts import Rollouts
 
 SHOWN_PROMPTS, SHOWN_EACH = 3, 2
 """Prompts that are shown, and rollouts of each."""
+SHOWN_SIDE = 256
+"""Pixels; larger images are shown reduced to this, as a sheet holds one for every state."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Trajectories:
     """Some rollouts of an iteration to look at, and where all of them turned.
 
     Attributes:
-        images: [r, n + 1, 3, H, W] bytes.
+        images: [r, n + 1, 3, H, W] bytes, no side above `SHOWN_SIDE`.
         known: ready for JSON. `trajectories`: r entries with `caption`, `steps`, `rewards`,
             `earned`, `turns` and `dropped`; `prompts`: captions of the batch; `map`: for every
             rollout its `prompt`, `steps` and `turns`: 2 for a turning point that earned all that
@@ -102,7 +105,7 @@ def trajectories_of(rollouts: Rollouts, trace: Trace) -> Trajectories | None:
     chosen = _telling(plan, trace)
     if rollouts.images is None or not len(chosen):
         return None
-    images = rollouts.images[rollouts.image_of(trace.row[chosen])]
+    images = _reduced(rollouts.images[rollouts.image_of(trace.row[chosen])])
     worth = trace.rewards[:, -1:] - trace.rewards[:, :-1]
     size = 2 * trace.turns.long() + trace.dropped.long()
     turns = torch.where(worth < 0, -size, size)
@@ -131,6 +134,17 @@ def trajectories_of(rollouts: Rollouts, trace: Trace) -> Trajectories | None:
             },
         },
     )  # fmt: skip
+
+
+def _reduced(images: Tensor) -> Tensor:
+    """Images [r, n + 1, 3, H, W] with sides of `SHOWN_SIDE` at most, in the same proportions."""
+    height, width = images.shape[-2:]
+    factor = SHOWN_SIDE / max(height, width)
+    if factor >= 1:
+        return images
+    size = [max(1, round(factor * side)) for side in (height, width)]
+    small: Tensor = F.interpolate(images.flatten(0, 1).float(), size=size, mode="area")
+    return small.view(*images.shape[:3], *size)
 
 
 def _telling(plan: Plan, trace: Trace) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, Self
+from typing import Annotated, ClassVar, Protocol, Self
 
 import torch
 from pydantic import Field
@@ -153,7 +153,7 @@ class HeldOutEvaluation(Component):
     test_images: int = Field(
         96, ge=1, description="the same, in the comparison on test prompts when the run is complete"
     )
-    guidance_tried: tuple[float, ...] = Field(
+    guidance_tried: tuple[Annotated[float, Field(ge=0)], ...] = Field(
         (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
         description="scales of which the comparison finds the base's best; its own is always tried",
     )

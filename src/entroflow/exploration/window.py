@@ -26,12 +26,14 @@ class Window(Component):
     - `progressive`: `stride` further every `every` iterations, and from `start` again after
       `last_start` (MixGRPO, 2507.21802);
     - `decay`: the same, but it stays at start l for `every` exp(-decay_rate max(0, l - decay_from))
-      iterations, so that late windows pass sooner (MixGRPO);
-    - `random`: anywhere up to `last_start`, drawn anew every `every` iterations (MixGRPO);
-    - `random_per_group`: drawn anew for every group and iteration (Flow-GRPO-Fast, which draws it
-      for each process instead).
+      iterations, rounded up, so that late windows pass sooner (MixGRPO's exponential decay);
+    - `random`: anywhere up to `last_start`, sampled anew in every iteration (MixGRPO);
+    - `random_per_group`: sampled anew for every group and iteration (Flow-GRPO-Fast, which samples
+      it for each process instead).
 
-    The place is a function of the iteration, so a resumed run goes on with the same windows.
+    The place is a function of the iteration, so a resumed run goes on with the same windows. A
+    window is always whole: the released code of MixGRPO keeps windows off the last two steps, and
+    goes on with shorter and shorter ones, and then none, before it begins again.
     """
 
     type: Literal["window"] = "window"
@@ -43,7 +45,7 @@ class Window(Component):
     last_start: int | None = Field(
         None, ge=0, description="largest start; the last possible one if not given"
     )
-    every: int = Field(25, ge=1, description="iterations between moves")
+    every: int = Field(25, ge=1, description="iterations between moves: progressive, decay")
     stride: int = Field(1, ge=1, description="steps between the starts of two windows")
     decay_rate: float = Field(0.1, ge=0, description="of move: decay")
     decay_from: int = Field(13, ge=0, description="start from which on windows pass sooner")
@@ -92,8 +94,7 @@ class Window(Component):
         elif self.move == "decay":
             start = self._decayed(iteration, last)
         elif self.move == "random":
-            source = generator(seed, Stream.WINDOW, iteration // self.every)
-            start = int(source.integers(self.start, last + 1))
+            start = int(generator(seed, Stream.WINDOW, iteration).integers(self.start, last + 1))
         else:
             drawn = [
                 int(generator(seed, Stream.WINDOW, iteration, group).integers(self.start, last + 1))
@@ -105,10 +106,8 @@ class Window(Component):
     def _decayed(self, iteration: int, last: int) -> int:
         """The start at an iteration where the time at a start shrinks as it grows."""
         places = range(self.start, last + 1, self.stride)
-        stays = [
-            max(1, round(self.every * math.exp(-self.decay_rate * max(0, at - self.decay_from))))
-            for at in places
-        ]
+        shrunk = [math.exp(-self.decay_rate * max(0, at - self.decay_from)) for at in places]
+        stays = [max(1, math.ceil(self.every * factor)) for factor in shrunk]
         left = iteration % sum(stays)
         for at, stay in zip(places, stays, strict=True):
             if left < stay:

@@ -6,6 +6,7 @@ further: S far below what is usual (2602.03392, and its released code). With D =
     Clip_B   A < 0  and  S < mean(S) - mu std(S)     takes log p and H
     Clip_V   A <= 0 and  D > mu std(D)               takes the whole vocabulary, for S_bar
 
+of which Clip_V leaves out no more than a cap allows.
 Mean and deviation are those of all valid tokens of a generation batch, under the policy before its
 update. D itself is compared, not its distance from the mean: that is 0 in theory (corollary 3.5).
 """
@@ -92,7 +93,9 @@ def clip_v(
         sides: one, as in the released code; two: all tokens with S_bar - S as far from 0, whatever
             their advantage.
         most: share of the valid tokens that may be left out, but one at least. Where more would
-            be, only those with an advantage are, and of these the farthest.
+            be, only those with an advantage other than 0 are, and of these the farthest, less those
+            that are as far as the first that stays. The released code caps penalised tokens alone,
+            leaves out all others beyond the threshold, and of equals takes any.
     """
     processes = processes or Alone()
     distance = (tokens.baseline - tokens.discriminator).double()

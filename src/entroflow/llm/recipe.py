@@ -106,7 +106,9 @@ class Clip(Component):
     sides: Literal["one", "two"] = Field(
         "one", description="one, as released; two: far on either side, whatever was earned"
     )
-    most: float = Field(MOST, gt=0, le=1, description="of v: largest share that is left out")
+    most: float = Field(
+        MOST, gt=0, le=1, description="of v: largest share that is left out, but one token may be"
+    )
     denominator: Literal["keep", "shrink"] = Field(
         "keep", description="whether tokens left out count in the loss's denominator and KL; "
         "shrink, as published: they don't"

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+MOST_DIGITS = 1e9
+"""From here on numbers are written with an exponent."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -45,9 +48,11 @@ class Interval:
         """A number of this interval: as exact as the width asks for."""
         if math.isnan(value):
             return "–"
-        half = (self.high - self.low) / 2
+        half, largest = (self.high - self.low) / 2, max(map(abs, (self.low, self.high, self.value)))
+        if largest >= MOST_DIGITS:
+            return f"{value:{sign}.3g}".replace("-", "−")
         # Two where the numbers are below 1, as most scores; fewer only for larger ones.
-        least = 2 if max(abs(self.low), abs(self.high), abs(self.value)) <= 1 else 0
+        least = 2 if largest <= 1 else 0
         needed = math.ceil(-math.log10(half)) if half > 0 else 2
         places = min(max(least, needed), 6)
         # Adding 0.0 turns -0.0 into 0.0.

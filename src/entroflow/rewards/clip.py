@@ -42,7 +42,7 @@ class CLIPScore(Component):
         """See `Reward.score`.
 
         Raises:
-            InputError: there is no such model.
+            InputError: there is no such model, it is not whole, or there is no such device.
         """
         parts = [
             self._cosines(
@@ -69,12 +69,24 @@ class CLIPScore(Component):
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
+        # transformers declares no pair for the second argument.
+        load: Any = CLIPModel.from_pretrained
         try:
-            model = CLIPModel.from_pretrained(self.model)
+            model, report = load(self.model, output_loading_info=True)
             processor = AutoProcessor.from_pretrained(self.processor or self.model)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # what is raised of damaged files is written down nowhere
             reason = " ".join(str(error).split())
             raise InputError(f"reward.model: can't load {self.model} ({reason:.200}).") from None
+        # Weights that a folder lacks are made up at random: rewards would mean nothing.
+        if missing := sorted(report["missing_keys"]):
+            raise InputError(
+                f"reward.model: {self.model} lacks {len(missing)} tensors of a CLIP model, as "
+                f"{missing[0]}; give a folder that holds all of it."
+            )
         accelerator = torch.accelerator.current_accelerator()
-        usual = "cpu" if accelerator is None else accelerator.type
-        return model.eval().to(self.device or usual), processor
+        device = self.device or ("cpu" if accelerator is None else accelerator.type)
+        try:
+            return model.eval().to(device), processor
+        except (RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"reward.device: can't use {device} ({reason:.200}).") from None

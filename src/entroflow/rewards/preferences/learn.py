@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from entroflow.checkpoints import to_json, write_bytes, write_text
+from entroflow.checkpoints import refuse_used, to_json, whole_folder, write_bytes, write_text
 from entroflow.policies.shapes.policy import ShapesPolicyConfig
 from entroflow.prompts import Prompt
 from entroflow.rewards.preferences.network import Pairwise, Pointwise, features
@@ -214,7 +214,11 @@ def make(settings: Learning, to: Path, progress: Progress) -> dict[str, dict[str
 
     Returns:
         By kind, `accuracy` on held-out pairs.
+
+    Raises:
+        InputError: something is in the folder.
     """
+    refuse_used(to)
     splits: dict[grammar.Split, int] = {"train": settings.captions, "validation": settings.held_out}
     data: dict[str, Compared] = {}
     for split, captions in splits.items():
@@ -224,7 +228,7 @@ def make(settings: Learning, to: Path, progress: Progress) -> dict[str, dict[str
                 parts.append(part)
                 advance(sum(len(p.quality) for p in parts), part.quality.mean().item())
         data[split] = joined(parts)
-    found = {}
+    found, weights = {}, {}
     for name, kind in KINDS.items():
         torch.manual_seed(settings.seed)
         network = kind()
@@ -235,7 +239,10 @@ def make(settings: Learning, to: Path, progress: Progress) -> dict[str, dict[str
         # What is shipped is what is measured.
         network.load_state_dict(tensors)
         found[name] = accuracy(network, data["validation"])
-        write_bytes(to / f"{name}.safetensors", save(tensors))
+        weights[name] = save(tensors)
     content = {"settings": asdict(settings), "accuracy": found}
-    write_text(to / "accuracy.json", to_json(content, indent=1) + "\n")
+    with whole_folder(to) as made:
+        for name, written in weights.items():
+            write_bytes(made / f"{name}.safetensors", written)
+        write_text(made / "accuracy.json", to_json(content, indent=1) + "\n")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
@@ -43,9 +43,13 @@ class ShapesPreference(Component):
         Raises:
             InputError: a prompt is outside the grammar of the shapes world, or wrong weights.
         """
-        network = _loaded(Pointwise, self.weights or SHIPPED / "pointwise.safetensors")
+        network = self._network
         values = network(network.reader(features(images, [p.text for p in prompts])))
         return Scores(values.double(), (Status.OK,) * len(prompts))
+
+    @cached_property
+    def _network(self) -> Pointwise:
+        return _loaded(Pointwise, self.weights or SHIPPED / "pointwise.safetensors")
 
 
 class ShapesJudge(Component):
@@ -69,7 +73,7 @@ class ShapesJudge(Component):
         Raises:
             InputError: a prompt is outside the grammar of the shapes world, or wrong weights.
         """
-        network = _loaded(Pairwise, self.weights or SHIPPED / "pairwise.safetensors")
+        network = self._network
         # An image is read once with each prompt that it is asked about.
         pairs = zip(sides.tolist(), prompts, strict=True)
         asked = [[(image, prompt.text) for image in pair] for pair, prompt in pairs]
@@ -81,8 +85,11 @@ class ShapesJudge(Component):
         points = likely if self.answer == "probability" else (likely > 0.5).double()
         return Answers(points, (Status.OK,) * len(prompts))
 
+    @cached_property
+    def _network(self) -> Pairwise:
+        return _loaded(Pairwise, self.weights or SHIPPED / "pairwise.safetensors")
 
-@cache
+
 def _loaded(kind: type[NetworkT], path: Path) -> NetworkT:
     network = kind()
     try:
