@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from entroflow.cli import main
 from entroflow.component import Component
 from entroflow.data_sets import load_data_set, read_data_set
 from entroflow.errors import InputError
@@ -174,3 +175,12 @@ def test_another_folder_of_the_same_name_is_never_read(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="there is no data set 'problems'"):
         load_data_set("problems", None, "train")
     datasets.enable_progress_bars()
+
+
+def test_a_home_behind_an_equals_sign_is_found(laid_out, monkeypatch, capsys):
+    """A shell leaves `~` as it is there; a folder of that name would be made."""
+    monkeypatch.setattr("sys.argv", ["entroflow", "train", "--resume=~/none"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert f"{laid_out}/home/none is not a run folder" in capsys.readouterr().err
