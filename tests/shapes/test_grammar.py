@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from entroflow.errors import InputError
 from entroflow.shapes import grammar
 from entroflow.shapes.grammar import (
     COLORS,
@@ -141,6 +142,14 @@ def test_objects_repeats_a_thing_as_often_as_the_caption_counts():
 def test_a_misspelt_word_is_named_with_the_nearest_known_one(caption, wrong, meant):
     with pytest.raises(ValueError, match=f"no word '{wrong}'.*Did you mean '{meant}'"):
         parse(caption)
+
+
+@pytest.mark.parametrize("caption", ["a " + 50_000 * "x", 50_000 * "a ", "dragon " * 50_000])
+def test_a_message_stays_short_whatever_the_caption(caption):
+    with pytest.raises(InputError) as refused:
+        grammar.parse(caption)
+    assert len(str(refused.value)) < 600
+    assert caption[:70] in str(refused.value)
 
 
 def test_a_word_like_no_known_one_lists_the_known_ones():

@@ -40,6 +40,8 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 HELD_OUT_SHARE = 0.1
 """Share of the meanings of each caption form that goes to validation, and again to test."""
+QUOTED = 80
+"""Most characters of a caption in a message."""
 
 WORDS = (
     "a",
@@ -105,14 +107,22 @@ def parse(caption: str) -> Spec:
         if word not in WORDS:
             near = get_close_matches(word, WORDS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Known words: {', '.join(WORDS)}."
-            raise InputError(f"the shapes world has no word {word!r} (in {caption!r}).{hint}")
+            raise InputError(
+                f"the shapes world has no word {_quoted(word)} (in {_quoted(caption)}).{hint}"
+            )
     try:
         return _parse_words(words)
     except (IndexError, KeyError, ValueError):
         raise InputError(
-            f"the shapes world can't read {caption!r}. Captions look like 'a small red circle', "
-            "'three blue rings', 'a ring and a large cross', 'a red circle left of a blue square'."
+            f"the shapes world can't read {_quoted(caption)}. Captions look like "
+            "'a small red circle', 'three blue rings', 'a ring and a large cross', "
+            "'a red circle left of a blue square'."
         ) from None
+
+
+def _quoted(words: str) -> str:
+    """In quotes, and no longer than a line of a message has room for."""
+    return repr(words if len(words) <= QUOTED else f"{words[:QUOTED]}…")
 
 
 def _parse_words(words: list[str]) -> Spec:
