@@ -270,8 +270,8 @@ def nothing(completions, solution, **_):
 
 @pytest.mark.parametrize(("name", "said"), [
     ("failing", "failed: KeyError: 'no such word'"),
-    ("too_few", "gave 1 values for 3 completions"),
-    ("nothing", "gave no list of numbers, but None"),
+    ("too_few", "must return one number per completion: 3 completions, but a result of shape"),
+    ("nothing", "must return one number per completion, not None"),
 ])  # fmt: skip
 def test_a_reward_that_fails_is_said_in_one_line(tmp_path, name, said):
     rows = [{"prompt": f"{n} 2 3 4 -> 10 :", "solution": "1"} for n in range(60)]

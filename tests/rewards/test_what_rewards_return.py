@@ -425,12 +425,20 @@ def test_what_a_reward_sets_for_all_of_torch_is_set_back():
 
 
 def test_of_two_at_a_time_the_later_does_not_bring_back_what_the_earlier_set():
-    first, second = undisturbed(), undisturbed()
-    first.__enter__()
-    torch.set_default_dtype(torch.float16)
-    second.__enter__()
-    first.__exit__(None, None, None)
-    second.__exit__(None, None, None)
+    earlier, later = threading.Event(), threading.Event()
+
+    def first():
+        with undisturbed():
+            torch.set_default_dtype(torch.float16)
+            earlier.set()
+            assert later.wait(timeout=20)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert earlier.wait(timeout=20)
+    with undisturbed():
+        later.set()
+        thread.join(timeout=20)
     assert torch.get_default_dtype() == torch.float32
 
 

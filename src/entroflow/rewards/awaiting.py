@@ -23,24 +23,18 @@ def awaited(returned: Any) -> Any:
     """
     if not inspect.isawaitable(returned):
         return returned
-    waiting = asyncio.run_coroutine_threadsafe(_outcome(returned), _loop())
+    waiting = asyncio.run_coroutine_threadsafe(_brought(returned), _loop())
     try:
-        value, error = waiting.result()
+        return waiting.result()
     except BaseException:
+        # Ctrl-C, while it goes on.
         waiting.cancel()
         raise
-    if error is not None:
-        raise error
-    return value
 
 
-async def _outcome(awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:
+async def _brought(awaitable: Awaitable[Any]) -> Any:
     torch.set_grad_enabled(False)  # of this thread
-    try:
-        return await awaitable, None
-    except (SystemExit, KeyboardInterrupt) as error:
-        # Raised out of a task, they end the loop, and nobody ever hears of them.
-        return None, error
+    return await awaitable
 
 
 _made: list[asyncio.AbstractEventLoop] = []
@@ -60,5 +54,5 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
         try:
             loop.run_forever()
         except (SystemExit, KeyboardInterrupt):
-            # Of a task inside of the user's; it is told to who waits for that task.
+            # They end the loop. Who waits for the task that raised them is told when it goes on.
             continue
