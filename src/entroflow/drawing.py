@@ -17,8 +17,10 @@ from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.evaluation.images import draw as sample_images
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
-from entroflow.recipe import load_component
+from entroflow.recipe import load_component, warn_of_another_recipe
+from entroflow.run_files import read_text
 from entroflow.runs import RECIPE, RunFolder
+from entroflow.settings_text import parse_yaml
 from entroflow.shapes.grammar import parse
 from entroflow.shapes.scenes import RESOLUTION
 from entroflow.shapes.scoring import score
@@ -57,12 +59,14 @@ def open_policy(run: Path | None, weights: str = "ema") -> Opened:
         return Opened(policy, ("base",), "quickstart")
     folder = RunFolder.open(run)
     checkpoint = folder.best() or folder.latest()
-    policy = load_component(folder.path / RECIPE, "policy").build()
+    recipe = folder.path / RECIPE
+    policy = load_component(recipe, "policy").build()
     policy.weights.keep_reference()
     state = read_run_state(checkpoint)
+    warn_of_another_recipe(state, parse_yaml(read_text(recipe), RECIPE), checkpoint)
     check_reference(state, policy.weights.digest("reference"), checkpoint)
     policy.weights.keep("ema", read_tensors(checkpoint / f"{weights}.safetensors"))
-    return Opened(policy, ("base", "tuned"), folder.path / RECIPE, state["iteration"])
+    return Opened(policy, ("base", "tuned"), recipe, state["iteration"])
 
 
 def draw(
