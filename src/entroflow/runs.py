@@ -2,7 +2,7 @@
 
 recipe.yaml             the resolved recipe
 metrics.jsonl           one object per iteration; iteration 0 is the start
-checkpoints/00000020/   safetensors and JSON; best.json names the best by evaluation
+checkpoints/00000020/   safetensors and JSON with their digests; best.json names the best of them
 images/00000020.png     the same prompts and noise at every evaluation, to look at
 examples/00000020.*     the same images as one strip, with captions and verdicts as JSON
 trajectories/00000020.* what the steps of some rollouts earned, where the credit looks into them
