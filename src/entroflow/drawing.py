@@ -20,8 +20,10 @@ from entroflow.evaluation.images import draw as sample_images
 from entroflow.inputs import Inputs
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
-from entroflow.recipe import load_component
+from entroflow.recipe import load_component, warn_of_another_recipe
+from entroflow.run_files import read_text
 from entroflow.runs import RECIPE, RunFolder
+from entroflow.settings_text import parse_yaml
 from entroflow.shapes.grammar import parse
 from entroflow.shapes.scenes import RESOLUTION
 from entroflow.shapes.scoring import score
@@ -69,15 +71,16 @@ def open_policy(run: Path | None, weights: str = "ema", *, trust: bool = False) 
         return Opened(policy, ("base",), "quickstart")
     folder = RunFolder.open(run)
     checkpoint = folder.best() or folder.latest()
-    policy = load_component(folder.path / RECIPE, "policy", trust=trust).build()
+    recipe = folder.path / RECIPE
+    policy = load_component(recipe, "policy", trust=trust).build()
     policy.weights.keep_reference()
     state = read_run_state(checkpoint)
+    warn_of_another_recipe(state, parse_yaml(read_text(recipe), RECIPE), checkpoint)
     check_reference(state, policy.weights.digest("reference"), checkpoint)
     policy.weights.keep("ema", read_tensors(checkpoint / f"{weights}.safetensors"))
     return Opened(
-        policy, ("base", "tuned"), folder.path / RECIPE, state["iteration"],
-        state.get("inputs") or {}, trust,
-    )  # fmt: skip
+        policy, ("base", "tuned"), recipe, state["iteration"], state.get("inputs") or {}, trust
+    )
 
 
 def draw(

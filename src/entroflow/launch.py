@@ -111,11 +111,12 @@ def resume(
         trainer = Trainer(recipe, policy)
         checkpoint = folder.latest()
         trainer.load(checkpoint)
-        folder.cut_after(trainer.iteration, trainer.taken())
+        folder.metrics_until(trainer.iteration, trainer.taken())
         folder.mend_best()
-        # Others are removed for it.
-        if (best := folder.best()) not in (None, checkpoint):
+        # For it, others are removed.
+        if (best := folder.best()) is not None and best != checkpoint:
             check_digests(best)
+        folder.cut_after(trainer.iteration)
         folder.write_recipe(recipe.to_yaml())
         return _run(folder, trainer, stop_after, watch)
 

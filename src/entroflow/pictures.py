@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,17 +70,31 @@ def save(picture: Image.Image, path: Path) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def read_picture(path: Path) -> Image.Image:
+def digest_of(picture: bytes) -> str:
+    """What is known of a picture besides, to tell whether it is still the one."""
+    return hashlib.blake2b(picture, digest_size=16).hexdigest()
+
+
+def read_picture(path: Path, digest: str | None = None) -> Image.Image:
     """A picture of a run folder.
 
+    Args:
+        digest: of its bytes; None where nobody has written it down.
+
     Raises:
-        RunError: it is missing or torn.
+        RunError: it is missing, torn, or another one.
     """
     try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as opened:
+            opened.verify()
+        with Image.open(io.BytesIO(content)) as opened:
+            picture = opened.convert("RGB")
     except Exception as error:  # what Pillow raises of damaged files is written down nowhere
         raise RunError(f"{path} is torn ({error}){TO_DO_WITHOUT}") from None
+    if digest not in (None, digest_of(content)):
+        raise RunError(f"{path} is torn (it is not what was written){TO_DO_WITHOUT}")
+    return picture
 
 
 def to_pil(image: Tensor) -> Image.Image:

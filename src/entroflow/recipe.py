@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -43,6 +44,8 @@ from entroflow.users_code import (
     users_errors,
 )
 from entroflow.wrong_keys import explained, hint
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     # Imported late where they run: a recipe can be listed and refused without loading torch.
@@ -206,13 +209,6 @@ class Recipe:
         text = json.dumps(content, sort_keys=True).replace(str(SHIPPED), "")
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
-    @property
-    def identity(self) -> str:
-        """A short hash of all that a resumed run may not change: every section but two."""
-        fixed = {key: self.resolved[key] for key in SECTIONS if key not in ("run", "monitors")}
-        text = json.dumps([fixed, self.resolved["run"]["seed"]], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
     def to_yaml(self) -> str:
         """The recipe with every key written out; `load_recipe` reads it back."""
         from io import StringIO
@@ -223,6 +219,26 @@ class Recipe:
         home = {FOUND_IN: str(self.found_in)} if self.found_in else {}
         writer.dump({"name": self.name, **home, **self.resolved}, out)
         return out.getvalue()
+
+
+def identity_of(resolved: Mapping[str, Any]) -> str:
+    """A short hash of all in a recipe that a resumed run may not change."""
+    fixed = {key: resolved.get(key) for key in SECTIONS if key not in ("run", "monitors")}
+    text = json.dumps([fixed, (resolved.get("run") or {}).get("seed")], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def warn_of_another_recipe(
+    state: Mapping[str, Any], resolved: Mapping[str, Any], checkpoint: Path
+) -> None:
+    """Warn where a recipe is not the one that a checkpoint was made by.
+
+    Args:
+        state: of the checkpoint; those of older versions don't say.
+    """
+    now = identity_of(resolved)
+    if state.get("recipe", now) != now:
+        log.warning("the recipe was changed since %s was made by it.", checkpoint)
 
 
 def _set(section: str, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -280,6 +280,34 @@ class Evaluation(Contents):
     score: Annotated[Number, Field(alias="eval/score")]
 
 
+class Value(Contents):
+    """A number that is known."""
+
+    value: float
+
+
+class ResultModel(Contents):
+    """What the table shows of a model."""
+
+    scores: dict[str, Value]
+    monitors: dict[str, Number]
+
+
+class ResultTest(Contents):
+    """What the table shows of a comparison with the base. Older versions have no `measure`."""
+
+    measure: Measured | None = None
+    models: dict[str, ResultModel]
+    gain: Value
+
+    @model_validator(mode="after")
+    def _both(self) -> ResultTest:
+        for name in ("base", "tuned"):
+            whole = name in self.models and "overall" in self.models[name].scores
+            _require(whole, f"models have no {name}")
+        return self
+
+
 class Result(Contents):
     """A result in `results.json`."""
 
@@ -292,7 +320,7 @@ class Result(Contents):
     arm: Asked
     curve: Annotated[list[Evaluation], Field(min_length=1)]
     ledger: dict[str, float]
-    test: RunsComparison
+    test: ResultTest
 
 
 class Results(Contents):
@@ -306,6 +334,7 @@ class Examples(Contents):
 
     captions: list[str]
     passed: list[bool | None] | None = None
+    picture: str | None = None
 
 
 class Trajectory(Contents):
@@ -339,6 +368,7 @@ class TrajectoriesFile(Contents):
     trajectories: Annotated[list[Trajectory], Field(min_length=1)]
     prompts: list[str]
     map: TurningPoints
+    picture: str | None = None
 
     @model_validator(mode="after")
     def _one_each(self) -> TrajectoriesFile:

@@ -2,7 +2,7 @@
 
 recipe.yaml             the resolved recipe
 metrics.jsonl           one object per iteration; iteration 0 is the start
-checkpoints/00000020/   safetensors and JSON; best.json names the best by evaluation
+checkpoints/00000020/   safetensors and JSON with their digests; best.json names the best of them
 images/00000020.png     the same prompts and noise at every evaluation, to look at
 examples/00000020.*     the same images as one strip, with captions and verdicts as JSON
 trajectories/00000020.* what the steps of some rollouts earned, where the credit looks into them
@@ -227,34 +227,32 @@ class RunFolder:
             return "has an iteration twice"
         return "" if numbers == sorted(numbers) else "is out of order"
 
-    def cut_after(self, iteration: int, taken: Mapping[str, Any] | None = None) -> None:
-        """Forget what was written after `iteration`: it is about to be written again.
-
-        Lines that are out of order, or there twice, are put in order.
+    def metrics_until(
+        self, iteration: int, taken: Mapping[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """The lines up to an iteration, in order and each once.
 
         Args:
             taken: what the line of the iteration must hold, as the checkpoint knows it.
 
         Raises:
-            RunError: lines up to the iteration are missing or contradict each other, or are of
-                another run; nothing is changed then.
+            RunError: lines are torn or missing, contradict each other, or are of another run.
         """
-        path, lines = self.path / METRICS, self.metrics()
+        path = self.path / METRICS
         by_iteration: dict[int, dict[str, Any]] = {}
-        for line in lines:
-            if line["iteration"] > iteration:
-                continue
+        for line in self.metrics():
             if by_iteration.setdefault(line["iteration"], line) != line:
                 raise RunError(
                     f"{path} has two lines of iteration {line['iteration']}, which differ"
                     f"{self._without_metrics()}"
                 )
-        whole = next(n for n in range(iteration + 2) if n not in by_iteration)
+        kept = [by_iteration[n] for n in sorted(by_iteration) if n <= iteration]
+        whole = next(n for n in count() if n not in by_iteration)
         if whole <= iteration:
             raise RunError(
-                f"{path} lacks {iteration + 1 - len(by_iteration)} of the {iteration + 1} "
-                f"iterations up to {iteration}, where the latest checkpoint is, the first of them "
-                f"{whole}{self._without_metrics(whole)}"
+                f"{path} lacks {iteration + 1 - len(kept)} of the {iteration + 1} iterations up to "
+                f"{iteration}, where the latest checkpoint is, the first of them {whole}"
+                f"{self._without_metrics(whole)}"
             )
         for key, value in (taken or {}).items():
             if (written := by_iteration[iteration].get(key, value)) != value:
@@ -262,9 +260,19 @@ class RunFolder:
                     f"{path} is of another run, or was changed: {key} of iteration {iteration} is "
                     f"{written!r}, but {value!r} in the checkpoint{self._without_metrics()}"
                 )
-        kept = [by_iteration[n] for n in sorted(by_iteration)]
-        if [each for each in lines if each["iteration"] <= iteration] != kept:
-            log.warning("%s had lines out of order or twice; they were put in order.", path)
+        return kept
+
+    def cut_after(self, iteration: int) -> None:
+        """Forget what was written after `iteration`: it is about to be written again.
+
+        Raises:
+            RunError: see `metrics_until`; nothing is changed then.
+        """
+        kept = self.metrics_until(iteration)
+        if [line for line in self.metrics() if line["iteration"] <= iteration] != kept:
+            log.warning(
+                "%s had lines out of order or twice; they are put in order.", self.path / METRICS
+            )
         self._write_metrics(kept)
         self._forget_after(iteration)
 
@@ -304,16 +312,23 @@ class RunFolder:
     def save_examples(self, name: str, evaluated: Evaluated) -> None:
         """The examples of an evaluation for programs: a strip of images, and their captions."""
         strip = torch.cat(list(evaluated.images), dim=-1)
-        write_bytes(self.examples / f"{name}.png", pictures.to_png(strip))
-        known = {"captions": list(evaluated.captions), "passed": list(evaluated.passed)}
+        picture = pictures.to_png(strip)
+        write_bytes(self.examples / f"{name}.png", picture)
+        known = {
+            "captions": list(evaluated.captions),
+            "passed": list(evaluated.passed),
+            "picture": pictures.digest_of(picture),
+        }
         write_text(self.examples / f"{name}.json", to_json(known) + "\n")
 
     def save_trajectories(self, iteration: int, shown: Trajectories) -> None:
         """Rollouts to look at: a sheet with a row of images for each, and what is known of them."""
         sheet = torch.cat([torch.cat(list(row), dim=-1) for row in shown.images], dim=-2)
         name = f"{iteration:08d}"
-        write_bytes(self.trajectories / f"{name}.png", pictures.to_png(sheet / 255))
-        write_text(self.trajectories / f"{name}.json", to_json(shown.known) + "\n")
+        picture = pictures.to_png(sheet / 255)
+        write_bytes(self.trajectories / f"{name}.png", picture)
+        known = {**shown.known, "picture": pictures.digest_of(picture)}
+        write_text(self.trajectories / f"{name}.json", to_json(known) + "\n")
 
     # --- checkpoints ---------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ from entroflow.objectives.update import UpdateStatistics, update
 from entroflow.policies.base import Condition, Policy
 from entroflow.prompt_checks import remarks_on_prompts
 from entroflow.prompts import ListedSource, Prompt
-from entroflow.recipe import Recipe
+from entroflow.recipe import Recipe, identity_of, warn_of_another_recipe
 from entroflow.rewards.base import AnyReward, FunctionReward, Scores, failures
 from entroflow.rewards.mixture import rewards_of, total
 from entroflow.rewards.scoring import Scoring
@@ -466,7 +466,7 @@ class Trainer:
             "ledger": self.ledger.state(),
             "evaluation_ledger": self.evaluation_ledger.state(),
             "reference": self.policy.weights.digest("reference"),
-            "recipe": self.recipe.identity,
+            "recipe": identity_of(self.recipe.resolved),
             "inputs": self.inputs,
             "sentinel": self.sentinel.state(),
             "monitors": self.recipe.resolved["monitors"]["rewards"],
@@ -504,8 +504,7 @@ class Trainer:
             if name not in state["components"]:
                 raise CheckpointError(f"{checkpoint} has no memory of the {name}, which needs it.")
             component.load_state(state["components"][name])
-        if state.get("recipe", self.recipe.identity) != self.recipe.identity:
-            log.warning("the recipe was changed since %s; the run goes on by it.", checkpoint)
+        warn_of_another_recipe(state, self.recipe.resolved, checkpoint)
 
     def _components_with_memory(self) -> list[tuple[str, Any]]:
         parts = vars(self.recipe).items()

@@ -237,7 +237,7 @@ def make_run(tmp_path):
             "iteration": last,
             "ledger": {"seconds": spent},
             "evaluation_ledger": {"seconds": {"evaluate": 50.0}},
-            "seconds": 200.0, "reference": "", "components": {},
+            "seconds": 40.0 * last, "reference": "", "components": {},
         }  # fmt: skip
         folder.save_checkpoint(last, {}, state, keep=1)
         if compared:

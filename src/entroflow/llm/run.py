@@ -257,7 +257,8 @@ def _run(
     held = folder.held() if main else nullcontext()
     with held, asked_to_stop() as stopping, _without_future():
         if main and checkpoint is not None:
-            folder.cut_after(int(checkpoint.name), logged_at(checkpoint))
+            folder.metrics_until(int(checkpoint.name), logged_at(checkpoint))
+            folder.cut_after(int(checkpoint.name))
             folder.write_recipe(recipe.to_yaml())
         recorder = Recorder(folder, recipe, trainer, problems, watch, stopping)
         trainer.add_callback(recorder)

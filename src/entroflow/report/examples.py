@@ -124,7 +124,7 @@ def _read(folder: Path, name: str) -> tuple[list[str], list[Example], int]:
         return [], [], 0
     content = read_object(known, Examples)
     captions, passed = content["captions"], content.get("passed") or []
-    strip = read_picture(picture)
+    strip = read_picture(picture, content.get("picture"))
     side = strip.height
     if strip.width != side * len(captions):
         return [], [], 0

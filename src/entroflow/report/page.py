@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from entroflow.checkpoints import read_run_state, write_text
 from entroflow.errors import RecipeError
 from entroflow.plain_sections import ENDS, Monitors, Run
-from entroflow.recipe import LATER_SECTIONS, SECTIONS, Recipe
+from entroflow.recipe import LATER_SECTIONS, SECTIONS, Recipe, warn_of_another_recipe
 from entroflow.report import attention, curves, examples, judging, outcome, trajectories
 from entroflow.report.rendering import rendered
 from entroflow.report.thinning import thinned_metrics, thinning
@@ -62,6 +62,11 @@ def _content(folder: RunFolder) -> dict[str, Any]:
     names, measure = outcome.model_names(evaluation), outcome.measure_of(metrics, evaluation)
     moved = outcome.drifts(metrics)
     checkpointed, state = _latest_state(folder)
+    if state:
+        warn_of_another_recipe(state, recipe.resolved, folder.latest())
+        line = next((line for line in metrics if line["iteration"] == checkpointed), state)
+        if round(line["seconds"], 3) != round(state["seconds"], 3):
+            log.warning("%s is not of the run of %s.", folder.path / METRICS, folder.latest())
     scores = outcome.scores_by_skill(evaluation)
     progress = examples.over_iterations(folder, done)
     return {

@@ -120,7 +120,7 @@ def credit(folder: RunFolder, metrics: Metrics, last: int) -> Credit | None:
 def _shown(folder: Path, name: str, grid: Sequence[float]) -> Shown:
     known = read_object(folder / f"{name}{KNOWN}", TrajectoriesFile)
     rows = known["trajectories"]
-    sheet = read_picture(folder / f"{name}{PNG}")
+    sheet = read_picture(folder / f"{name}{PNG}", known.get("picture"))
     width, height = sheet.width // len(rows[0]["rewards"]), sheet.height // len(rows)
     strips = []
     for r, row in enumerate(rows):
