@@ -9,6 +9,7 @@ import sys
 import traceback
 from enum import StrEnum
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -541,6 +542,14 @@ class _StandardError(logging.Handler):
         print(without_secrets(self.format(record)), file=sys.stderr)
 
 
+def _show_failure(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print a traceback without the secrets that messages in it may quote."""
+    lines = traceback.format_exception(kind, error, trace)
+    print(without_secrets("".join(lines)), file=sys.stderr, end="")
+
+
 def main() -> None:
     """Entry point: wrong input ends with one line and exit code 2, an interrupt with 130."""
     # At its import it warns of optional packages that nothing here uses.
@@ -558,8 +567,9 @@ def main() -> None:
             # A folder that can't be written, a full disk: nothing a traceback would explain.
             typer.echo(f"error: {without_secrets(' '.join(str(error).split()))}", err=True)
             sys.exit(2)
-        print(without_secrets(traceback.format_exc()), file=sys.stderr, end="")
-        sys.exit(1)
+        # Here, as typer has a hook of its own.
+        sys.excepthook = _show_failure
+        raise
     except SystemExit as end:
         if end.code != INTERRUPTED:
             raise
