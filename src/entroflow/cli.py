@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -604,6 +605,14 @@ class _StandardError(logging.Handler):
             self.handleError(record)
 
 
+def _show_failure(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print a traceback without the secrets that messages in it may quote."""
+    lines = traceback.format_exception(kind, error, trace)
+    print(without_secrets("".join(lines)), file=sys.stderr, end="")
+
+
 def main() -> None:
     """Entry point: wrong input ends with one line and exit code 2, an interrupt with 130."""
     # At its import it warns of optional packages that nothing here uses.
@@ -632,8 +641,9 @@ def main() -> None:
                     f"there is not enough memory for this ({reason}); `entroflow doctor RECIPE` "
                     "says what takes it."
                 )
-            print(without_secrets(traceback.format_exc()), file=sys.stderr, end="")
-            sys.exit(1)
+            # Here, as typer has a hook of its own.
+            sys.excepthook = _show_failure
+            raise
         except SystemExit as end:
             if end.code != INTERRUPTED:
                 raise

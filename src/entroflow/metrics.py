@@ -78,7 +78,7 @@ def reward_metrics(plan: Plan, scores: Scores, prefix: str) -> Metrics:
         f"{prefix}/std": _mean(spread),
         f"{prefix}/failed": int(scores.values[plan.scored].isnan().sum()),
         f"{prefix}/tied_groups": sum(is_tied(g) for g in groups if len(g) > 1),
-        f"{prefix}/failed_by_status": failures(scores.statuses),
+        **{f"{prefix}/failed/{kind}": n for kind, n in failures(scores.statuses).items()},
     }
 
 

@@ -20,9 +20,7 @@ Count = Annotated[int, Field(ge=0, le=2**63)]
 Number = float | None
 """What is not finite is null in JSON."""
 MEASURED = ("ledger/", "eval/", "drift/", "reward/", "policy/", "credit/")
-"""Keys of a line of metrics that begin so are numbers,"""
-BY_STATUS = "/failed_by_status"
-"""but those that end so, which are counts of failures."""
+"""Keys of a line of metrics that begin so are numbers."""
 
 
 class RunError(InputError):
@@ -177,10 +175,6 @@ class MetricsLine(Contents):
     @model_validator(mode="after")
     def _numbers(self) -> MetricsLine:
         for name, value in (self.__pydantic_extra__ or {}).items():
-            if name.endswith(BY_STATUS):
-                counts = value.values() if isinstance(value, dict) else [None]
-                _require(all(type(n) is int for n in counts), f"{name} holds no counts")
-                continue
             least = () if name.startswith("ledger/") else (type(None),)
             number = isinstance(value, (int, float, *least)) and not isinstance(value, bool)
             _require(number or not name.startswith(MEASURED), f"{name} is no number")

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 
 import pytest
 import torch
@@ -196,6 +197,39 @@ def test_a_reward_that_waits_is_asked_while_sampling_goes_on():
     assert found.values.tolist() == [0, 1, 0, 1, 2]
     assert slow.threads <= {f"reward places_{n}" for n in range(CALLS)}
     assert not [t for t in threading.enumerate() if t.name.startswith("reward places")]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_left_by_an_exception_scoring_waits_for_no_reward(told):
+    """One that can be told so is told to give up; another is left to itself."""
+
+    class Hanging(Places):
+        waits = True
+        asked, over = threading.Event(), threading.Event()
+
+        def score_group(self, images, prompt, source):
+            self.asked.set()
+            self.over.wait(30)
+            return super().score_group(images, prompt, source)
+
+    class Told(Hanging):
+        def cancel(self):
+            self.over.set()
+
+    reward = Told() if told else Hanging()
+
+    def stream(finished):
+        yield from finished
+        assert reward.asked.wait(20)
+        raise RuntimeError("device lost")
+
+    ((rollouts, finished),) = two_rounds([[2, 3]])
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="device lost"):
+        score({"places": reward}, rollouts, stream(finished))
+    assert time.monotonic() - start < 15
+    assert reward.over.is_set() is told
+    reward.over.set()
 
 
 def test_what_fails_in_a_thread_is_masked_or_ends_the_run(caplog):

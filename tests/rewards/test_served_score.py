@@ -79,3 +79,21 @@ def test_a_run_is_trained_by_it(served, tmp_path):
     assert [line["ledger/reward_calls"] for line in found] == [0, 8, 16]
     assert len(server.bodies) == 16
     assert all(0.2 <= line["reward/mean"] <= 1 for line in found[1:])
+
+
+def test_a_run_counts_why_images_have_no_score(served, tmp_path):
+    """By status in every line that has some, and in the report."""
+    cut = {"choices": [{"message": {"content": "Final Score: 4"}, "finish_reason": "length"}]}
+    numbers = iter(range(10**6))
+
+    def behave(question, number):
+        return (None, cut, "Well.", None)[next(numbers) % 4]
+
+    _, reward = served(behave, in_flight=1)
+    folder = train(tmp_path / "run", reward=reward, policy=PixelPolicy(), run={"iterations": 3})
+    keys = ("reward/failed", "reward/failed/cut", "reward/failed/unparsed")
+    counted = [tuple(line.get(key) for key in keys) for line in lines(folder)[1:]]
+    assert counted == [(4, 2, 2)] * 3
+    page = (folder.path / "report.html").read_text()
+    assert "Failed rewards by status" in page
+    assert "unparsed" in page

@@ -13,13 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 
-from entroflow.rewards.base import Scores, Status
 from entroflow.rewards.workers import Workers
 from entroflow.runs import RunFolder
 from raw_server import RawServer, chat
-from tiny_run import Brightness, PixelPolicy, train
+from tiny_run import Brightness
 
 TESTS = Path(__file__).parents[1]
 PROMPT = {"PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])}
@@ -191,27 +189,3 @@ def test_workers_hold_up_neither_a_close_nor_what_comes_first():
     assert futures[0].result() is True
     with pytest.raises(ZeroDivisionError):
         Workers(1, "one").submit(lambda: 1 // 0).result(10)
-
-
-def test_whoever_leaves_scoring_by_an_exception_tells_the_reward(tmp_path):
-    """So that it gives up what nobody waits for."""
-
-    class Told:
-        waits, told = True, threading.Event()
-
-        def score(self, images, prompts):
-            self.told.wait(30)
-            return Scores(torch.zeros(len(images)), (Status.OK,) * len(images))
-
-        def cancel(self):
-            self.told.set()
-
-    class Broken(PixelPolicy):
-        def velocity(self, x, sigma, cond, guidance):
-            if sigma.max() < 0.5:
-                raise RuntimeError("device lost")
-            return super().velocity(x, sigma, cond, guidance)
-
-    reward = Told()
-    with pytest.raises(RuntimeError, match="device lost"):
-        train(tmp_path / "run", reward=reward, policy=Broken())

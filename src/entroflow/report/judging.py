@@ -65,7 +65,7 @@ FACTS = (
 
 def mixture(metrics: Metrics) -> list[Panel]:
     """One panel per reward of a mixture: its mean over the iterations."""
-    names = _names(metrics, "reward/", depth=3)
+    names = [name for name in _names(metrics, "reward/", depth=3) if name != "failed"]
     panels = []
     for name, color in zip(names, cycle(COLORS), strict=False):
         panel = _panel(
@@ -88,6 +88,22 @@ def judges(metrics: Metrics) -> list[Panel]:
     return panels
 
 
+def failures(metrics: Metrics) -> list[Panel]:
+    """Why images could not be scored, where some could not: one panel, a line for each status."""
+    prefix = "reward/failed/"
+    kinds = sorted(
+        {key.removeprefix(prefix) for line in metrics for key in line if key.startswith(prefix)}
+    )
+    # A status is written down where there is one.
+    none = {prefix + kind: 0 for kind in kinds}
+    filled = [{**none, **line} if "reward/failed" in line else line for line in metrics]
+    panel = _panel(
+        filled, prefix, kinds, "Failed rewards by status",
+        "Images without a reward: what became of the questions, or of the call.", COLORS,
+    )  # fmt: skip
+    return [panel] if panel else []
+
+
 def _names(metrics: Metrics, prefix: str, depth: int) -> list[str]:
     keys = [key.split("/") for line in metrics for key in line if key.startswith(prefix)]
     return list(dict.fromkeys(parts[1] for parts in keys if len(parts) == depth))
@@ -102,7 +118,7 @@ def _panel(
     colors: Sequence[str],
 ) -> Panel | None:
     traces = []
-    for fact, color in zip(facts, colors, strict=False):
+    for fact, color in zip(facts, cycle(colors), strict=False):
         x, y = series(metrics, prefix + fact)
         if x:
             traces.append({"x": x, "y": y, **trace_style(fact, color, len(x))})

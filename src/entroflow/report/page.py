@@ -106,7 +106,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "credit": trajectories.credit(folder, metrics, done),
         "rewards": judging.mixture(metrics),
         "judges": judging.judges(metrics),
-        "under_the_hood": curves.under_the_hood(metrics),
+        "under_the_hood": [*curves.under_the_hood(metrics), *judging.failures(metrics)],
         "plan": curves.plan_panels(metrics),
         "by_step": curves.by_step(metrics),
     }
