@@ -40,10 +40,12 @@ class Inner:
 
 
 def test_what_is_written_in_parts_is_written_whole(monkeypatch):
-    monkeypatch.setattr("select.select", lambda *_: None)
+    waits = []
+    monkeypatch.setattr("select.select", lambda *streams: waits.append(streams))
     inner = Inner(2, None, None, 5)
     assert Forgiving(inner).write(b"0123456789") == 10
     assert inner.written == b"0123456789"
+    assert waits == [([], [inner], [])] * 2
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,8 @@ def without_times(path):
 
 
 def assert_nobody_is_left(folder):
-    assert [
-        each for each in psutil.process_iter() if str(folder) in " ".join(opened_by(each))
-    ] == []
+    opened = {each.pid: opened_by(each) for each in psutil.process_iter()}
+    assert [pid for pid, paths in opened.items() if str(folder) in " ".join(paths)] == []
 
 
 def opened_by(process):
