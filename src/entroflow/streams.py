@@ -35,6 +35,9 @@ def plainly(error: UnicodeError) -> tuple[str | bytes, int]:
     return PLAIN.get(character, "?"), error.start + 1
 
 
+codecs.register_error(HANDLER, plainly)
+
+
 class Forgiving(io.RawIOBase):
     """Writes all it is given, or else remembers why it could not."""
 
@@ -81,7 +84,6 @@ def lasting_output() -> Iterator[None]:
 
     Streams that are not those of the process itself (a notebook's, a test's) are left alone.
     """
-    codecs.register_error(HANDLER, plainly)
     _open_closed()
     output = _lasting("stdout", 1)
     _lasting("stderr", 2)

@@ -28,6 +28,8 @@ from tiny_run import (
     train,
 )
 
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 SCORED = []
 """Sizes of the calls of the reward below."""
 
@@ -101,7 +103,7 @@ def comparable(monkeypatch):
     monkeypatch.setattr(launch, "HeldOutEvaluation", Shift)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", ENDS)
 def test_who_asks_to_stop_in_the_last_iteration_waits_for_no_comparison(
     tmp_path, monkeypatch, caplog, comparable, number
 ):
@@ -119,18 +121,18 @@ def test_who_asks_to_stop_in_the_last_iteration_waits_for_no_comparison(
     assert compared == [folder.path]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", ENDS)
 def test_the_last_comparison_can_be_cut_short(tmp_path, monkeypatch, caplog, comparable, number):
     """Everything else is there already; resuming makes it."""
 
     def compare(folder, trainer):
         signal.raise_signal(number)
 
-    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(each) for each in ENDS]
     with monkeypatch.context() as patch:
         patch.setattr(launch, "_compare", compare)
         folder = train(tmp_path / "run")
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(each) for each in ENDS] == handlers
     assert "the comparison with the base was left out" in caplog.text
     assert folder.metrics()[-1]["iteration"] == 3
     assert folder.latest().name == "00000003"

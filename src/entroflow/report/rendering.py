@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import entroflow
+from entroflow.streams import HANDLER
 
 
 def rendered(template: str, content: dict[str, Any]) -> str:
@@ -22,4 +23,6 @@ def rendered(template: str, content: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     known = {"version": entroflow.__version__, "plotly_js": get_plotlyjs()}
-    return environment.get_template(template).render(**known, **content)
+    page = environment.get_template(template).render(**known, **content)
+    # A folder's name may be in another encoding than the page.
+    return page.encode("utf-8", HANDLER).decode("utf-8", "replace")
