@@ -175,7 +175,7 @@ def test_a_vae_and_an_encoder_in_the_file_are_those_that_are_taken(folders, one_
     pipeline = SD3Config(model=str(file), config=str(folders["sd3"]), **TINY).build().pipeline
     assert torch.equal(pipeline.vae.decoder.conv_out.bias, other)
     found = pipeline.text_encoder_3.state_dict()
-    assert all(torch.equal(found[name], 2 * value.half().float()) for name, value in of_t5.items())
+    assert all(torch.equal(found[n], (2 * value).half().float()) for n, value in of_t5.items())
 
 
 @pytest.mark.parametrize("kind", [pytest.param("flux", marks=pytest.mark.slow), "sd3"])
