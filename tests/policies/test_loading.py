@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ pytest.importorskip("diffusers")
 from diffusers import DiffusionPipeline
 
 from entroflow.policies.diffusers.flux import FluxConfig
+from entroflow.policies.diffusers.loading import _check_whole
 from entroflow.policies.diffusers.original_names import original_layers
 from entroflow.policies.diffusers.sd3 import SD3Config
 from entroflow.policies.diffusers.stand_ins import STAND_INS
@@ -175,10 +177,11 @@ def test_a_vae_and_an_encoder_in_the_file_are_those_that_are_taken(folders, one_
     pipeline = SD3Config(model=str(file), config=str(folders["sd3"]), **TINY).build().pipeline
     assert torch.equal(pipeline.vae.decoder.conv_out.bias, other)
     found = pipeline.text_encoder_3.state_dict()
-    assert all(torch.equal(found[name], 2 * value.half().float()) for name, value in of_t5.items())
+    assert all(torch.equal(found[n], (2 * value).half().float()) for n, value in of_t5.items())
 
 
-@pytest.mark.parametrize("kind", [pytest.param("flux", marks=pytest.mark.slow), "sd3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_a_run_starts_and_goes_on_from_a_file(folders, one_file, tmp_path, kind):
     file, _ = one_file(kind)
     overrides = [
@@ -244,7 +247,32 @@ def test_what_neither_file_nor_folder_has_is_named(folders, one_file, tmp_path):
     (without / "text_encoder_3" / "model.safetensors").unlink()
     assert "what the file lacks must be there" in refused(folders, file, without)
     tensors = load_file(file)
-    del tensors["model.diffusion_model.joint_blocks.1.x_block.mlp.fc1.weight"]
+    lacked = tensors.pop("model.diffusion_model.joint_blocks.1.x_block.mlp.fc1.weight")
     save_file(tensors, tmp_path / "lacking.safetensors")
     said = refused(folders, tmp_path / "lacking.safetensors")
     assert "it has no 'joint_blocks.1.x_block.mlp.fc1.weight'" in said
+    # A norm that diffusers' converter finds nowhere, and a block that the configuration lacks.
+    tensors["model.diffusion_model.joint_blocks.1.x_block.mlp.fc1.weight"] = lacked
+    norm = tensors.pop("model.diffusion_model.joint_blocks.0.x_block.attn2.ln_q.weight")
+    save_file(tensors, tmp_path / "lacking.safetensors")
+    assert "it has no 'joint_blocks.0.x_block.attn2.ln_q.weight'" in refused(
+        folders, tmp_path / "lacking.safetensors"
+    )
+    tensors["model.diffusion_model.joint_blocks.0.x_block.attn2.ln_q.weight"] = norm
+    tensors["model.diffusion_model.joint_blocks.0.x_block.extra.weight"] = torch.ones(7)
+    save_file(tensors, tmp_path / "more.safetensors")
+    assert "transformer hold" in refused(folders, tmp_path / "more.safetensors")
+
+
+def test_a_guidance_that_the_file_lacks_is_named(folders, tmp_path):
+    """FLUX.1-schnell has none; its weights with the configuration of FLUX.1-dev are no model."""
+    tensors = STAND_INS["flux"]().transformer.state_dict()
+    file = tmp_path / "schnell.safetensors"
+    save_file({n: t for n, t in tensors.items() if "guidance_embedder" not in n}, file)
+    said = refused(folders, file, config="flux", kind="flux")
+    assert "can't be loaded with the configuration of" in said
+    # In the authors' layout diffusers leaves what is lacking without values.
+    with torch.device("meta"):
+        pipeline = SimpleNamespace(transformer=torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="the file has no weight of the transformer"):
+        _check_whole(pipeline, {"transformer"}, str(file))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,10 @@ from entroflow.errors import InputError
 if TYPE_CHECKING:
     from entroflow.policies.diffusers.base import DiffusersConfig
 
-ONE_FILE = (".safetensors", ".sft")
-"""Ends of the names of checkpoints that are one file."""
-NOT_READ = (".ckpt", ".pt", ".pth", ".bin", ".gguf")
-"""Of pickles, which may run code, and of quantised weights."""
+ONE_FILE = ".safetensors"
+"""End of the name of a checkpoint that is one file."""
+NOT_READ = (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".sft")
+"""Of pickles, which may run code, of quantised weights, and of what diffusers does not know."""
 CLIP_L, CLIP_G, T5 = (f"text_encoders.{name}." for name in ("clip_l", "clip_g", "t5xxl"))
 VAE = ("first_stage_model.", "vae.")
 LAYOUTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -35,10 +37,12 @@ LAYOUTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }  # fmt: skip
 """What the names of a part's tensors contain in a file that has it, in the authors' or diffusers'
 layout; by the class of the pipeline and the name of the part."""
+BLOCK = re.compile(r"(?<!\w)(joint|double|single|transformer|single_transformer)_blocks\.\d")
+"""In the names of the tensors of a transformer's blocks, in either layout."""
 QUANTISED = ("scaled_fp8", "scale_weight", "weight_scale", "quant_state", "absmax")
 """In the names of tensors that others are to be multiplied by before they are weights."""
 UNREADABLE = (
-    OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError,
+    OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError,
     SingleFileComponentError,
 )  # fmt: skip
 """What diffusers raises for weights that are missing, torn, or of another model."""
@@ -46,7 +50,7 @@ UNREADABLE = (
 
 def is_one_file(model: str) -> bool:
     """Whether a model is a file, not a folder or a name on a hub."""
-    return model.lower().endswith((*ONE_FILE, *NOT_READ)) or Path(model).is_file()
+    return model.lower().endswith((ONE_FILE, *NOT_READ)) or Path(model).is_file()
 
 
 def load_pipeline(settings: DiffusersConfig, kind: str) -> Any:
@@ -121,12 +125,13 @@ def _from_one_file(settings: DiffusersConfig, kind: str) -> Any:
         index: Any = DiffusionPipeline.load_config(place)
     except UNREADABLE as error:
         raise no_pipeline(settings, error) from None
-    if index["_class_name"] != kind:
-        raise InputError(f"policy.config: {place} is a {index['_class_name']}, not a {kind}.")
+    if index.get("_class_name") != kind:
+        raise InputError(f"policy.config: {place} is a {index.get('_class_name')}, not a {kind}.")
     try:
         rest = _from_folder(place, settings, **dict.fromkeys(there))
         parts = {name: part for name, part in rest.components.items() if name not in there}
         pipeline = getattr(diffusers, kind).from_single_file(file, config=place, **parts)
+        _check_whole(pipeline, there, file)
     except UNREADABLE as error:
         raise InputError(
             f"policy.model: {file} can't be loaded with the configuration of {place} "
@@ -137,12 +142,31 @@ def _from_one_file(settings: DiffusersConfig, kind: str) -> Any:
     return pipeline
 
 
+def _check_whole(pipeline: Any, parts: Iterable[str], file: str) -> None:
+    """Refuse a file whose tensors are fewer or more than those of the configuration.
+
+    Raises:
+        ValueError: they are; diffusers leaves out in silence what it has no place for.
+    """
+    for part in parts:
+        for name, tensor in getattr(pipeline, part).state_dict().items():
+            if tensor.is_meta:
+                raise ValueError(f"the file has no {name} of the {part}")
+    with safe_open(file, framework="pt") as opened:
+        shapes = [opened.get_slice(n).get_shape() for n in opened.keys() if BLOCK.search(n)]  # noqa: SIM118
+    weights = pipeline.transformer.state_dict().items()
+    expected = sum(tensor.numel() for name, tensor in weights if BLOCK.search(name))
+    values = sum(math.prod(shape) for shape in shapes)
+    if values != expected:
+        raise ValueError(f"the blocks of its transformer hold {values:,} values, not {expected:,}")
+
+
 def _names(file: Path) -> list[str]:
     """Of the tensors in a file."""
     if not file.is_file():
         raise InputError(f"policy.model: there is no file {file}.")
     if not file.name.lower().endswith(ONE_FILE):
-        raise InputError(f"policy.model: {file} is no {ONE_FILE[0]} file; convert it first.")
+        raise InputError(f"policy.model: {file} is no {ONE_FILE} file; convert it first.")
     try:
         with safe_open(file, framework="pt") as opened:
             return list(opened.keys())

@@ -20,6 +20,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from entroflow.checkpoints import STATE_FILE
 from entroflow.errors import InputError
 from entroflow.policies.diffusers.original_names import original_layers
 
@@ -88,17 +89,17 @@ def read_lora(path: Path, transformer: nn.Module) -> dict[str, Factors]:
     tensors, settings = _content(file)
     places = _places(transformer)
     layers: dict[str, dict[str, Tensor]] = {}
-    homeless: list[str] = []
+    unplaced: list[str] = []
     for name, tensor in tensors.items():
         layer, part = _layer_and_part(name)
         if part is None or _flat(layer) not in places:
-            homeless.append(name)
+            unplaced.append(name)
         elif part in layers.setdefault(layer, {}):
             raise _wrong(file, f"{name} and another name mean the same")
         else:
             layers[layer][part] = tensor
-    if homeless:
-        raise _wrong(file, _about_homeless(homeless, len(tensors), transformer))
+    if unplaced:
+        raise _wrong(file, _about_unplaced(unplaced, len(tensors), transformer))
     factors: dict[str, Factors] = {}
     for layer, parts in layers.items():
         if not parts.keys() >= {"down", "up"}:
@@ -146,6 +147,10 @@ def _content(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:
         raise _wrong(file, f"it is no safetensors file, or torn ({error})") from None
     if not tensors:
         raise _wrong(file, "it is empty")
+    if (file.parent / STATE_FILE).exists():
+        raise _wrong(
+            file, "it is a checkpoint without its alpha; take what entroflow export writes"
+        )
     beside = file.parent / CONFIG
     if header is not None:
         settings, where, prefix = _object(header, file), file, "transformer."
@@ -165,12 +170,12 @@ def _content(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:
 
 def _object(content: str | bytes, file: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads(content)
+        settings = json.loads(content)
     except ValueError as error:
         raise _wrong(file, f"its settings are no JSON ({error})") from None
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise _wrong(file, "its settings are no JSON object")
-    return found
+    return settings
 
 
 def _layer_and_part(name: str) -> tuple[str, str | None]:
@@ -276,7 +281,7 @@ def _alpha(
     return alpha
 
 
-def _about_homeless(names: list[str], total: int, transformer: nn.Module) -> str:
+def _about_unplaced(names: list[str], total: int, transformer: nn.Module) -> str:
     """What is wrong with names of a file that have no place."""
     encoders = [
         name for name in names if name.removeprefix("base_model.model.").startswith(ENCODERS)
