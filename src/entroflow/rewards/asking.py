@@ -319,7 +319,7 @@ class Asker:
         ):
             found = await _content(response)
         if not response.is_success:
-            said = without_secrets(found.decode("utf-8", "replace"))
+            said = found.decode("utf-8", "replace")
             if response.has_redirect_location:
                 said = f"it redirects to {response.headers['location']}, which is not followed"
             raise httpx.HTTPStatusError(
