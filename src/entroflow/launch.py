@@ -179,7 +179,7 @@ def _run(
     finally:
         iterations.close()
         events.close()
-    write_report(folder)
+    _report(folder)
     comparable = isinstance(trainer.recipe.evaluation, HeldOutEvaluation)
     if comparable and trainer.at_end:
         try:
@@ -194,8 +194,16 @@ def _run(
                 folder.path,
             )
         else:
-            write_report(folder)
+            _report(folder)
     return folder
+
+
+def _report(folder: RunFolder) -> None:
+    """Write the report; what it can't read ends no run."""
+    try:
+        write_report(folder)
+    except InputError as error:
+        log.warning("there is no new report: %s", error)
 
 
 def _keep_examples(folder: RunFolder, events: Events, iteration: int, evaluated: Evaluated) -> None:
