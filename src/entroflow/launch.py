@@ -153,7 +153,7 @@ def _run(
 ) -> RunFolder:
     with asked_to_stop() as stopping:
         _iterate(folder, trainer, train_in(folder, trainer, stop_after), watch, stopping)
-        write_report(folder)
+        _report(folder)
         comparable = isinstance(trainer.recipe.evaluation, HeldOutEvaluation)
         if comparable and trainer.at_end:
             try:
@@ -168,7 +168,7 @@ def _run(
                     folder.path,
                 )
             else:
-                write_report(folder)
+                _report(folder)
     return folder
 
 
@@ -199,6 +199,14 @@ def _iterate(
     finally:
         iterations.close()
         events.close()
+
+
+def _report(folder: RunFolder) -> None:
+    """Write the report; what it can't read ends no run."""
+    try:
+        _report(folder)
+    except InputError as error:
+        log.warning("there is no new report: %s", error)
 
 
 def _keep_examples(folder: RunFolder, events: Events, iteration: int, evaluated: Evaluated) -> None:

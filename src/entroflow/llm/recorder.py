@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 from trl.models.utils import unwrap_model_for_generation
 
 from entroflow.checkpoints import part_of, settled, to_json, write_digests, write_text
+from entroflow.errors import InputError
 from entroflow.evaluation.base import mean_over_prompts
 from entroflow.llm.passing import avg_at, pass_at
 from entroflow.llm.problems import Judged, Problems, judge
@@ -21,6 +23,8 @@ from entroflow.report.events import Events
 from entroflow.report.llm_page import write_llm_report
 from entroflow.run_files import BaseAnswers, RunError, read_object
 from entroflow.runs import EVALUATION, RunFolder, package_version
+
+log = logging.getLogger(__name__)
 
 BASE_ANSWERS = "base.json"
 LONGEST = 256
@@ -155,7 +159,10 @@ class Recorder(TrainerCallback):
             base = _from_json(read_base_answers(self.folder.path))
             found = {"iteration": updates, **compared(self.problems, base, tuned)}
             write_text(self.folder.path / EVALUATION, to_json(found, indent=1) + "\n")
-            write_llm_report(self.folder)
+            try:
+                write_llm_report(self.folder)
+            except InputError as error:
+                log.warning("there is no new report: %s", error)
 
     def _save(self, update: int) -> None:
         """Write a checkpoint; the one before goes when it is whole."""
