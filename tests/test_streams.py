@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 import entroflow
+from entroflow.report.page import write_report
+from entroflow.runs import RunFolder
 from entroflow.streams import HANDLER, Forgiving
+from tiny_run import train
 
 
 class Inner:
@@ -77,6 +80,13 @@ def test_what_can_not_be_shown_is_replaced_and_names_of_files_stay(encoding, sho
     stream.write("−0.5 × 漢字 é \udcff e")
     stream.flush()
     assert inner.getvalue() == shown
+
+
+def test_a_report_lies_in_folders_of_any_name(tmp_path):
+    """File names are bytes, and not all of them are text."""
+    folder = train(tmp_path / "run")
+    odd = folder.path.rename(tmp_path / os.fsdecode(b"lauf\xff"))
+    assert "lauf\ufffd" in write_report(RunFolder.open(odd)).read_text(encoding="utf-8")
 
 
 PROGRAM = [sys.executable, "-m", "entroflow.cli"]

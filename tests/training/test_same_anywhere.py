@@ -31,25 +31,27 @@ def here(tmp_path_factory):
     return entroflow.train("quickstart", TINY, run=tmp_path_factory.mktemp("here") / "run")
 
 
-def elsewhere(folder, output=subprocess.DEVNULL, **environment):
+def elsewhere(folder, output=subprocess.DEVNULL, name="run", **environment):
     """The same run by the command line, in another working folder and environment."""
     folder.mkdir()
     subprocess.run(
-        [sys.executable, "-m", "entroflow.cli", "train", "quickstart", *TINY, "--run", "run"],
+        [sys.executable, "-m", "entroflow.cli", "train", "quickstart", *TINY, "--run", name],
         cwd=folder, env={**os.environ, **environment}, stdout=output, check=False, timeout=300,
     )  # fmt: skip
-    return RunFolder.open(folder / "run")
+    return RunFolder.open(folder / name)
 
 
 def test_a_run_is_the_same_under_everything_at_once(tmp_path, here):
     """Also where nothing that it says can be shown or written."""
     with open("/dev/full" if os.path.exists("/dev/full") else os.devnull, "wb") as full:
         other = elsewhere(
-            tmp_path / "größe", full, PYTHONHASHSEED="4711", TZ="Pacific/Kiritimati",
+            tmp_path / "größe", full, "läufe", PYTHONHASHSEED="4711", TZ="Pacific/Kiritimati",
             PYTHONIOENCODING="ascii", COLUMNS="20", **PLAIN_C,
         )  # fmt: skip
     assert_same_run(here, other)
-    assert "größe" not in (other.path / "report.html").read_text(encoding="utf-8")
+    assert "--resume 'läufe'" in (other.path / "report.html").read_text(encoding="utf-8").replace(
+        "&#39;", "'"
+    )
     assert (other.path / "evaluation.json").exists()
 
 
