@@ -204,7 +204,7 @@ def _iterate(
 def _report(folder: RunFolder) -> None:
     """Write the report; what it can't read ends no run."""
     try:
-        _report(folder)
+        write_report(folder)
     except InputError as error:
         log.warning("there is no new report: %s", error)
 
