@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from entroflow import cli
-from entroflow.checkpoints import read_tensors
+from entroflow.checkpoints import read_tensors, write_digests
 from entroflow.recipe import load_recipe
 from entroflow.runs import RunFolder
 
@@ -205,6 +205,7 @@ def test_weights_of_another_base_are_refused(entroflow, finished_run, tmp_path):
     shutil.copytree(finished_run, run)
     for state in run.glob("checkpoints/*/state.json"):
         state.write_text(json.dumps(json.loads(state.read_text()) | {"reference": "0" * 16}))
+        write_digests(state.parent)
     for command in (("sample", "a ring", "--run", run), ("evaluate", run)):
         code, _, err = entroflow(*command)
         assert code == 2

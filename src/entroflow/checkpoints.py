@@ -300,6 +300,7 @@ class Digests(Contents):
 
 def write_digests(folder: Path) -> None:
     """Write the digests of all files of a folder into it."""
+    (folder / DIGESTS).unlink(missing_ok=True)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
     text = to_json({"sha256": digests}, indent=1) + "\n"

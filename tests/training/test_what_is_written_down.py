@@ -42,7 +42,7 @@ def test_tensorboard_reads_every_number_and_picture(tmp_path, monkeypatch):
     wanted = {}
     for line in folder.metrics():
         for name, value in line.items():
-            if name not in ("iteration", "by_step", "plan", "version", "measure"):
+            if name not in ("iteration", "by_step", "plan", "version", "measure", "selected_by"):
                 wanted.setdefault(name, []).append((line["iteration"], value))
     assert set(events.Tags()["scalars"]) == set(wanted)
     for name, points in wanted.items():
