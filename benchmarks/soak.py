@@ -88,8 +88,9 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=3000)
     parser.add_argument("--out", type=Path, default=CLAIMS)
     arguments = parser.parse_args()
+    version = package_version()
     found = measured(arguments.iterations)
-    content = {"version": package_version(), "settings": TINY, **summary(found), "over": found}
+    content = {"version": version, "settings": TINY, **summary(found), "over": found}
     write_text(arguments.out, to_json(content, indent=1) + "\n")
     print(summary(found))
 
