@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
@@ -88,6 +89,35 @@ def held_out_of(evaluation: Any) -> dict[str, dict[str, str]]:
         f"evaluation, {split}": {"of": of, "digest": digest_of_prompts(prompts)}
         for split, prompts in evaluation.held_out().items()
     }
+
+
+def code_of(resolved: Any) -> dict[str, dict[str, str]]:
+    """The modules that dotted paths of a resolved recipe name, by those paths, as inputs.
+
+    What such a module imports in turn is not looked at.
+    """
+    if not isinstance(resolved, Mapping):
+        return {}
+    found: dict[str, dict[str, str]] = {}
+    kind = resolved.get("type")
+    if isinstance(kind, str) and "." in kind:
+        module = sys.modules.get(kind.rpartition(".")[0])
+        file = getattr(module, "__file__", None)
+        if file is not None and Path(file).is_file():
+            found[kind] = {"of": file, "digest": digest_of_file(Path(file))}
+    for part in resolved.values():
+        found |= code_of(part)
+    return found
+
+
+def warn_of_changed_code(before: Inputs, now: Inputs, checkpoint: Path) -> None:
+    """Warn where code that a recipe names was changed: it may be a fault that was mended."""
+    for key in sorted(before.keys() & now.keys()):
+        if before[key]["digest"] != now[key]["digest"]:
+            log.warning(
+                "%s: %s was changed since %s; the run goes on with what is there now.",
+                key, now[key]["of"], checkpoint,
+            )  # fmt: skip
 
 
 def check_inputs(before: Inputs | None, now: Inputs, checkpoint: Path) -> None:

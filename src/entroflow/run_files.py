@@ -62,6 +62,13 @@ class Curve(Contents):
     values: list[Number] | None = None
 
 
+class Named(Contents):
+    """What a recipe names, and a digest of what it held; see `inputs.Inputs`."""
+
+    of: str
+    digest: str
+
+
 class RunState(Contents):
     """`state.json` in a checkpoint of a run. Components may remember what is not finite."""
 
@@ -72,6 +79,9 @@ class RunState(Contents):
     ledger: Counted
     evaluation_ledger: Counted
     reference: str
+    recipe: str | None = None
+    inputs: dict[str, Named] | None = None
+    code: dict[str, Named] = {}
     sentinel: dict[str, list[Number]] = {}
     monitors: dict[str, Any] = {}
     stopped: bool = False
@@ -442,6 +452,8 @@ class Progress(Contents):
     scheduler: dict[str, Any]
     scaler: dict[str, Any] | None
     adapted: dict[str, Any]
+    recipe: str | None = None
+    inputs: dict[str, Named] | None = None
     random: Annotated[list[LibraryState], Field(min_length=1)]
 
 

@@ -35,7 +35,15 @@ from entroflow.evaluation.sentinel import Sentinel
 from entroflow.evaluation.watching import compares, watched
 from entroflow.exploration.base import Request, refuse_undefined
 from entroflow.exploration.summary import summary_of
-from entroflow.inputs import Inputs, check_inputs, digest_of_prompts, files_of, held_out_of
+from entroflow.inputs import (
+    Inputs,
+    check_inputs,
+    code_of,
+    digest_of_prompts,
+    files_of,
+    held_out_of,
+    warn_of_changed_code,
+)
 from entroflow.ledger import Ledger
 from entroflow.metrics import Metrics, iteration_metrics, rated_rollouts
 from entroflow.objectives.base import loss_weighting
@@ -133,6 +141,11 @@ class Trainer:
             of = named.get("path") or named.get("name") or named["type"]
             found["prompts"] = {"of": of, "digest": digest_of_prompts(source.listed())}
         return found
+
+    @cached_property
+    def code(self) -> Inputs:
+        """The modules of the user's that the recipe names, by content."""
+        return code_of(self.recipe.resolved)
 
     def step(self) -> Metrics:
         """One iteration: the whole method, a line a stage."""
@@ -468,6 +481,7 @@ class Trainer:
             "reference": self.policy.weights.digest("reference"),
             "recipe": identity_of(self.recipe.resolved),
             "inputs": self.inputs,
+            "code": self.code,
             "sentinel": self.sentinel.state(),
             "monitors": self.recipe.resolved["monitors"]["rewards"],
             "stopped": self.stopped,
@@ -486,6 +500,7 @@ class Trainer:
         """
         state = read_run_state(checkpoint)
         check_inputs(state.get("inputs"), self.inputs, checkpoint)
+        warn_of_changed_code(state.get("code", {}), self.code, checkpoint)
         weights = self.policy.weights
         check_reference(state, weights.digest("reference"), checkpoint)
         weights.load(read_tensors(checkpoint / "live.safetensors"))

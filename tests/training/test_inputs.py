@@ -10,7 +10,7 @@ from decimal import Decimal
 import pytest
 
 import entroflow
-from entroflow.checkpoints import read_state
+from entroflow.checkpoints import DIGESTS, read_state
 from entroflow.compare import Arm, planned
 from entroflow.component import Component
 from entroflow.errors import InputError
@@ -19,6 +19,10 @@ from tiny_run import PixelPolicy, recipe, train
 
 RECORDS = [{"prompt": f"p{n}", "level": n} for n in range(6)]
 HELD_OUT = [f"h{n}" for n in range(8)]
+QUICK = (
+    "prompts.per_iteration=1", "allocation.group_size=2", "sampling.steps=3", "exploration.size=1",
+    "evaluation.images=2", "evaluation.steps=2",
+)  # fmt: skip
 
 
 def write(path, records):
@@ -76,6 +80,7 @@ def test_a_checkpoint_without_digests_goes_on_with_a_warning(run, caplog):
     state = json.loads(path.read_text())
     assert set(state["inputs"]) == {"prompts", "evaluation, validation", "evaluation, test"}
     del state["inputs"]
+    (run.latest() / DIGESTS).unlink()
     path.write_text(json.dumps(state))
     resumed(run)
     assert "whether prompts and other files have changed since can't be told" in caplog.text
@@ -130,6 +135,26 @@ def test_results_of_a_comparison_are_of_what_the_files_held(tmp_path):
         (job,) = planned([arm], [0], {"budget": "300k"})
         keys.append(tuple(job.key.values()))
     assert keys[0] == keys[2] != keys[1]
+
+
+def test_code_that_was_edited_is_warned_of_and_makes_other_results(tmp_path, monkeypatch, caplog):
+    """It may be a fault that was mended, so the run goes on; a result is of what ran."""
+    monkeypatch.chdir(tmp_path)
+    code = tmp_path / "edited_rewards.py"
+    code.write_text(
+        "def bright(images, prompts, metadata):\n    return images.mean(dim=(1, 2, 3))\n"
+    )
+    own = ["reward.type=edited_rewards.bright", *QUICK]
+    (before,) = planned([Arm("quickstart", tuple(own))], [0], {"updates": 1})
+    run = entroflow.train("quickstart", own, run=tmp_path / "run", stop_after=1)
+    code.write_text(code.read_text() + "# quicker\n")
+    (after,) = planned([Arm("quickstart", tuple(own))], [0], {"updates": 1})
+    assert before.key != after.key
+    entroflow.resume(run.path, stop_after=2)
+    assert f"edited_rewards.bright: {code} was changed since" in caplog.text
+    caplog.clear()
+    entroflow.resume(run.path, stop_after=3)
+    assert "was changed" not in caplog.text
 
 
 def test_equal_records_have_one_digest_in_every_process():
