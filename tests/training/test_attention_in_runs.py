@@ -13,6 +13,7 @@ from scipy import stats
 
 import entroflow
 from entroflow.allocation.attention_shift import AttentionShift
+from entroflow.checkpoints import write_digests
 from entroflow.credit.normalise import group_advantages
 from entroflow.credit.terminal import Terminal
 from entroflow.errors import InputError
@@ -196,6 +197,7 @@ def test_a_resumed_run_chooses_by_the_curve_of_the_checkpoint(weights, tmp_path)
         assert len(state["attention"]["values"]) == 8
         state["attention"]["values"] = [None, *HILLS[1:]]
         path.write_text(json.dumps(state), encoding="utf-8")
+        write_digests(path.parent)
     again = resume(run.path)
     assert again.metrics()[-1]["attention"]["explored"] == [1, 4]
 
