@@ -113,6 +113,8 @@ class Failing:
     def __init__(self):
         raise ConnectionError(f"401: wrong key {os.environ['MY_JUDGE_API_KEY']}")
 
+    def score(self, images, prompts): ...
+
 
 # --- the key of a served reward -------------------------------------------------------------------
 

@@ -535,12 +535,12 @@ def test_whatever_can_be_called_is_a_reward(callables, name):
     """By its dotted path and from Python alike; none of them is called to find out."""
     import torch
 
-    from entroflow.launch import _as_reward
     from entroflow.prompts import Prompt
+    from entroflow.rewards.base import as_reward
 
     recipe = load_recipe("quickstart", [f"reward.type={callables}.{name}"])
     images = torch.tensor([0.25, 0.75]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
-    for reward in (recipe.reward, _as_reward(getattr(sys.modules[callables], name))):
+    for reward in (recipe.reward, as_reward(getattr(sys.modules[callables], name))):
         scores = reward.score(images, [Prompt("a", {"x": [1]}), Prompt("b")])
         assert scores.values.tolist() == [0.25, 0.75]
     assert recipe.resolved["reward"] == {"type": f"{callables}.{name}"}
@@ -576,7 +576,7 @@ def test_from_python_a_class_is_refused_too():
     class Scorer:
         def score(self, images, prompts): ...
 
-    with pytest.raises(InputError, match="Scorer is a class; pass an instance"):
+    with pytest.raises(InputError, match="Scorer is a class; give an instance"):
         entroflow.train("quickstart", reward=Scorer)
 
 

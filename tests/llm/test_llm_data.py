@@ -11,6 +11,7 @@ pytest.importorskip("trl")
 
 from pyarrow import Table, parquet
 
+from entroflow.checkpoints import write_digests
 from entroflow.errors import InputError
 from entroflow.llm import recipe as recipes
 from entroflow.llm.countdown import puzzles
@@ -144,5 +145,6 @@ def test_a_run_goes_on_with_the_same_problems_alone(tmp_path, monkeypatch):
     content = json.loads(progress.read_text())
     content["inputs"]["model"]["digest"] = "other"
     progress.write_text(json.dumps(content))
+    write_digests(run.latest())
     with pytest.raises(InputError, match="model: what embedded holds is not what"):
         resume(run.path, ["run.updates=3"])

@@ -177,16 +177,16 @@ def test_a_run_is_not_resumed_with_another_strength(folders, users_lora, tmp_pat
     overrides = [*RUN, f"policy.model={folders['sd3']}", f"policy.lora_start={lora}"]
     recipe = load_recipe(NAMES["sd3"], [*overrides, "policy.reference=base"])
     trainer = Trainer(recipe)
-    write_checkpoint(tmp_path / "kept", trainer.tensors(), trainer.state())
+    write_checkpoint(tmp_path / "00000000", trainer.tensors(), trainer.state())
     file = lora / "some-epoch-3.safetensors"
     with safe_open(file, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     tensors["lora_unet_proj_out.alpha"] += 1
     save_file(tensors, file)
     with pytest.raises(InputError, match="other base weights"):
-        Trainer(recipe).load(tmp_path / "kept")
+        Trainer(recipe).load(tmp_path / "00000000")
     with pytest.raises(InputError, match="a checkpoint without its alpha; take what entroflow ex"):
-        built(folders, "sd3", lora_start=tmp_path / "kept" / "live.safetensors")
+        built(folders, "sd3", lora_start=tmp_path / "00000000" / "live.safetensors")
 
 
 @pytest.mark.parametrize("part", ["text_encoder_2", "vae", "transformer"])

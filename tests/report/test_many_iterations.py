@@ -92,7 +92,7 @@ def test_details_are_thinned_and_numbers_are_not(tmp_path):
     many(
         folder, count,
         by_step=lambda n: {"kl": {"0": float(n), "1": 2.0}},
-        attention=lambda n: attention(n) if n % 7 == 0 else {},
+        attention=lambda n: attention(n) if n % 7 == 0 else None,
     )  # fmt: skip
     whole, lean = folder.metrics(), thinned_metrics(folder)
     nested = ("by_step", "attention")
