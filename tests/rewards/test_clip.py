@@ -51,8 +51,10 @@ def test_it_is_the_cosine_that_the_model_says(clip_folder, images):
 
 
 def test_batches_do_not_count(clip_folder, images):
+    """But for the rounding of products in float32, whose order the shape of a batch decides."""
     together = score(clip_folder, images, TEXTS)
-    torch.testing.assert_close(together, score(clip_folder, images, TEXTS, batch_size=2))
+    apart = score(clip_folder, images, TEXTS, batch_size=2)
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
 
 
 def test_long_prompts_are_cut(clip_folder, images):
