@@ -1,11 +1,16 @@
 """Settings of all tests."""
 
 import os
+import signal
 
 import pytest
 
 # Before torch is imported: two OpenMP threads beside another process spin instead of working.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# In the background of a shell SIGINT is ignored, and so it would be in all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 

@@ -86,6 +86,31 @@ def test_its_time_is_linear(piece):
     assert time.monotonic() - start < 20
 
 
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        r"abcd\/SECRET+4711\/efgh==", r"abcd/SECRET\u002B4711/efgh==",
+        r"abcd\\/SECRET\u002b4711\/efgh==",
+        "abcd%2FSECRET+4711%2fefgh%3D%3D", r"abcd\u002FSECRET\\u002B4711/efgh=\u003d",
+    ],
+)  # fmt: skip
+def test_signs_of_a_key_may_be_escaped_in_any_way(monkeypatch, spelled):
+    monkeypatch.setenv("OPENAI_API_KEY", "abcd/SECRET+4711/efgh==")
+    assert without_secrets(f"wrong key {spelled}.") == "wrong key <OPENAI_API_KEY>."
+
+
+def test_a_host_may_bear_the_name_that_is_set_in_the_place_of_a_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "ollama")
+    ServedScore(url="http://ollama:11434/v1", model="m").check_parts()
+    with pytest.raises(InputError, match="url holds"):
+        ServedScore(url="http://127.0.0.1/ollama/v1", model="m").check_parts()
+
+
+def test_keys_of_a_body_that_hold_no_secret_are_let_through():
+    schema = {"properties": {"key": {"type": "string"}}}
+    ServedScore(model="m", body={"prompt_cache_key": "mine", "guided_json": schema}).check_parts()
+
+
 def test_no_message_quotes_a_secret(monkeypatch, caplog):
     """Of errors, findings, the user's code and rewards; a key of the user's own reward, too."""
     monkeypatch.setenv("MY_JUDGE_API_KEY", KEY)

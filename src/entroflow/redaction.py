@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from functools import cache
 from urllib.parse import quote, quote_plus
 
 SHORTEST = 6
@@ -39,6 +40,7 @@ def without_secrets(text: str) -> str:
     for secret, name in _secrets():
         if secret in text:
             text = text.replace(secret, f"<{name}>")
+        text = _spelled(secret).sub(f"<{name}>", text)
     text = _USER.sub("***@", text)
     return _QUERY.sub(_without_value, text)
 
@@ -57,6 +59,17 @@ def _secrets() -> list[tuple[str, str]]:
         for form in _forms(value.strip())
     }
     return sorted(forms.items(), key=lambda entry: -len(entry[0]))
+
+
+@cache
+def _spelled(secret: str) -> re.Pattern[str]:
+    """A secret whose signs may be escaped in any way that writers of JSON or urls choose."""
+    return re.compile(
+        "".join(
+            c if c.isalnum() else rf"(?i:\\*{re.escape(c)}|\\+u{ord(c):04x}|%{ord(c):02x})"
+            for c in secret
+        )
+    )
 
 
 def _forms(secret: str) -> Iterator[str]:

@@ -47,7 +47,8 @@ def endpoint(url: str, path: str) -> str:
         InputError: it is no address of a web server, or holds a password or a key, which would be
             written down with the recipe.
     """
-    if holds_secret(url):
+    # Not the host: some servers bear the name that is set in the place of a key, as ollama.
+    if holds_secret(re.sub(r"(?<=://)[\w.-]+(?=[:/?#]|\Z)", "", url)):
         raise InputError(
             "url holds a user, a password or a key, which would be written into the run folder. "
             "Leave it out; the key is read from the environment variable that key_variable names"

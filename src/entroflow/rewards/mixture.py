@@ -49,11 +49,14 @@ class Mixture(Component):
         """Refuse what does not fit together.
 
         Raises:
-            ValueError: no rewards, a mixture inside, or a weight or floor that has no reward.
+            ValueError: no rewards, a name that is taken, a mixture inside, or a weight or floor
+                that has no reward.
         """
         if not self.rewards:
             raise ValueError("rewards holds none; name one or more, each with a type")
         for name, reward in self.rewards.items():
+            if "/" in name or name == "failed":
+                raise ValueError(f"rewards.{name}: the name is taken, or has a /; choose another")
             if isinstance(reward, Mixture):
                 raise ValueError(f"rewards.{name} is a mixture itself; name its rewards here")
         for key in ("weights", "floors"):

@@ -288,7 +288,10 @@ class Served(Component):
         return None if "max_tokens" in self.body else ("max_tokens", self.max_tokens)
 
 
-_SECRET_KEY = re.compile(r'(?:key|secret|password|authorization|access_token)"\s*+:', re.IGNORECASE)
+_SECRET_KEY = re.compile(
+    r'"(?:(?:x-)?api[_-]?key|(?:client[_-]?)?secret|password|authorization|access[_-]?token)"\s*+:\s*+"',
+    re.IGNORECASE,
+)
 """A key of JSON whose value is for the server alone."""
 NO_SUCH_METHOD = 501
 """HTTP status of a server that shows nothing at an address, though it may answer at others."""
