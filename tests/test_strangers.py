@@ -587,3 +587,11 @@ def test_a_partial_is_known_by_its_function():
     part = functools.partial(functools.partial(brightness), metadata=None)
     assert users_code.home_of(FunctionReward(part)) == "tiny_run.brightness"
     assert users_code.home_of(FunctionReward(ByBrightness())) == "tiny_run.ByBrightness"
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stderr"])
+def test_a_stream_that_is_closed_is_no_terminal(monkeypatch, closed):
+    from entroflow.trust import is_trusted
+
+    monkeypatch.setattr(sys, closed, None)
+    assert not is_trusted(False, lambda: None)

@@ -113,6 +113,7 @@ def resume(
         trainer.load(checkpoint)
         folder.metrics_until(trainer.iteration, trainer.taken())
         folder.mend_best()
+        folder.choose_best_by(recipe.monitors.best or "reward")
         # For it, others are removed.
         if (best := folder.best()) is not None and best != checkpoint:
             check_digests(best)

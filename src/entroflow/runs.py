@@ -389,6 +389,19 @@ class RunFolder:
         marked = self._best(self._fault())
         return marked["score"] if marked and marked["by"] == by else -math.inf
 
+    def choose_best_by(self, by: str) -> None:
+        """Name the best checkpoint by another evaluation, where it was chosen by another."""
+        marked = self._best(self._fault())
+        if marked is None or marked["by"] == by:
+            return
+        there = [int(each.name) for each in self.all_checkpoints()]
+        if best := best_of(self.metrics(), by, there):
+            log.warning(
+                "the best checkpoint is chosen by eval/%s from now on: %08d, and no longer %08d by "
+                "eval/%s.", by, best["iteration"], marked["iteration"], marked["by"],
+            )  # fmt: skip
+            self.mark_best(**best)
+
     def mend_best(self) -> None:
         """Write `best.json` anew where it can't be gone by; see `best`.
 

@@ -50,4 +50,5 @@ def is_trusted(trust: bool, refuse: Callable[[], None]) -> bool:
 def _is_terminal() -> bool:
     """Whether a question can be answered; of several processes no one knows which."""
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    return alone and sys.stdin.isatty() and sys.stderr.isatty()
+    # A stream that was closed before the start is None.
+    return alone and all(s is not None and s.isatty() for s in (sys.stdin, sys.stderr))

@@ -67,11 +67,22 @@ def test_a_file_is_read_by_its_suffix(tmp_path, tokenizer, suffix, write):
     assert problems_of(task(again), tokenizer).digest() == found.digest()
 
 
+def test_columns_that_begin_in_a_later_row_are_kept(tmp_path, tokenizer):
+    rows = [{"question": f"q{n}", **({"solution": f"s{n}"} if n else {})} for n in range(40)]
+    (tmp_path / "late.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = problems_of(task(tmp_path / "late.jsonl"), tokenizer)
+    everyone = [*found.train.to_list(), *found.validation, *found.test]
+    assert {row["prompt"]: row["solution"] for row in everyone} == {
+        row["question"]: row.get("solution") for row in rows
+    }
+
+
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.csv", "question,solution\nx,1,2\n", r"a\.csv:2 has 3 cells"),
     ("a.jsonl", '{"question": "x", "solution": 1}\n{"question": "y", "solution": "b"}\n',
-     "rows of different kinds"),
-    ("a.jsonl", '["x"]\n', "rows of different kinds"),
+     "rows that make no table"),
+    ("a.jsonl", '{"question": "x", "solution": 100000000000000000000}\n', "make no table"),
+    ("a.jsonl", '["x"]\n', "rows that make no table"),
     ("a.yaml", "- x\n", r"files that end in \.yaml are not read"),
     ("a.csv", "asked,solution\nx,1\n", "no column 'question'"),
 ])  # fmt: skip

@@ -18,6 +18,7 @@ from entroflow.drawing import open_policy
 from entroflow.errors import InputError
 from entroflow.ledger import Ledger
 from entroflow.recipe import chosen_type, load_recipe, shipped_recipes
+from entroflow.runs import RunFolder
 from entroflow.sampling.kernels import ODE
 from entroflow.sampling.solver import integrate
 from entroflow.trainer import Trainer
@@ -434,6 +435,8 @@ def trained(folders, tmp_path):
         ).path  # fmt: skip
         # Noise-like images may be rated best before training; what was trained is what matters.
         (path / "checkpoints" / "best.json").unlink()
+        for checkpoint in RunFolder.open(path).all_checkpoints()[:-1]:
+            shutil.rmtree(checkpoint)
         return path
 
     return run

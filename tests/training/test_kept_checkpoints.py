@@ -115,3 +115,18 @@ def test_without_held_out_rewards_nothing_is_best_and_it_is_said(tmp_path, caplo
     said = [record.message for record in caplog.records]
     for message, n in zip(said, (0, 2, 3), strict=True):
         assert message.startswith(f"iteration {n}: no held-out image has a reward")
+
+
+def test_a_run_that_chooses_by_another_evaluation_compares_with_all_that_are_there(
+    tmp_path, caplog
+):
+    folder = train(
+        tmp_path / "run", stop_after=3,
+        run={"iterations": 4, "evaluate_every": 1, "checkpoint_every": 1, "keep_checkpoints": 9},
+        evaluation={"type": f"{__name__}.Scripted", "scores": [0.9, 0.1, 0.2, 0.3]},
+    )  # fmt: skip
+    assert int(folder.best().name) == 0
+    entroflow.resume(folder.path, ["monitors.best=score"], policy=PixelPolicy())
+    scores = [line["eval/score"] for line in folder.metrics()]
+    assert int(folder.best().name) == scores.index(max(scores))
+    assert "chosen by eval/score from now on" in caplog.text

@@ -158,10 +158,12 @@ def _loaded(task: Task, path: str) -> Dataset:
             {task.prompt: record.content} if isinstance(record.content, str) else record.content
             for record in read_data_set(path, task.name, task.split, task.prompt)
         ]
-        return Dataset.from_list(rows)
-    except (ArrowException, TypeError, AttributeError) as error:
+        # `from_list` knows the keys of the first row alone.
+        columns = dict.fromkeys(key for row in rows for key in row)
+        return Dataset.from_dict({key: [row.get(key) for row in rows] for key in columns})
+    except (ArrowException, TypeError, AttributeError, OverflowError, UnicodeError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"task: {path} holds rows of different kinds: {reason}") from None
+        raise InputError(f"task: {path} holds rows that make no table: {reason}") from None
     except InputError as error:
         raise InputError(f"task: {path} can't be loaded: {error}") from None
 
