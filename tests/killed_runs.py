@@ -16,6 +16,8 @@ WAYS = (signal.SIGKILL,) * 4 + (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 def command_line(arguments, output):
     """Run `entroflow` with its output in a file, as a process of its own."""
     os.setsid()
+    # Until the program handles it, Ctrl-C ends the process without a word of Python's.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     opened = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(opened, number)

