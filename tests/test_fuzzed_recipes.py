@@ -162,15 +162,7 @@ def test_a_changed_image_recipe_is_read_or_refused(tmp_path):
     shipped = image_recipes.shipped_recipes()
     texts = [path.read_text(encoding="utf-8") for path in shipped.values()]
     texts += [image_recipes.load_recipe(name).to_yaml() for name in list(shipped)[::3]]
-    assert (
-        fuzzed(
-            image_recipes.load_recipe,
-            texts,
-            int(__import__("os").environ.get("N", "2000")),
-            tmp_path,
-        )
-        > 5
-    )
+    assert fuzzed(image_recipes.load_recipe, texts, cases=2000, folder=tmp_path) > 5
 
 
 @pytest.mark.slow
@@ -181,6 +173,4 @@ def test_a_changed_recipe_of_a_language_model_is_read_or_refused(tmp_path):
     shipped = llm_recipes.shipped()
     texts = [path.read_text(encoding="utf-8") for path in shipped.values()]
     texts += [llm_recipes.load(name).to_yaml() for name in shipped]
-    assert (
-        fuzzed(llm_recipes.load, texts, int(__import__("os").environ.get("N", "500")), tmp_path) > 5
-    )
+    assert fuzzed(llm_recipes.load, texts, cases=500, folder=tmp_path) > 5

@@ -721,6 +721,19 @@ def test_a_dotted_path_without_a_module_is_refused():
         build_recipe({"reward": {"type": ".reward"}})
 
 
+@pytest.mark.parametrize("budget", ["1e30", "10000000000000000M", "9223372036854775808"])
+def test_a_budget_that_a_recipe_can_not_hold_is_refused(budget):
+    """A recipe is written into the run's folder, and must be readable there."""
+    with pytest.raises(RecipeError, match=r"budget.* at most 9223372036854775807|64 bits"):
+        load_recipe("quickstart", [f"run.budget={budget}"])
+
+
+def test_a_large_budget_is_read_back_as_it_is(tmp_path):
+    recipe = load_recipe("quickstart", ["run.budget=9e18"])
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "again.yaml").run.budget == 9 * 10**18
+
+
 def test_a_seed_too_large_for_the_noise_is_refused():
     with pytest.raises(RecipeError, match=r"run\.seed"):
         build_recipe({"run": {"seed": 2**63}})

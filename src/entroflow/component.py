@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from entroflow.places import PathOrName, Places, holds_path, with_places
 
-MOST = 2**31 - 1
-"""Largest whole number but for seeds and budgets; of more, products would leave 64 bits."""
+MOST, MOST_OF_ALL = 2**31 - 1, 2**63 - 1
+"""Largest whole number, of whose products 64 bits hold many; the largest of seeds and budgets."""
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -38,8 +38,9 @@ class Component(BaseModel):
     @classmethod
     def _is_no_more_than_can_be(cls, value: Any, info: ValidationInfo) -> Any:
         name = info.field_name or ""
-        if isinstance(value, int) and abs(value) > MOST and not name.endswith(("seed", "budget")):
-            raise ValueError(f"input should be at most {MOST}")
+        most = MOST_OF_ALL if name.endswith(("seed", "budget")) else MOST
+        if isinstance(value, int) and abs(value) > most:
+            raise ValueError(f"input should be at most {most}")
         return value
 
 
