@@ -453,7 +453,7 @@ def _recipe_with(arguments: list[str], trust: bool) -> Recipe:
     from entroflow.recipe import COMPONENTS, load_recipe, shipped_recipes
 
     name, changes = _one_name(arguments, "name one reward, or a recipe.")
-    own = "." in name and not Path(name).exists() and not name.endswith((".yaml", ".yml"))
+    own = "." in name and not os.path.exists(name) and not name.endswith((".yaml", ".yml"))
     if own or (name in COMPONENTS["reward"] and name not in shipped_recipes()):
         name, changes = "quickstart", [f"reward.type={name}", *changes]
     return load_recipe(name, changes, trust=_trusts(trust, name, changes))

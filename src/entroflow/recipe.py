@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
-from ruamel.yaml import YAML
 
 from entroflow.component import Component, placed
 from entroflow.errors import RecipeError, quoted
@@ -26,6 +25,7 @@ from entroflow.places import Places
 from entroflow.plain_sections import ENDS, Attention, Monitors, Optimizer, Run, Sampling, Scoring
 from entroflow.settings_text import (
     TEXTS,
+    as_yaml,
     fields_of,
     holder_of,
     name_of_recipe,
@@ -211,14 +211,8 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe with every key written out; `load_recipe` reads it back."""
-        from io import StringIO
-
-        writer = YAML()
-        writer.width = 100
-        out = StringIO()
         home = {FOUND_IN: str(self.found_in)} if self.found_in else {}
-        writer.dump({"name": self.name, **home, **self.resolved}, out)
-        return out.getvalue()
+        return as_yaml({"name": self.name, **home, **self.resolved})
 
 
 def identity_of(resolved: Mapping[str, Any]) -> str:

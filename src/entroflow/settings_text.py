@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def read_recipe(name: str, shipped: Mapping[str, Path]) -> tuple[str, str, Path 
     if name in shipped:
         return name, shipped[name].read_text(encoding="utf-8"), None
     path = Path(name)
-    if path.suffix not in (".yaml", ".yml") and not path.exists():
+    if path.suffix not in (".yaml", ".yml") and not os.path.exists(path):
         raise RecipeError(f"there is no recipe {quoted(name)}{hint(name, list(shipped))}")
     return path.stem, _text_of(path), path.resolve().parent
 
@@ -100,6 +102,24 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise RecipeError(f"{where} must be a mapping of sections, not a {type(parsed).__name__}.")
     return parsed
+
+
+def as_yaml(mapping: Mapping[str, Any]) -> str:
+    """A YAML text that reads back as the mapping, with lines of 100 characters where they can be.
+
+    Args:
+        mapping: of None, bool, int, float, str, and lists and mappings of these.
+    """
+    wrapped = _written(mapping, 100)
+    # The writer may break a line where its reader joins the two with other spaces.
+    return wrapped if _read(wrapped) == mapping else _written(mapping, 2**30)
+
+
+def _written(mapping: Mapping[str, Any], width: int) -> str:
+    writer, out = YAML(), StringIO()
+    writer.width = width
+    writer.dump(mapping, out)
+    return out.getvalue()
 
 
 def _read(text: str) -> Any:

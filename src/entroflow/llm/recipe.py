@@ -8,12 +8,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
-from ruamel.yaml import YAML
 
 from entroflow.component import Component
 from entroflow.errors import RecipeError, quoted
@@ -21,6 +19,7 @@ from entroflow.llm.clips import MOST, MU_B, MU_V
 from entroflow.places import PathOrName, Places
 from entroflow.settings_text import (
     TEXTS,
+    as_yaml,
     fields_of,
     holder_of,
     name_of_recipe,
@@ -221,14 +220,10 @@ class LLMRecipe:
 
     def to_yaml(self) -> str:
         """With every key of ours written out; `load` reads it back."""
-        writer, out = YAML(), StringIO()
-        writer.width = 100
         texts = {key: getattr(self, key) for key in TEXTS if getattr(self, key)}
         parts = {key: getattr(self, key).model_dump(mode="json") for key in PARTS}
         home = {FOUND_IN: str(self.found_in)} if self.found_in and self.has_own_reward else {}
-        content = {"name": self.name, **home, **texts, **parts, "trainer": dict(self.trainer)}
-        writer.dump(content, out)
-        return out.getvalue()
+        return as_yaml({"name": self.name, **home, **texts, **parts, "trainer": dict(self.trainer)})
 
     def trl_settings(self, output: Path) -> dict[str, Any]:
         """What `EntropyGRPOConfig` is made of."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -50,7 +51,7 @@ UNREADABLE = (
 
 def is_one_file(model: str) -> bool:
     """Whether a model is a file, not a folder or a name on a hub."""
-    return model.lower().endswith((ONE_FILE, *NOT_READ)) or Path(model).is_file()
+    return model.lower().endswith((ONE_FILE, *NOT_READ)) or os.path.isfile(model)
 
 
 def load_pipeline(settings: DiffusersConfig, kind: str) -> Any:
