@@ -118,10 +118,10 @@ need one.
 ## Paths and names
 
 Paths are made absolute when a recipe is read: `~` is the home, `..` is resolved and symbolic links
-are not. A relative path in a recipe file is looked for beside that file, then in the current folder;
-one in an override in the current folder, as the shell that you type it in does, then beside the
-recipe. What is in neither is taken to be in the current folder. The run's recipe holds the path that
-was found, so the run resumes from anywhere.
+are not. A relative path in a recipe file is looked for beside that file, then in the current
+folder; one in an override in the current folder, as the shell that you type it in does, then beside
+the recipe. What is in neither is taken to be in the current folder. The run's recipe holds the path
+that was found, so the run resumes from anywhere.
 
 Some keys take a path or the name of something on a hub (`policy.model`, `model` of the reward
 `clip`, `name` of the prompts `dataset`; of language models `model.path` and `task.path`). What is
@@ -142,11 +142,12 @@ What was moved since a run began is named when it is resumed, and recipe.yaml ho
 from then on:
 
 ```sh
-entroflow train --resume runs/mine prompts.path=new/place.txt policy.lora_start=new/lora
-entroflow llm train --resume runs/qwen task.path=new/problems.jsonl
+entroflow train --resume runs/mine policy.weights=new/model.safetensors
+entroflow llm train --resume runs/qwen model.path=new/model
 ```
 
-This holds for all keys that take a path. Other content is refused; of files that no digest tells (the
+This holds for all keys that take a path, as `prompts.path`, `evaluation.path`, `policy.lora_start`
+or `task.path` of language models. Other content is refused; of files that no digest tells (the
 model of the reward `clip`, a path of a part of your own that is not in its `read_from`) you are
 warned, and `compare` keeps results by where they lie.
 """
