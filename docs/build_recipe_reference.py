@@ -87,8 +87,8 @@ assert recipe.optimizer.learning_rate == 3e-5
 - The value is YAML: `null`, `true`, `1e-4`, `[0.9, 0.95]`. Quote it where the shell would split it.
 - A new `type` clears what the file says of the other keys of its section. Types are set first,
   wherever they stand, so keys of the new type can be set beside it.
-- `entroflow train --resume RUN` takes overrides of `run`, but not of `run.seed`, and of
-  `monitors`: any other key would make it another run.
+- `entroflow train --resume RUN` takes overrides of `run`, but not of `run.seed`, of `monitors`, and
+  of [paths](#paths-and-names) to what was moved: any other key would make it another run.
 
 ## Dotted paths
 
@@ -117,9 +117,11 @@ need one.
 
 ## Paths and names
 
-Paths are made absolute when a recipe is read: `~` is the home, and a relative path is looked for
-beside the recipe file, then in the current folder. The run's recipe holds the path that was found,
-so the run resumes from anywhere.
+Paths are made absolute when a recipe is read: `~` is the home, `..` is resolved and symbolic links
+are not. A relative path in a recipe file is looked for beside that file, then in the current
+folder; one in an override in the current folder, as the shell that you type it in does, then beside
+the recipe. What is in neither is taken to be in the current folder. The run's recipe holds the path
+that was found, so the run resumes from anywhere.
 
 Some keys take a path or the name of something on a hub (`policy.model`, `model` of the reward
 `clip`, `name` of the prompts `dataset`; of language models `model.path` and `task.path`). What is
@@ -131,6 +133,23 @@ bare word: its name on a hub has the form `user/name`, and not even that where t
 A name is not its content. Every checkpoint holds digests of the prompts (texts, metadata and
 order), the held-out prompts, and the templates and weights that rewards read from files;
 `--resume` refuses a run in which one of them has changed, and `compare` makes its results anew.
+
+The hash of a recipe has of each path the last name only. So it stays the same however a path is
+spelt, and wherever a project is moved or copied to; two files of one name in two folders have one
+hash, and are told apart by their digests.
+
+What was moved since a run began is named when it is resumed, and recipe.yaml holds its new place
+from then on:
+
+```sh
+entroflow train --resume runs/mine policy.weights=new/model.safetensors
+entroflow llm train --resume runs/qwen model.path=new/model
+```
+
+This holds for all keys that take a path, as `prompts.path`, `evaluation.path`, `policy.lora_start`
+or `task.path` of language models. Other content is refused; of files that no digest tells (the
+model of the reward `clip`, a path of a part of your own that is not in its `read_from`) you are
+warned, and `compare` keeps results by where they lie.
 """
 
 

@@ -109,6 +109,24 @@ def test_an_evaluation_without_test_prompts_is_refused():
         planned([own], [0], {"updates": 4}, [o for o in TINY if "evaluation" not in o])
 
 
+def test_parts_in_modules_of_one_name_can_not_be_compared(tmp_path, monkeypatch):
+    """The message says what to do: to compare is to load both."""
+    monkeypatch.chdir(tmp_path)
+    names = {"a": "one", "b": "another"}
+    for folder, name in names.items():
+        (tmp_path / folder).mkdir()
+        code = f"def {name}(images, prompts, metadata):\n    return images.mean(dim=(1, 2, 3))\n"
+        (tmp_path / folder / "twin_rewards.py").write_text(code)
+        (tmp_path / folder / "r.yaml").write_text(f"reward: {{type: twin_rewards.{name}}}\n")
+    arms = [Arm(f"{folder}/r.yaml") for folder in names]
+    shared = ["evaluation.images=2", "evaluation.steps=2"]
+    said = r"^b/r\.yaml: .*two modules are called 'twin_rewards', .*a/twin_rewards\.py and .*b/twin"
+    with pytest.raises(InputError, match=said) as one:
+        planned(arms, [0], {"updates": 4}, shared)
+    assert "one process can load only one of them; rename one, and the type" in str(one.value)
+    sys.modules.pop("twin_rewards")
+
+
 def test_runs_of_a_recipe_file_lie_in_the_folder_of_results(tmp_path):
     path = tmp_path / "some" / "mine.yaml"
     path.parent.mkdir()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,8 @@ from entroflow.component import Component
 from entroflow.data_sets import load_data_set, read_data_set
 from entroflow.errors import InputError
 from entroflow.llm import recipe as llm_recipes
-from entroflow.places import PathOrName, Places
-from entroflow.recipe import build_recipe, load_recipe
+from entroflow.places import PathOrName, Places, with_override, without_folders
+from entroflow.recipe import SHIPPED, build_recipe, identity_of, load_recipe
 
 DATA = PathOrName(("json",), in_folders=True)
 MODEL = PathOrName()
@@ -51,7 +53,8 @@ def test_a_path_is_beside_the_recipe_or_in_the_current_folder(laid_out, given, w
     ("~/data", "home/data"),
     ("~/gone", "home/gone"),
     ("./gone", "here/gone"),
-    ("../gone", "here/../gone"),
+    ("../gone", "gone"),
+    ("./models/../gone", "here/gone"),
     ("a/b/c", "here/a/b/c"),
     ("gone.csv", "here/gone.csv"),
 ])  # fmt: skip
@@ -73,6 +76,36 @@ def test_a_word_of_a_component_is_no_path_and_a_folder_makes_one(laid_out):
     assert places.path_or_name("models/gone", MODEL) == "models/gone"
 
 
+def test_what_an_override_names_is_in_the_current_folder_first(laid_out):
+    places = Places(laid_out / "recipe", overridden=True)
+    assert places.path(Path("both.txt")) == laid_out / "here/both.txt"
+    assert places.path_or_name("models", MODEL) == str(laid_out / "here/models")
+    assert places.path_or_name("models/sd", MODEL) == str(laid_out / "recipe/models/sd")
+    assert places.pattern("bo*.txt") == str(laid_out / "here/bo*.txt")
+    assert places.path(Path("none.txt")) == laid_out / "here/none.txt"
+
+
+def test_overrides_are_known_by_key():
+    keys = with_override({}, ["reward", "files", "a"])
+    places = Places(None, keys).within("reward").within("files")
+    assert places.within("a").overridden is True
+    assert places.within("b").overridden is False
+    assert Places(None, with_override(keys, ["reward"])).within("reward").overridden is True
+    assert with_override(True, ["deeper"]) is True
+
+
+def test_a_path_is_plain_and_links_stay(laid_out):
+    """`..` behind a link leads out of the folder that the link leads to."""
+    places = Places(laid_out / "recipe")
+    (laid_out / "far/data").mkdir(parents=True)
+    (laid_out / "far/x.txt").write_text("far")
+    (laid_out / "recipe/link").symlink_to(laid_out / "far/data")
+    assert places.path(Path("models/../both.txt")) == laid_out / "recipe/both.txt"
+    assert places.path(Path("../here/./only.txt")) == laid_out / "here/only.txt"
+    assert places.path(Path("link")) == laid_out / "recipe/link"
+    assert places.path(Path("link/../x.txt")).read_text() == "far"
+
+
 class Named(Component):
     one: Path
     several: tuple[Path, ...] = ()
@@ -88,6 +121,61 @@ def test_paths_in_lists_and_mappings_are_found(laid_out):
         one=laid_out / "recipe/both.txt", several=(laid_out / "here/only.txt",),
         by_name={"x": [laid_out / "home/new"]},
     )  # fmt: skip
+
+
+def test_of_a_mapping_only_what_an_override_set_is_looked_for_here(laid_out):
+    named = Named(one=Path("both.txt"), by_name={"x": [Path("both.txt")], "y": [Path("both.txt")]})
+    placed = named.placed(Places(laid_out / "recipe", {"by_name": {"y": True}}))
+    assert placed.one == laid_out / "recipe/both.txt"
+    assert placed.by_name == {
+        "x": [laid_out / "recipe/both.txt"], "y": [laid_out / "here/both.txt"],
+    }  # fmt: skip
+
+
+def test_paths_of_overrides_are_those_of_a_shell(laid_out):
+    """Those of the file lie beside it, as before."""
+    file = laid_out / "recipe" / "mine.yaml"
+    file.write_text(
+        "prompts: {type: text, path: both.txt}\n"
+        "evaluation: {type: reward, path: both.txt}\n"
+        "monitors: {rewards: {a: {type: clip, model: models}, b: {type: clip, model: models}}}\n"
+    )
+    recipe = load_recipe(file, ["prompts.path=./both.txt", "monitors.rewards.b.model=models"])
+    assert recipe.prompts.path == laid_out / "here/both.txt"
+    assert recipe.evaluation.path == laid_out / "recipe/both.txt"
+    assert recipe.monitors.rewards["a"].model == str(laid_out / "recipe/models")
+    assert recipe.monitors.rewards["b"].model == str(laid_out / "here/models")
+    data = ["prompts.type=dataset", "prompts.name=json", "prompts.data_files=[both.txt]"]
+    assert load_recipe(file, data).prompts.data_files == (str(laid_out / "here/both.txt"),)
+
+
+def test_the_hash_does_not_depend_on_the_spelling_or_place_of_files(laid_out, monkeypatch):
+    for project in ("one", "other/place"):
+        folder = laid_out / project
+        (folder / "data").mkdir(parents=True)
+        (folder / "recipes").mkdir()
+        (folder / "data" / "x.txt").write_text("a ring")
+        (folder / "recipes" / "mine.yaml").write_text("prompts: {type: text, path: ../data/x.txt}")
+    (laid_out / "one" / "data" / "y.txt").write_text("a ring")
+    one, other = (laid_out / name / "recipes/mine.yaml" for name in ("one", "other/place"))
+    first = load_recipe(one)
+    assert first.prompts.path == laid_out / "one/data/x.txt"
+    monkeypatch.chdir(laid_out / "one")
+    spelt = load_recipe(one, ["prompts.path=./recipes/../data/x.txt"])
+    assert spelt.resolved == first.resolved
+    moved = load_recipe(other)
+    assert moved.prompts.path != first.prompts.path
+    assert moved.hash == first.hash
+    assert identity_of(moved.resolved) == identity_of(first.resolved)
+    renamed = load_recipe(one, ["prompts.path=data/y.txt"])
+    assert renamed.hash != first.hash
+    assert identity_of(renamed.resolved) != identity_of(first.resolved)
+
+
+def test_the_hash_of_a_shipped_recipe_has_its_prompts_within_the_package(monkeypatch):
+    recipe = load_recipe("flux_flow_grpo")
+    text = json.dumps(without_folders(recipe.resolved["prompts"], SHIPPED))
+    assert '"/prompts/animals.txt"' in text
 
 
 def test_a_recipe_holds_absolute_paths_and_hub_names(laid_out):
@@ -132,6 +220,16 @@ def test_a_recipe_of_a_language_model_does_the_same(laid_out):
     assert llm_recipes.load(written, ["task.path=org/data", "model.path=embedded"]).task.path == (
         "org/data"
     )
+    assert llm_recipes.load(written, ["task.path=both.txt"]).task.path == (
+        str(laid_out / "here/both.txt")
+    )
+    (laid_out / "copy").mkdir()
+    for name in ("mine.yaml", "both.txt"):
+        shutil.copy(laid_out / "recipe" / name, laid_out / "copy")
+    shutil.copytree(laid_out / "recipe/models", laid_out / "copy/models")
+    copy = llm_recipes.load(laid_out / "copy/mine.yaml")
+    assert (copy.hash, copy.identity) == (recipe.hash, recipe.identity)
+    assert copy.task.path == str(laid_out / "copy/both.txt")
     (laid_out / "here" / "embedded").mkdir()
     assert llm_recipes.load("countdown").model.path == "embedded"
 

@@ -669,9 +669,11 @@ def test_a_module_beside_the_recipe_is_not_mistaken_for_another_of_its_name(
     own(tmp_path, "{type: own_module.score}")
     other = tmp_path / "other"
     other.mkdir()
-    (other / "own_module.py").write_text("def score(images, *_): ...")
-    with pytest.raises(RecipeError, match=r"'own_module' is the module .*, not the one in .*other"):
-        own(other, "{type: own_module.score}")
+    for name in ("score", "another"):
+        (other / "own_module.py").write_text(f"def {name}(images, *_): ...")
+        with pytest.raises(RecipeError, match=r"called 'own_module', .* and .*other") as one:
+            own(other, f"{{type: own_module.{name}}}")
+        assert "one process can load only one of them; rename one" in str(one.value)
 
 
 def test_a_function_is_no_component_of_another_section(tmp_path, parts):

@@ -182,7 +182,7 @@ def test_what_is_installed_needs_no_trust(stranger):
 def test_of_two_modules_of_one_name_neither_is_taken_for_the_other(stranger):
     folder, module, ran = stranger
     written(Path.cwd(), "def score(images, prompts, metadata): ...", f"{module}.py")
-    with pytest.raises(RecipeError, match="not the one in"):
+    with pytest.raises(RecipeError, match="two modules are called"):
         load_recipe(written(folder, f"reward: {{type: {module}.score}}"))
     assert not ran.exists()
 

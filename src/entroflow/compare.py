@@ -130,9 +130,12 @@ def planned(
                     f"one iteration costs {cost:,} weighted evaluations, more than all."
                 )
             base = trainer.policy.weights.digest("reference")
-            if named := {**trainer.inputs, **trainer.code}:
+            named = {**trainer.inputs, **trainer.code}
+            contents: dict[str, Any] = {key: each["digest"] for key, each in named.items()}
+            for key, path in trainer.unverified:
+                contents.setdefault(key, []).append(path)
+            if contents:
                 # The hash has names of files alone, but a result is of what they held.
-                contents = {key: each["digest"] for key, each in named.items()}
                 base = digest_of_records([base, contents])[: len(base)]
             for seed in seeds:
                 ended = (*overrides, *ending, f"run.seed={seed}")

@@ -51,7 +51,7 @@ def placed(component: ModelT, places: Places) -> ModelT:
         value = getattr(component, key)
         marks = [mark for mark in field.metadata if isinstance(mark, PathOrName)]
         if marks and isinstance(value, str):
-            found[key] = places.path_or_name(value, marks[0])
+            found[key] = places.within(key).path_or_name(value, marks[0])
         elif holds_path(value):
-            found[key] = with_places(value, places)
+            found[key] = with_places(value, places.within(key))
     return component.model_copy(update=found)

@@ -66,7 +66,7 @@ def load_data_set(name: str, config: str | None, split: str, files: Sequence[str
     if not local and name not in FORMATS and not HUB_NAME.fullmatch(name):
         raise InputError(
             f"there is no data set {name!r}: neither a file nor a folder is there (it is looked "
-            "for beside the recipe, then in the current folder), and a name on the hub has the "
+            "for beside the recipe and in the current folder), and a name on the hub has the "
             "form user/name."
         )
     with ExitStack() as scratch:

@@ -14,8 +14,9 @@ from entroflow.evaluation.base import Evaluated, HeldOutEvaluation
 from entroflow.evaluation.base_and_tuned import compare_with_base
 from entroflow.ledger import Ledger
 from entroflow.metrics import Metrics
+from entroflow.places import hinting_at_moved, is_path, paths_in
 from entroflow.policies.base import Policy
-from entroflow.recipe import Recipe, chosen_type, load_recipe
+from entroflow.recipe import SECTIONS, Recipe, chosen_type, load_recipe
 from entroflow.report.events import Events
 from entroflow.report.page import write_report
 from entroflow.rewards.base import AnyReward, RewardFunction, as_reward
@@ -84,8 +85,9 @@ def resume(
 
     Args:
         run: the run folder.
-        overrides: of the sections `run` and `monitors` only, as `run.iterations=200`; other keys
-            would make it another run.
+        overrides: of the sections `run` and `monitors`, as `run.iterations=200`, and of paths, as
+            `prompts.path=new/place.txt`, where what was moved holds the same; other keys would make
+            it another run.
         policy, reward: needed again where the run was started with objects of your own.
         stop_after, watch, trust: see `train`.
 
@@ -95,22 +97,32 @@ def resume(
     """
     folder = RunFolder.open(Path(run).expanduser())
     folder.start()
-    for override in overrides:
-        if not override.startswith(("run.", "monitors.")) or override.startswith("run.seed"):
-            raise InputError(
-                f"a resumed run can change keys of 'run' except the seed, and of 'monitors', not "
-                f"{override!r}; start a new run for another recipe."
-            )
     given = _given(policy, reward)
-    recipe = load_recipe(folder.path / RECIPE, overrides, given, trust=trust)
+    place = folder.path / RECIPE
+    keys = [override.partition("=")[0] for override in overrides]
+    free = [key for key in keys if key.startswith(("run.", "monitors.")) and key != "run.seed"]
+    paths = [key for key in keys if key not in free]
+    if paths:
+        _refuse_another_run(paths, load_recipe(place, (), given, trust=trust))
+    recipe = load_recipe(place, overrides, given, trust=trust)
+    _refuse_another_run(paths, recipe)
     for section in given:
-        before, now = chosen_type(folder.path / RECIPE, section), recipe.resolved[section]["type"]
+        before, now = chosen_type(place, section), recipe.resolved[section]["type"]
         if before != now:
             raise InputError(f"{run} was started with the {section} {before}, not {now}.")
+    there = [(key, path) for key, path in paths_in(recipe.resolved) if _is_path(recipe, key)]
     with folder.held():
-        trainer = Trainer(recipe, policy)
-        checkpoint = folder.latest()
-        trainer.load(checkpoint)
+        with hinting_at_moved(there):
+            trainer = Trainer(recipe, policy)
+            checkpoint = folder.latest()
+            trainer.load(checkpoint)
+        for key, path in trainer.unverified:
+            if any(f"{key}.".startswith(f"{each}.") for each in paths):
+                log.warning(
+                    "%s: whether %s holds what the run was trained with can't be told; the run "
+                    "goes on with what is there now.",
+                    key, path,
+                )  # fmt: skip
         folder.metrics_until(trainer.iteration, trainer.taken())
         folder.mend_best()
         folder.choose_best_by(recipe.monitors.best or "reward")
@@ -120,6 +132,21 @@ def resume(
         folder.cut_after(trainer.iteration)
         folder.write_recipe(recipe.to_yaml())
         return _run(folder, trainer, stop_after, watch)
+
+
+def _refuse_another_run(keys: Sequence[str], recipe: Recipe) -> None:
+    """Refuse to change what is no path in a recipe."""
+    for key in keys:
+        if not _is_path(recipe, key):
+            raise InputError(
+                "a resumed run can change keys of 'run' except the seed, keys of 'monitors', and "
+                f"paths to what was moved, not {key!r}; start a new run for another recipe."
+            )
+
+
+def _is_path(recipe: Recipe, key: str) -> bool:
+    section, *keys = key.split(".")
+    return section in SECTIONS and is_path(getattr(recipe, section), keys)
 
 
 def new_folder(recipe: Recipe) -> Path:

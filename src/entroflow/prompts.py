@@ -160,14 +160,17 @@ class DatasetPrompts(_ListedPrompts):
     config: str | None = Field(None, description="configuration of the data set, if it has several")
     split: str = Field("train", description="split of the data set")
     key: str = Field("prompt", description="column of the prompt")
-    data_files: tuple[str, ...] = Field((), description="files to read; empty: the data set's own")
+    data_files: Annotated[tuple[str, ...], PathOrName()] = Field(
+        (), description="files to read; empty: the data set's own"
+    )
 
     def placed(self, places: Places) -> Self:
         """See `Component.placed`; the files of a data set are named from within it."""
         found = super().placed(places)
         if self.name not in FORMATS:
             return found
-        return found.model_copy(update={"data_files": tuple(map(places.pattern, self.data_files))})
+        pattern = places.within("data_files").pattern
+        return found.model_copy(update={"data_files": tuple(map(pattern, self.data_files))})
 
     def load(self) -> list[Prompt]:
         """All prompts."""

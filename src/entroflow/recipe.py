@@ -11,8 +11,9 @@ import hashlib
 import inspect
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from entroflow.component import Component, placed
 from entroflow.errors import RecipeError, quoted
-from entroflow.places import Places
+from entroflow.places import Places, with_override, without_folders
 from entroflow.plain_sections import ENDS, Attention, Monitors, Optimizer, Run, Sampling, Scoring
 from entroflow.settings_text import (
     TEXTS,
@@ -155,15 +156,19 @@ FOUND_IN = "found_in"
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a recipe comes from.
+    """Where a recipe, or a part of one, comes from.
 
     Attributes:
-        folder: where files that it names are looked for first; then in the current folder.
+        places: where files that it names are looked for.
         is_built: whether the user's own parts are imported and built; else they stay None.
     """
 
-    folder: Path | None = None
+    places: Places = field(default_factory=Places)
     is_built: bool = True
+
+    def within(self, key: str) -> _Source:
+        """The same for the part at a key."""
+        return replace(self, places=self.places.within(key))
 
 
 @dataclass(frozen=True)
@@ -197,6 +202,8 @@ class Recipe:
         """A short hash of all settings but the seed and how often to evaluate and save.
 
         Keys that have their default are left out: a new key changes no recipe that does without.
+        Of a path its last name counts: where files lie is no setting, and what they hold is
+        digested elsewhere (`entroflow.inputs`).
         """
         content = {section: _set(section, self.resolved[section]) for section in SECTIONS}
         for later in LATER_SECTIONS:
@@ -205,8 +212,7 @@ class Recipe:
         run = self.resolved["run"]
         ends = {key: run[key] for key in ENDS if run.get(key) is not None}
         content["run"] = {"iterations": run["iterations"], **ends}
-        # Where the package lies is no setting.
-        text = json.dumps(content, sort_keys=True).replace(str(SHIPPED), "")
+        text = json.dumps(without_folders(content, SHIPPED), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
     def to_yaml(self) -> str:
@@ -216,8 +222,9 @@ class Recipe:
 
 
 def identity_of(resolved: Mapping[str, Any]) -> str:
-    """A short hash of all in a recipe that a resumed run may not change."""
-    fixed = {key: resolved.get(key) for key in SECTIONS if key not in ("run", "monitors")}
+    """A short hash of all in a recipe that a resumed run may not change; see `Recipe.hash`."""
+    kept = {key: resolved.get(key) for key in SECTIONS if key not in ("run", "monitors")}
+    fixed = without_folders(kept, SHIPPED)
     text = json.dumps([fixed, (resolved.get("run") or {}).get("seed")], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -312,7 +319,7 @@ def load_recipe(
 
     Args:
         name_or_path: of the recipe.
-        overrides: changes to it.
+        overrides: changes to it; their paths are looked for in the current folder first.
         given: see `build_recipe`.
         trust: import what it names also from a folder that is not below the current one.
 
@@ -325,9 +332,9 @@ def load_recipe(
         section = override.partition(".")[0]
         if given and section in given:
             raise RecipeError(f"{override}: {section} is given as an object; set its fields there.")
-    mapping, name, folder = _opened(name_or_path, overrides, trust)
-    recipe = build_recipe(mapping, name, given, folder)
-    return _with_home(recipe, folder)
+    mapping, name, places = _opened(name_or_path, overrides, trust)
+    recipe = _assembled(mapping, name, given or {}, _Source(places))
+    return _with_home(recipe, places.folder)
 
 
 def described(name_or_path: str | Path) -> str:
@@ -338,9 +345,9 @@ def described(name_or_path: str | Path) -> str:
     Raises:
         RecipeError: see `load_recipe`.
     """
-    mapping, name, folder = _opened(name_or_path, (), False)
-    recipe = _assembled(mapping, name, {}, _Source(folder, is_built=False))
-    return _with_home(recipe, folder).to_yaml()
+    mapping, name, places = _opened(name_or_path, (), False)
+    recipe = _assembled(mapping, name, {}, _Source(places, is_built=False))
+    return _with_home(recipe, places.folder).to_yaml()
 
 
 def refuse_strangers(name_or_path: str | Path, overrides: Sequence[str] = ()) -> None:
@@ -357,19 +364,20 @@ def refuse_strangers(name_or_path: str | Path, overrides: Sequence[str] = ()) ->
 
 def _opened(
     name_or_path: str | Path, overrides: Sequence[str], trust: bool
-) -> tuple[dict[str, Any], str, Path]:
-    """What a recipe says, its name, and the folder it lay in first; what lies there is found."""
+) -> tuple[dict[str, Any], str, Places]:
+    """What a recipe says, its name, and where files that it names are looked for."""
     name, text, beside = read_recipe(str(name_or_path), shipped_recipes())
     mapping = parse_yaml(text, name)
+    overridden: Any = {}
     # A type goes before its fields, wherever it stands.
     for override in sorted(overrides, key=lambda o: not o.partition("=")[0].endswith(".type")):
-        _apply_override(mapping, override)
+        overridden = with_override(overridden, _apply_override(mapping, override))
     folder = _home_folder(mapping, beside or SHIPPED, name)
     search_beside(_of_users(folder), trust)
-    return mapping, name, folder
+    return mapping, name, Places(folder, overridden)
 
 
-def _with_home(recipe: Recipe, folder: Path) -> Recipe:
+def _with_home(recipe: Recipe, folder: Path | None) -> Recipe:
     """The recipe, which knows the folder of the user's parts if it has any."""
     own = any(_dotted_paths(recipe.resolved))
     return replace(recipe, found_in=_of_users(folder)) if own else recipe
@@ -396,9 +404,9 @@ def load_component(name_or_path: str | Path, section: str, *, trust: bool = Fals
     Raises:
         RecipeError: see `load_recipe`.
     """
-    mapping, name, folder = _opened(name_or_path, (), trust)
+    mapping, name, places = _opened(name_or_path, (), trust)
     fields = fields_of(mapping.get(section), f"{name}: {section}")
-    return _build(section, fields, f"{name}: {section}", _Source(folder))[0]
+    return _build(section, fields, f"{name}: {section}", _Source(places))[0]
 
 
 def changed(component: ComponentT, fields: Mapping[str, Any], where: str) -> ComponentT:
@@ -436,7 +444,7 @@ def build_recipe(
     Raises:
         RecipeError: see `load_recipe`.
     """
-    return _assembled(mapping, name, given or {}, _Source(folder))
+    return _assembled(mapping, name, given or {}, _Source(Places(folder)))
 
 
 def _assembled(
@@ -458,12 +466,13 @@ def _assembled(
             continue
         where = f"{name}: {section}"
         parts[section], resolved[section] = _build(
-            section, fields_of(mapping.get(section), where), where, source
+            section, fields_of(mapping.get(section), where), where, source.within(section)
         )
     return Recipe(name=name, **parts, resolved=resolved)
 
 
-def _apply_override(mapping: dict[str, Any], override: str) -> None:
+def _apply_override(mapping: dict[str, Any], override: str) -> list[str]:
+    """Change a mapping; returns the keys of what was set."""
     keys, parsed = override_of(override, SECTIONS)
     target = holder_of(mapping, keys, override)
     default = next(iter(COMPONENTS.get(keys[0], {"": ""})))
@@ -471,6 +480,7 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
         # Fields of the old type mean nothing to the new one.
         target.clear()
     target[keys[-1]] = parsed
+    return keys
 
 
 def _build(
@@ -504,10 +514,13 @@ def _users(
     protocols = [imported(path, where) for path in PROTOCOLS[section]]
     refuse_untrusted(kind, f"{where}.type")
     if is_of_python(kind):
-        refuse_shadowed(kind, source.folder, f"{where}.type")
+        refuse_shadowed(kind, source.places.folder, f"{where}.type")
         raise _unfit(section, kind, where, [*_methods(protocols[0])], "it is of Python itself")
+    if kind.partition(".")[0] in sys.modules:
+        # Another module of this name may lack what is looked for.
+        refuse_shadowed(kind, source.places.folder, f"{where}.type")
     chosen = imported(kind, f"{where}.type")
-    refuse_shadowed(kind, source.folder, f"{where}.type")
+    refuse_shadowed(kind, source.places.folder, f"{where}.type")
     if not callable(chosen) and all(_lacking(chosen, protocol) for protocol in protocols):
         raise RecipeError(f"{where}.type: {kind} is neither a class nor a function.")
     if inspect.isclass(chosen):
@@ -627,7 +640,9 @@ def _validated(
     written: dict[str, Any] = {}
     for key, section in nested.items():
         build = _named_parts if _many(chosen, key) else _part
-        built[key], written[key] = build(section, fields.get(key), f"{where}.{key}", source)
+        built[key], written[key] = build(
+            section, fields.get(key), f"{where}.{key}", source.within(key)
+        )
     plain = {key: value for key, value in fields.items() if key not in nested}
     try:
         # JSON rules: lists may become tuples and strings paths, but "8" is no number.
@@ -638,10 +653,10 @@ def _validated(
         component = chosen.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise RecipeError(explained(error, chosen, where)) from None
-    places = Places(source.folder)
-    component = (
-        component.placed(places) if isinstance(component, Component) else placed(component, places)
-    )
+    if isinstance(component, Component):
+        component = component.placed(source.places)
+    else:
+        component = placed(component, source.places)
     resolved = component.model_dump(mode="json", exclude={*nested})
     component = component.model_copy(update=built)
     if check := getattr(component, "check_parts", None):
@@ -662,5 +677,7 @@ def _named_parts(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Components inside of another one, by name."""
     named = fields_of(named, where, "names, each with keys and values")
-    built = {n: _part(section, fields, f"{where}.{n}", source) for n, fields in named.items()}
+    built = {
+        n: _part(section, fields, f"{where}.{n}", source.within(n)) for n, fields in named.items()
+    }
     return {n: part for n, (part, _) in built.items()}, {n: w for n, (_, w) in built.items()}

@@ -48,6 +48,7 @@ from entroflow.ledger import Ledger
 from entroflow.metrics import Metrics, iteration_metrics, rated_rollouts
 from entroflow.objectives.base import loss_weighting
 from entroflow.objectives.update import UpdateStatistics, update
+from entroflow.places import paths_in
 from entroflow.policies.base import Condition, Policy
 from entroflow.prompt_checks import remarks_on_prompts
 from entroflow.prompts import ListedSource, Prompt
@@ -146,6 +147,19 @@ class Trainer:
     def code(self) -> Inputs:
         """The modules of the user's that the recipe names, by content."""
         return code_of(self.recipe.resolved)
+
+    @cached_property
+    def unverified(self) -> list[tuple[str, str]]:
+        """Key and path of what the recipe names by path, where no digest tells what it holds.
+
+        What a policy reads is part of the digest of its weights, and no cache changes a result.
+        """
+        verified = {"policy", *(key.partition(",")[0] for key in self.inputs)}
+        return [
+            (key, path)
+            for key, path in paths_in(self.recipe.resolved)
+            if not {key, key.partition(".")[0]} & verified and not key.endswith(".cache")
+        ]
 
     def step(self) -> Metrics:
         """One iteration: the whole method, a line a stage."""

@@ -118,12 +118,18 @@ def refuse_shadowed(module_name: str, folder: Path | None, where: str) -> None:
         beside = [place / f"{top}.py", place / top / "__init__.py"]
         if any(path.is_file() for path in beside):
             found = getattr(sys.modules.get(top), "__file__", None)
-            if found is None or Path(found).resolve() not in [p.resolve() for p in beside]:
+            if found is not None and Path(found).resolve() in [p.resolve() for p in beside]:
+                return
+            here = next(path for path in beside if path.is_file())
+            if found is None or found.startswith(tuple(_installed())):
                 raise RecipeError(
-                    f"{where}: {top!r} is the module {found or 'of Python itself'}, not "
-                    f"the one in {place}; rename that one, or use a new process."
+                    f"{where}: {top!r} is the module {found or 'of Python itself'}, not the one in "
+                    f"{place}; rename {here}."
                 )
-            return
+            raise RecipeError(
+                f"{where}: two modules are called {top!r}, {found} and {here}, and one process can "
+                "load only one of them; rename one, and the type in its recipe."
+            )
 
 
 def home_of(part: Any) -> str:
@@ -226,10 +232,14 @@ def raised(error: BaseException) -> str:
     """What someone else's code raised, and in which line, as the end of a sentence."""
     if isinstance(error, SyntaxError):
         return f"raised {type(error).__name__}: {error}"
-    places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    installed = [*places, str(Path(__file__).parent), "<frozen"]
     frames = traceback.extract_tb(error.__traceback__)
-    users = [f for f in frames if not f.filename.startswith(tuple(installed))]
+    users = [f for f in frames if not f.filename.startswith(tuple(_installed()))]
     frame = (users or frames)[-1]
     at = f"{frame.filename}, line {frame.lineno}"
     return f"raised {type(error).__name__}: {one_line(str(error), 300)} ({at})"
+
+
+def _installed() -> list[str]:
+    """How the paths of modules begin that are not the user's own."""
+    places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return [*places, str(Path(__file__).parent), "<frozen"]

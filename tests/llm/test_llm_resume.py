@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from entroflow.cli import main
 from entroflow.errors import InputError
 from entroflow.llm import recipe as recipes
+from entroflow.llm.embedded import BASE
 from entroflow.llm.problems import judge, problems_of, solved
 from entroflow.llm.run import load_model, resume, train
 from entroflow.runs import RunFolder
@@ -178,6 +179,41 @@ def test_a_lora_is_all_that_is_trained_and_saved(tmp_path):
     assert recipes.load(more.path / "recipe.yaml").model.path == str(whole.latest().resolve())
 
 
+def right(completions, solution, **_):
+    return [float(text == str(wanted)) for text, wanted in zip(completions, solution, strict=True)]
+
+
+def test_what_was_moved_is_named_by_an_override(tmp_path, monkeypatch):
+    """The model and the problems, as long as they are the same."""
+    rows = [{"prompt": "1 2 3 4 -> 10 :", "solution": str(n)} for n in range(40)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(BASE, tmp_path / "model")
+    changes = (
+        "task.type=dataset", f"task.path={tmp_path / 'asked.jsonl'}", "task.held_out=6",
+        f"task.reward={__name__}.right", "task.problems=20", f"model.path={tmp_path / 'model'}",
+        "trainer.per_device_train_batch_size=16",
+    )  # fmt: skip
+    run_of(tmp_path / "run", "run.updates=1", *changes)
+    (tmp_path / "new").mkdir()
+    for name in ("asked.jsonl", "model"):
+        (tmp_path / name).rename(tmp_path / "new" / name)
+    monkeypatch.chdir(tmp_path)
+    further = "run.updates=2"
+    with pytest.raises(InputError, match=r"^model\.path: .*; if it was moved, add model\.path=NEW"):
+        resume(tmp_path / "run", [further])
+    with pytest.raises(InputError, match=r"^task\.path: .* is not there; .* add task\.path=NEW to"):
+        resume(tmp_path / "run", [further, "model.path=new/model"])
+    moved = [further, "model.path=new/model", "task.path=new/asked.jsonl"]
+    rows[0]["solution"] = "other"
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"task: what .* holds is not what"):
+        resume(tmp_path / "run", [*moved, "task.path=other.jsonl"])
+    run = resume(tmp_path / "run", moved)
+    assert curve(run, "iteration") == [0, 1, 2]
+    written = recipes.load(run.path / "recipe.yaml")
+    assert written.task.path == str(tmp_path / "new/asked.jsonl")
+
+
 # --- wrong input ----------------------------------------------------------------------------------
 
 
@@ -188,8 +224,8 @@ def done(tmp_path_factory):
 
 @pytest.mark.parametrize(("overrides", "said"), [
     ([], "has made its 2 updates; go further with run.updates=N"),
-    (["run.seed=2"], "can change run.updates, not 'run.seed=2'"),
-    (["clip.type=b"], "can change run.updates, not 'clip.type=b'"),
+    (["run.seed=2"], "can change run.updates, .*, not 'run.seed=2'"),
+    (["clip.type=b"], "can change run.updates, .*, not 'clip.type=b'"),
 ])  # fmt: skip
 def test_what_can_not_go_on(done, overrides, said):
     with pytest.raises(InputError, match=said):

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,8 @@ from entroflow.compare import Arm, planned
 from entroflow.component import Component
 from entroflow.errors import InputError
 from entroflow.inputs import digest_of_records, files_of
+from entroflow.rewards.base import Scores, Status
+from entroflow.settings_text import parse_yaml
 from tiny_run import PixelPolicy, recipe, train
 
 RECORDS = [{"prompt": f"p{n}", "level": n} for n in range(6)]
@@ -44,8 +47,8 @@ def run(tmp_path):
     )  # fmt: skip
 
 
-def resumed(run):
-    return entroflow.resume(run.path, policy=PixelPolicy())
+def resumed(run, *overrides):
+    return entroflow.resume(run.path, overrides, policy=PixelPolicy())
 
 
 @pytest.mark.parametrize("edit", [
@@ -124,6 +127,78 @@ def test_a_template_that_was_edited_is_refused(tmp_path):
     template.write_text("How bad is this for {prompt}? Score: 0 to 10")
     with pytest.raises(InputError, match=r"reward\.template: what .*words\.txt holds"):
         resumed(run)
+
+
+def test_what_was_moved_is_named_by_an_override(run, tmp_path, monkeypatch, caplog):
+    """Without it, the error says which; other content is refused, and so is another key."""
+    new = tmp_path / "new"
+    new.mkdir()
+    for name in ("train.jsonl", "held_out.txt"):
+        (tmp_path / name).rename(new / name)
+    old = tmp_path / "held_out.txt"
+    said = f"^evaluation.path: {old} is not there; if it was moved, add evaluation.path=NEW to the"
+    with pytest.raises(InputError, match=said):
+        resumed(run)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^prompts\.path: .* add prompts\.path=NEW"):
+        resumed(run, "evaluation.path=new/held_out.txt")
+    paths = ["prompts.path=new/train.jsonl", "evaluation.path=new/held_out.txt"]
+    for other in ("prompts.type=text", "prompts.per_iteration=3", "optimizer.betas=[0.1, 0.2]"):
+        with pytest.raises(InputError, match=r"and paths to what was moved, not '(prompts|optim)"):
+            resumed(run, *paths, other)
+    with pytest.raises(InputError, match=r"evaluation, validation: what .* holds is not what"):
+        resumed(run, paths[0], "evaluation.path=new/train.jsonl")
+    assert resumed(run, *paths).metrics()[-1]["iteration"] == 3
+    assert "was changed" not in caplog.text
+    kept = parse_yaml((run.path / "recipe.yaml").read_text(), "recipe")
+    assert kept["prompts"]["path"] == str(new / "train.jsonl")
+    assert resumed(run, "run.iterations=4").metrics()[-1]["iteration"] == 4
+
+
+class Reads(Component):
+    """A reward with a file that is no part of the inputs, and one that is."""
+
+    read_from = ("template",)
+
+    file: Path | None = None
+    cache: Path | None = None
+    template: Path | None = None
+
+    def score(self, images, prompts):
+        assert self.file is None or self.file.read_text()
+        return Scores(images.mean(dim=(1, 2, 3)), (Status.OK,) * len(images))
+
+
+def test_of_what_no_digest_tells_a_moved_path_is_warned_of(tmp_path, caplog):
+    for name in ("file", "template", "moved", "words"):
+        (tmp_path / f"{name}.txt").write_text("same")
+    own = {"type": f"{__name__}.Reads", "cache": str(tmp_path / "cache")}
+    own |= {key: str(tmp_path / f"{key}.txt") for key in ("file", "template")}
+    (tmp_path / "mine.yaml").write_text(recipe(reward=own).to_yaml())
+    run = entroflow.train(
+        tmp_path / "mine.yaml", policy=PixelPolicy(), run=tmp_path / "run", stop_after=1
+    )
+    (tmp_path / "template.txt").unlink()
+    with pytest.raises(InputError, match=r"reward\.template: .*template\.txt is not there; if it"):
+        resumed(run)
+    resumed(run, f"reward.file={tmp_path / 'moved.txt'}", f"reward.template={tmp_path}/words.txt")
+    (warned,) = [r.getMessage() for r in caplog.records if "can't be told" in r.getMessage()]
+    assert warned.startswith(f"reward.file: whether {tmp_path / 'moved.txt'} holds what the run")
+    with pytest.raises(InputError, match=r"reward\.file|not 'reward\.file'"):
+        resumed(run, "reward.file=null")
+
+
+def test_results_are_kept_by_place_where_no_digest_tells_the_content(tmp_path):
+    keys = []
+    for folder, cache in (("a", "x"), ("b", "x"), ("a", "y")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "w.txt").write_text(folder)
+        own = [f"reward.type={__name__}.Reads", f"reward.file={tmp_path / folder / 'w.txt'}"]
+        own += [f"reward.cache={tmp_path / cache / 'cache'}", *QUICK]
+        (job,) = planned([Arm("quickstart", tuple(own))], [0], {"updates": 1})
+        keys.append(job.key)
+    assert len({key["recipe_hash"] for key in keys}) == 1
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_results_of_a_comparison_are_of_what_the_files_held(tmp_path):

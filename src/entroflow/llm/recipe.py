@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from entroflow.component import Component
 from entroflow.errors import RecipeError, quoted
 from entroflow.llm.clips import MOST, MU_B, MU_V
-from entroflow.places import PathOrName, Places
+from entroflow.places import PathOrName, Places, with_override, without_folders
 from entroflow.settings_text import (
     TEXTS,
     as_yaml,
@@ -186,14 +186,15 @@ class LLMRecipe:
     def hash(self) -> str:
         """A short hash of all settings but the seed, and how the run is judged and called.
 
-        The weights in the package are part of it.
+        The weights in the package are part of it. Of a path its last name counts; what is there is
+        digested in the checkpoints.
         """
         content = {key: getattr(self, key).model_dump(mode="json") for key in PARTS}
         content |= {"run": {"updates": self.run.updates}, "trainer": dict(self.trainer)}
         del content["evaluation"]
         if self.model.path == EMBEDDED:
             content["weights"] = hashlib.blake2b(EMBEDDED_WEIGHTS.read_bytes()).hexdigest()
-        text = json.dumps(content, sort_keys=True)
+        text = json.dumps(without_folders(content, SHIPPED), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
     @property
@@ -201,7 +202,7 @@ class LLMRecipe:
         """A short hash of all that a resumed run may not change."""
         content = {key: getattr(self, key).model_dump(mode="json") for key in PARTS}
         content |= {"run": {"seed": self.run.seed}, "trainer": dict(self.trainer)}
-        text = json.dumps(content, sort_keys=True)
+        text = json.dumps(without_folders(content, SHIPPED), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
     @property
@@ -252,7 +253,7 @@ def load(
 
     Args:
         name_or_path: of the recipe.
-        overrides: changes to it.
+        overrides: changes to it; their paths are looked for in the current folder first.
         trust: let its reward be found also in a folder that is not below the current one.
 
     Raises:
@@ -260,9 +261,11 @@ def load(
     """
     name, text, folder = read_recipe(str(name_or_path), shipped())
     mapping = parse_yaml(text, name)
+    overridden: Any = {}
     for override in overrides:
         keys, value = override_of(override, SECTIONS)
         holder_of(mapping, keys, override)[keys[-1]] = value
+        overridden = with_override(overridden, keys)
     if (home := mapping.pop(FOUND_IN, None)) is not None:
         if not isinstance(home, str):
             raise RecipeError(f"{name}: {FOUND_IN} must be a folder, not {quoted(home)}.")
@@ -277,9 +280,10 @@ def load(
     for section, kind in PARTS.items():
         fields = fields_of(mapping.get(section), f"{name}: {section}")
         try:
-            parts[section] = kind.model_validate(fields, strict=True).placed(Places(folder))
+            part = kind.model_validate(fields, strict=True)
         except ValidationError as error:
             raise RecipeError(explained(error, kind, f"{name}: {section}")) from None
+        parts[section] = part.placed(Places(folder, overridden).within(section))
     trainer = fields_of(mapping.get("trainer"), f"{name}: trainer")
     _check_trainer(trainer, f"{name}: trainer")
     return LLMRecipe(name=name, **parts, trainer=trainer, found_in=folder)

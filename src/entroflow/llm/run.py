@@ -50,6 +50,7 @@ from entroflow.llm.state import (
     inputs_of,
     logged_at,
 )
+from entroflow.places import hinting_at_moved, paths_in
 from entroflow.runs import EVALUATION, RECIPE, RunFolder, folder_name
 from entroflow.signals import asked_to_stop
 
@@ -120,10 +121,7 @@ def train(recipe: LLMRecipe, run: Path | None = None, watch: Watch | None = None
     Raises:
         InputError: a model, a task or a setting is wrong.
     """
-    if (Path(recipe.model.path) / RECIPE).is_file():
-        # That run may go on; this one has begun where it is now.
-        place = str(RunFolder(Path(recipe.model.path)).latest().resolve())
-        recipe = replace(recipe, model=recipe.model.model_copy(update={"path": place}))
+    recipe = _of_checkpoint(recipe)
     # What TRL itself may want to write goes nowhere: the run folder has its own files.
     with TemporaryDirectory() as scratch:
         trainer, problems = _prepared(recipe, Path(scratch))
@@ -140,6 +138,14 @@ def train(recipe: LLMRecipe, run: Path | None = None, watch: Watch | None = None
     return folder
 
 
+def _of_checkpoint(recipe: LLMRecipe) -> LLMRecipe:
+    """A recipe whose model is no run, which may go on, but the checkpoint where that is now."""
+    if not (Path(recipe.model.path) / RECIPE).is_file():
+        return recipe
+    place = str(RunFolder(Path(recipe.model.path)).latest().resolve())
+    return replace(recipe, model=recipe.model.model_copy(update={"path": place}))
+
+
 def resume(
     path: Path,
     overrides: Sequence[str] = (),
@@ -152,7 +158,8 @@ def resume(
     Args:
         path: the run folder.
         overrides: `run.updates=N` to go further than it was meant to, which moves the end of a
-            falling learning rate; no other, as that would make it another run.
+            falling learning rate; `model.path` and `task.path` where what was moved holds the same;
+            no other, as that would make it another run.
         watch: see `train`.
         trust: see `recipe.load`.
 
@@ -161,16 +168,18 @@ def resume(
     """
     folder = RunFolder.open(path)
     for override in overrides:
-        if not override.startswith("run.updates="):
+        if override.partition("=")[0] not in ("run.updates", "model.path", "task.path"):
             raise InputError(
-                f"a resumed run can change run.updates, not {override!r}; start a new run for "
-                "another recipe."
+                "a resumed run can change run.updates, and model.path and task.path if they were "
+                f"moved, not {override!r}; start a new run for another recipe."
             )
-    recipe = load(path / RECIPE, overrides, trust=trust)
+    recipe = _of_checkpoint(load(path / RECIPE, overrides, trust=trust))
     checkpoint = folder.latest()
     check_digests(checkpoint)
+    paths = {"model": {"path": recipe.model.path}, "task": {"path": recipe.task.path}}
     with TemporaryDirectory() as scratch:
-        trainer, problems = _prepared(recipe, Path(scratch))
+        with hinting_at_moved(paths_in(paths)):
+            trainer, problems = _prepared(recipe, Path(scratch))
         processes = trainer.accelerator.num_processes
         done = check_state(checkpoint, processes, recipe.identity, trainer.inputs)
         if done >= recipe.run.updates and (path / EVALUATION).exists():
