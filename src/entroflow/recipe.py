@@ -466,7 +466,19 @@ def _assembled(
         parts[section], resolved[section] = _build(
             section, fields_of(mapping.get(section), where), where, source
         )
+    _refuse_doubled(name, parts["monitors"], parts["evaluation"])
     return Recipe(name=name, **parts, resolved=resolved)
+
+
+def _refuse_doubled(recipe: str, monitors: Monitors, evaluation: Any) -> None:
+    """Refuse monitors that have the name of one that the evaluation has itself."""
+    for name in monitors.rewards:
+        # An evaluation of the user's may not say what it measures; see `watching.watched`.
+        if name in getattr(evaluation, "monitor_names", ()):
+            raise RecipeError(
+                f"{recipe}: monitors.rewards.{name}: the evaluation has one of this name; choose "
+                "another."
+            )
 
 
 def _apply_override(mapping: dict[str, Any], override: str) -> None:

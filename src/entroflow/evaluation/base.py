@@ -143,6 +143,9 @@ class HeldOutEvaluation(Component):
     measure: ClassVar[Measure] = Measure("score")
     prompts_from: ClassVar[str | None] = None
     """The field that names the held-out prompts, where they are not in the package."""
+    monitor_names: ClassVar[tuple[str, ...]] = ()
+    """Names of the monitors that `run` returns, as far as they are known before: a reward that is
+    to be watched has another name, so that a recipe is refused when it is read."""
 
     split: Split = Field("validation", description="captions evaluated while training")
     steps: int = Field(10, ge=1, description="ODE steps")
