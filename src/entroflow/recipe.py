@@ -21,9 +21,10 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
 from entroflow.component import Component, placed
-from entroflow.errors import RecipeError, quoted
+from entroflow.errors import RecipeError, UntrustedError, quoted
 from entroflow.places import Places
 from entroflow.plain_sections import ENDS, Attention, Monitors, Optimizer, Run, Sampling, Scoring
+from entroflow.rewards.access import sent_keys
 from entroflow.settings_text import (
     TEXTS,
     fields_of,
@@ -38,6 +39,7 @@ from entroflow.users_code import (
     home_of,
     imported,
     is_of_python,
+    is_working_tree,
     refuse_shadowed,
     refuse_untrusted,
     search_beside,
@@ -320,20 +322,23 @@ def load_recipe(
         name_or_path: of the recipe.
         overrides: changes to it.
         given: see `build_recipe`.
-        trust: import what it names also from a folder that is not below the current one.
+        trust: import what it names also from a folder that is not below the current one, and let
+            a recipe of such a folder send API keys.
 
     Raises:
         RecipeError: unknown recipe, section, key or type; a value of the wrong type or out of
             range; an override of a section that is given; a file that is missing or no YAML.
-        UntrustedError: a part is code beside the recipe, elsewhere than below the current folder.
+        UntrustedError: a part is code beside the recipe, elsewhere than below the current folder;
+            or such a recipe has an API key sent to another machine.
     """
     for override in overrides:
         section = override.partition(".")[0]
         if given and section in given:
             raise RecipeError(f"{override}: {section} is given as an object; set its fields there.")
-    mapping, name, folder = _opened(name_or_path, overrides, trust)
-    recipe = build_recipe(mapping, name, given, folder)
-    return _with_home(recipe, folder)
+    opened = _opened(name_or_path, overrides, trust)
+    opened.refuse_sent_keys([section for section in SECTIONS if section not in (given or {})])
+    recipe = build_recipe(opened.mapping, opened.name, given, opened.folder)
+    return _with_home(recipe, opened.folder)
 
 
 def described(name_or_path: str | Path) -> str:
@@ -344,27 +349,70 @@ def described(name_or_path: str | Path) -> str:
     Raises:
         RecipeError: see `load_recipe`.
     """
-    mapping, name, folder = _opened(name_or_path, (), False)
-    recipe = _assembled(mapping, name, {}, _Source(folder, is_built=False))
-    return _with_home(recipe, folder).to_yaml()
+    opened = _opened(name_or_path, (), False)
+    source = _Source(opened.folder, is_built=False)
+    recipe = _assembled(opened.mapping, opened.name, {}, source)
+    return _with_home(recipe, opened.folder).to_yaml()
 
 
 def refuse_strangers(name_or_path: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Refuse a recipe that names code which is neither trusted nor of the user's working tree.
+    """Refuse a recipe for which trust is needed: for code that it names, or an API key it sends.
 
     Raises:
         RecipeError: see `load_recipe`.
-        UntrustedError: it does; nothing was imported.
+        UntrustedError: it is needed; nothing was imported.
     """
-    mapping, name, _ = _opened(name_or_path, overrides, False)
-    for path in _dotted_paths(mapping):
-        refuse_untrusted(path, name)
+    opened = _opened(name_or_path, overrides, False)
+    for path in _dotted_paths(opened.mapping):
+        refuse_untrusted(path, opened.name)
+    opened.refuse_sent_keys(SECTIONS)
 
 
-def _opened(
-    name_or_path: str | Path, overrides: Sequence[str], trust: bool
-) -> tuple[dict[str, Any], str, Path]:
-    """What a recipe says, its name, and the folder it lay in first; what lies there is found."""
+@dataclass(frozen=True)
+class _Opened:
+    """What a recipe says, with the changes to it.
+
+    Attributes:
+        mapping: without `found_in`.
+        name: of the recipe, for messages.
+        folder: the folder it lay in first; what lies there is found.
+        stranger: the folder that its file lies in, if that is neither the user's nor trusted.
+        changes: keys of what was changed; the values are the user's own.
+    """
+
+    mapping: dict[str, Any]
+    name: str
+    folder: Path
+    stranger: Path | None
+    changes: Sequence[tuple[str, ...]]
+
+    def refuse_sent_keys(self, sections: Sequence[str]) -> None:
+        """Refuse a stranger's recipe that has an API key of the user's sent to another machine.
+
+        Where the user has named the server or the variable, it is their own will.
+
+        Args:
+            sections: that are looked at.
+
+        Raises:
+            UntrustedError: it has.
+        """
+        if self.stranger is None:
+            return
+        for sent in sent_keys({section: self.mapping.get(section) for section in sections}):
+            if not any(self._is_changed(*sent.keys, key) for key in ("url", "key_variable")):
+                raise UntrustedError(
+                    f"{self.name}: {'.'.join(sent.keys)}: the API key in {sent.variable} would be "
+                    f"sent to {sent.host}, by a recipe in {self.stranger}, which is not below the "
+                    "current folder; read it, and allow it with --trust (from Python: trust=True)."
+                )
+
+    def _is_changed(self, *keys: str) -> bool:
+        return any(keys[: len(change)] == change for change in self.changes)
+
+
+def _opened(name_or_path: str | Path, overrides: Sequence[str], trust: bool) -> _Opened:
+    """Read a recipe, and change it."""
     name, text, beside = read_recipe(str(name_or_path), shipped_recipes())
     mapping = parse_yaml(text, name)
     # A type goes before its fields, wherever it stands.
@@ -372,7 +420,10 @@ def _opened(
         _apply_override(mapping, override)
     folder = _home_folder(mapping, beside or SHIPPED, name)
     search_beside(_of_users(folder), trust)
-    return mapping, name, folder
+    # Not the home folder: that is what the file says of itself.
+    is_stranger = beside is not None and not trust and not is_working_tree(beside)
+    changes = [tuple(override_of(override, SECTIONS)[0]) for override in overrides]
+    return _Opened(mapping, name, folder, beside if is_stranger else None, changes)
 
 
 def _with_home(recipe: Recipe, folder: Path) -> Recipe:
@@ -402,9 +453,11 @@ def load_component(name_or_path: str | Path, section: str, *, trust: bool = Fals
     Raises:
         RecipeError: see `load_recipe`.
     """
-    mapping, name, folder = _opened(name_or_path, (), trust)
-    fields = fields_of(mapping.get(section), f"{name}: {section}")
-    return _build(section, fields, f"{name}: {section}", _Source(folder))[0]
+    opened = _opened(name_or_path, (), trust)
+    opened.refuse_sent_keys([section])
+    where = f"{opened.name}: {section}"
+    fields = fields_of(opened.mapping.get(section), where)
+    return _build(section, fields, where, _Source(opened.folder))[0]
 
 
 def changed(component: ComponentT, fields: Mapping[str, Any], where: str) -> ComponentT:

@@ -26,7 +26,7 @@ from entroflow.errors import InputError
 from entroflow.pictures import to_pil
 from entroflow.prompts import Prompt
 from entroflow.redaction import without_secrets
-from entroflow.rewards.access import api_key, endpoint
+from entroflow.rewards.access import KEY_VARIABLE, api_key, endpoint
 from entroflow.rewards.asking import TRANSIENT, Asker, Limits, Once, Reply
 from entroflow.rewards.base import Status
 from entroflow.rewards.chat import read_reply
@@ -89,7 +89,7 @@ class Served(Component):
         "the server lists of the model",
     )
     key_variable: str = Field(
-        "OPENAI_API_KEY", description="environment variable with the API key; may be unset"
+        KEY_VARIABLE, description="environment variable with the API key; may be unset"
     )
 
     @property
