@@ -109,6 +109,7 @@ def resume(
             raise InputError(f"{run} was started with the {section} {before}, not {now}.")
     with folder.held():
         trainer = Trainer(recipe, policy)
+        trainer.check_parts()
         checkpoint = folder.latest()
         trainer.load(checkpoint)
         folder.metrics_until(trainer.iteration, trainer.taken())

@@ -170,13 +170,6 @@ class HeldOutEvaluation(Component):
         """All held-out prompts by split, where they can be listed."""
         return {}
 
-    def check(self) -> None:
-        """Read what `run` will need, so that wrong input shows before a run begins.
-
-        Raises:
-            InputError: a file is missing or wrong.
-        """
-
     def run(
         self,
         policy: Policy,

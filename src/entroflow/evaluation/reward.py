@@ -103,7 +103,8 @@ class RewardEvaluation(HeldOutEvaluation):
         return self._dealt
 
     def check(self) -> None:
-        """See `HeldOutEvaluation.check`."""
+        """See `Component.check`."""
+        super().check()
         self.prompts(self.split)
 
     def prompts(self, split: Split) -> list[Prompt]:
