@@ -334,6 +334,122 @@ def test_nobody_is_asked_where_several_processes_run(monkeypatch):
     assert not trust._is_terminal()
 
 
+# --- API keys that would be sent ------------------------------------------------------------------
+
+SERVED = "type: openai, model: m"
+SENDERS = {
+    "reward": "reward: {{{0}}}",
+    "judge": "reward: {{type: pairwise, judge: {{{0}}}}}",
+    "in a mixture": "reward: {{type: mixture, rewards: {{a: {{type: shapes}}, b: {{{0}}}}}}}",
+    "monitor": "monitors: {{rewards: {{x: {{{0}}}}}}}",
+}
+"""Wherever a recipe may name a server."""
+
+
+@pytest.mark.parametrize("place", SENDERS)
+@pytest.mark.parametrize("variable", [None, "AWS_SECRET"])
+def test_a_recipe_elsewhere_sends_no_key_to_another_machine(stranger, place, variable):
+    folder, _, _ = stranger
+    named = f", key_variable: {variable}" if variable else ""
+    text = SENDERS[place].format(f"{SERVED}, url: 'https://theirs.example/v1'{named}")
+    recipe = written(folder, text)
+    said = rf"in {variable or 'OPENAI_API_KEY'} would be sent to theirs\.example, .*--trust"
+    with pytest.raises(UntrustedError, match=said):
+        load_recipe(recipe)
+    load_recipe(recipe, trust=True)
+    # What lies in the working tree is the user's own, and what is only shown sends nothing.
+    load_recipe(written(Path.cwd(), text))
+    assert "theirs.example" in described(recipe)
+    # No part that is sent a key is among these.
+    load_component(recipe, "policy")
+
+
+@pytest.mark.parametrize(
+    ("url", "is_here"),
+    [
+        ("http://localhost:8080/v1", True),
+        ("https://127.0.0.1/v1", True),
+        ("HTTP://[::1]:9/v1?a=b", True),
+        ("http://localhost.theirs.example/v1", False),
+        ("http://127.0.0.1.theirs.example", False),
+        ("http://127.0.0.1:80@theirs.example", False),
+        ("http://localhost\\@theirs.example", False),
+        ("http://theirs.example/@127.0.0.1", False),
+        ("http://theirs.example#@localhost/", False),
+        ("http://[::1", False),
+        ("//localhost", False),
+    ],
+)
+def test_a_server_on_this_machine_needs_no_trust(stranger, url, is_here):
+    folder, _, _ = stranger
+    recipe = written(folder, f"reward: {{{SERVED}, url: '{url}'}}")
+    if is_here:
+        assert load_recipe(recipe).reward.url == url
+    else:
+        with pytest.raises(UntrustedError):
+            load_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["reward.url=https://mine.example/v1"],
+        ["reward.key_variable=MY_KEY"],
+        ["reward.type=shapes"],
+    ],
+)
+def test_what_the_user_names_is_their_own(stranger, changes):
+    folder, _, _ = stranger
+    text = f"reward: {{{SERVED}, url: 'https://theirs.example/v1', key_variable: THEIRS}}"
+    load_recipe(written(folder, text), changes)
+    with pytest.raises(UntrustedError):
+        load_recipe(folder / "mine.yaml", ["reward.model=other", "reward.template=null"])
+
+
+def test_a_whole_part_that_the_user_names_is_their_own(stranger):
+    folder, _, _ = stranger
+    judge = f"{{{SERVED}, url: 'https://mine.example/v1'}}"
+    recipe = written(folder, "reward: {type: pairwise, judge: {type: shapes_preference}}")
+    load_recipe(recipe, [f"reward.judge={judge}"])
+
+
+def test_a_run_folder_elsewhere_needs_trust_for_its_server(stranger):
+    """Whatever it says of where it came from."""
+    folder, _, _ = stranger
+    text = f"found_in: {Path.cwd()}\nreward: {{{SERVED}, url: 'https://theirs.example/v1'}}"
+    recipe = written(folder / "run", text, "recipe.yaml")
+    with pytest.raises(UntrustedError):
+        load_recipe(recipe)
+    with pytest.raises(UntrustedError):
+        _part(Opened(None, (), recipe), "reward")
+    assert _part(Opened(None, (), recipe, trust=True), "reward").model == "m"
+
+
+def test_a_variable_that_is_no_name_is_not_shown(stranger):
+    """It may be the key itself."""
+    folder, _, _ = stranger
+    text = f"reward: {{{SERVED}, url: 'https://theirs.example/v1', key_variable: sk-123456}}"
+    with pytest.raises(UntrustedError) as refused:
+        load_recipe(written(folder, text))
+    assert "sk-1" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["train", "doctor", "reward test", "compare"])
+def test_no_command_sends_a_key_for_strangers(stranger, command, monkeypatch, name):
+    folder, _, _ = stranger
+    recipe = written(folder, f"reward: {{{SERVED}, url: 'https://theirs.example/v1'}}")
+    arguments = [recipe if each == "RECIPE" else each for each in COMMANDS[name]]
+    code, said = command(*arguments)
+    assert (code, said.count("\n")) == (2, 1)
+    assert "OPENAI_API_KEY would be sent to theirs.example" in said
+    questions = []
+    monkeypatch.setattr(trust, "_is_terminal", lambda: True)
+    monkeypatch.setattr(typer, "confirm", lambda text, **_: questions.append(text) or False)
+    assert command(*arguments)[0] == 2
+    assert "theirs.example" in questions[0]
+    assert not Path("new").exists()
+
+
 # --- nothing is called that is not for its section ------------------------------------------------
 
 OWN = '''

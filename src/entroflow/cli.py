@@ -355,14 +355,14 @@ def doctor(
 
 
 def _trusts(trust: bool, recipe: str | Path, changes: Sequence[str] = ()) -> bool:
-    """Whether code that a recipe names may run; see `trust.is_trusted`."""
+    """Whether a recipe may do what needs trust; see `trust.is_trusted`."""
     from entroflow.recipe import refuse_strangers
 
     return is_trusted(trust, lambda: refuse_strangers(recipe, changes))
 
 
 def _trusts_run(trust: bool, run: Path | None) -> bool:
-    """Whether code that a run folder names may run."""
+    """Whether a run folder may do what needs trust."""
     from entroflow.runs import RECIPE
 
     return trust if run is None else _trusts(trust, run / RECIPE)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
+from entroflow.errors import InputError
 from entroflow.places import PathOrName, Places, holds_path, with_places
 
 MOST, MOST_OF_ALL = 2**31 - 1, 2**63 - 1
@@ -33,6 +35,25 @@ class Component(BaseModel):
     def placed(self, places: Places) -> Self:
         """This component with absolute paths."""
         return placed(self, places)
+
+    def check(self) -> None:
+        """Read what it will need, so that wrong input shows before a run begins.
+
+        What costs time is kept for when it is needed. Its parts are checked by themselves; see
+        `inputs.check_parts`.
+
+        Raises:
+            InputError: a file is missing, can't be read, or is wrong; the message begins with the
+                key that names it.
+        """
+        for key in self.read_from:
+            path = getattr(self, key)
+            if isinstance(path, Path):
+                try:
+                    with path.open("rb") as file:
+                        file.read(1)
+                except OSError as error:
+                    raise InputError(f"{key}: can't read {path} ({error.strerror}).") from None
 
     @field_validator("*")
     @classmethod

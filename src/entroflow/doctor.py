@@ -136,7 +136,7 @@ class _Patient:
         return said
 
     def plan(self) -> str:
-        """The first iteration can be planned, and the evaluation has what it needs."""
+        """The first iteration can be planned, and all parts can read what they need."""
         trainer = Trainer(self.recipe, self._built())
         trainer.try_inputs()
         self.trainer = trainer

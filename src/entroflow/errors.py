@@ -28,7 +28,7 @@ class RecipeError(InputError):
 
 
 class UntrustedError(RecipeError):
-    """A recipe names code of a folder that is neither the user's working tree nor trusted."""
+    """A recipe needs to be trusted: for code of a folder elsewhere, or an API key that it sends."""
 
 
 def one_line(text: str, most: int = LONGEST) -> str:

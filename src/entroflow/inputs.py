@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
@@ -72,12 +72,38 @@ def files_of(component: Any, where: str) -> dict[str, dict[str, str]]:
         path = getattr(component, key)
         if isinstance(path, Path) and path.is_file():
             found[f"{where}.{key}"] = {"of": str(path), "digest": digest_of_file(path)}
+    for key, part in _parts_of(component, where):
+        found |= files_of(part, key)
+    return found
+
+
+def check_parts(component: Any, where: str) -> None:
+    """Let a component and its parts read what they will need; see `Component.check`.
+
+    Args:
+        where: key of the component in the recipe.
+
+    Raises:
+        InputError: a file is missing or wrong; the message says of which part.
+    """
+    if not isinstance(component, Component):
+        return
+    try:
+        component.check()
+    except InputError as error:
+        said = str(error)
+        raise InputError(said if said.startswith(where) else f"{where}: {said}") from None
+    for key, part in _parts_of(component, where):
+        check_parts(part, key)
+
+
+def _parts_of(component: Component, where: str) -> Iterator[tuple[str, Any]]:
+    """The parts of a component, by their keys in the recipe."""
     for key in component.parts:
         part = getattr(component, key)
         named = part if isinstance(part, Mapping) else {"": part}
         for name, each in named.items():
-            found |= files_of(each, f"{where}.{key}.{name}".rstrip("."))
-    return found
+            yield f"{where}.{key}.{name}".rstrip("."), each
 
 
 def held_out_of(evaluation: Any) -> dict[str, dict[str, str]]:

@@ -114,6 +114,7 @@ def resume(
     with folder.held():
         with hinting_at_moved(there):
             trainer = Trainer(recipe, policy)
+            trainer.check_parts()
             checkpoint = folder.latest()
             trainer.load(checkpoint)
         for key, path in trainer.unverified:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from entroflow.component import Component
+from entroflow.wrong_keys import refuse_names
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -90,9 +91,11 @@ class Monitors(Component):
         Raises:
             ValueError: a mixture, a name that is taken, or `best` names nothing.
         """
+        # Win rates of a mixture's rewards are `win_rate/...`, and looked for by that beginning.
+        win_rates = [name for name in self.rewards if name.startswith("win_rate")]
+        taken = ("reward", "score", "score_low", "score_high", *win_rates)
+        refuse_names(self.rewards, taken, "rewards")
         for name, reward in self.rewards.items():
-            if name in ("reward", "score", "score_low", "score_high", "win_rate") or "/" in name:
-                raise ValueError(f"rewards.{name}: the name is taken, or has a /; choose another")
             if hasattr(reward, "rewards"):
                 raise ValueError(f"rewards.{name} is a mixture; name its rewards here")
         known = ["score", *self.rewards]

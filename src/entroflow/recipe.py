@@ -14,6 +14,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -21,9 +22,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from pydantic import BaseModel, ValidationError
 
 from entroflow.component import Component, placed
-from entroflow.errors import RecipeError, quoted
+from entroflow.errors import RecipeError, UntrustedError, quoted
 from entroflow.places import Places, with_override, without_folders
 from entroflow.plain_sections import ENDS, Attention, Monitors, Optimizer, Run, Sampling, Scoring
+from entroflow.rewards.access import sent_keys
 from entroflow.settings_text import (
     TEXTS,
     as_yaml,
@@ -39,6 +41,7 @@ from entroflow.users_code import (
     home_of,
     imported,
     is_of_python,
+    is_working_tree,
     refuse_shadowed,
     refuse_untrusted,
     search_beside,
@@ -321,20 +324,23 @@ def load_recipe(
         name_or_path: of the recipe.
         overrides: changes to it; their paths are looked for in the current folder first.
         given: see `build_recipe`.
-        trust: import what it names also from a folder that is not below the current one.
+        trust: import what it names also from a folder that is not below the current one, and let
+            a recipe of such a folder send API keys.
 
     Raises:
         RecipeError: unknown recipe, section, key or type; a value of the wrong type or out of
             range; an override of a section that is given; a file that is missing or no YAML.
-        UntrustedError: a part is code beside the recipe, elsewhere than below the current folder.
+        UntrustedError: a part is code beside the recipe, elsewhere than below the current folder;
+            or such a recipe has an API key sent to another machine.
     """
     for override in overrides:
         section = override.partition(".")[0]
         if given and section in given:
             raise RecipeError(f"{override}: {section} is given as an object; set its fields there.")
-    mapping, name, places = _opened(name_or_path, overrides, trust)
-    recipe = _assembled(mapping, name, given or {}, _Source(places))
-    return _with_home(recipe, places.folder)
+    opened = _opened(name_or_path, overrides, trust)
+    opened.refuse_sent_keys([section for section in SECTIONS if section not in (given or {})])
+    recipe = _assembled(opened.mapping, opened.name, given or {}, _Source(opened.places))
+    return _with_home(recipe, opened.places.folder)
 
 
 def described(name_or_path: str | Path) -> str:
@@ -345,27 +351,68 @@ def described(name_or_path: str | Path) -> str:
     Raises:
         RecipeError: see `load_recipe`.
     """
-    mapping, name, places = _opened(name_or_path, (), False)
-    recipe = _assembled(mapping, name, {}, _Source(places, is_built=False))
-    return _with_home(recipe, places.folder).to_yaml()
+    opened = _opened(name_or_path, (), False)
+    source = _Source(opened.places, is_built=False)
+    recipe = _assembled(opened.mapping, opened.name, {}, source)
+    return _with_home(recipe, opened.places.folder).to_yaml()
 
 
 def refuse_strangers(name_or_path: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Refuse a recipe that names code which is neither trusted nor of the user's working tree.
+    """Refuse a recipe for which trust is needed: for code that it names, or an API key it sends.
 
     Raises:
         RecipeError: see `load_recipe`.
-        UntrustedError: it does; nothing was imported.
+        UntrustedError: it is needed; nothing was imported.
     """
-    mapping, name, _ = _opened(name_or_path, overrides, False)
-    for path in _dotted_paths(mapping):
-        refuse_untrusted(path, name)
+    opened = _opened(name_or_path, overrides, False)
+    for path in _dotted_paths(opened.mapping):
+        refuse_untrusted(path, opened.name)
+    opened.refuse_sent_keys(SECTIONS)
 
 
-def _opened(
-    name_or_path: str | Path, overrides: Sequence[str], trust: bool
-) -> tuple[dict[str, Any], str, Places]:
-    """What a recipe says, its name, and where files that it names are looked for."""
+@dataclass(frozen=True)
+class _Opened:
+    """What a recipe says, with the changes to it.
+
+    Attributes:
+        mapping: without `found_in`.
+        name: of the recipe, for messages.
+        places: where files that it names are looked for, in the folder it lay in first.
+        stranger: the folder that its file lies in, if that is neither the user's nor trusted.
+    """
+
+    mapping: dict[str, Any]
+    name: str
+    places: Places
+    stranger: Path | None
+
+    def refuse_sent_keys(self, sections: Sequence[str]) -> None:
+        """Refuse a stranger's recipe that has an API key of the user's sent to another machine.
+
+        Where the user has named the server or the variable, it is their own will.
+
+        Args:
+            sections: that are looked at.
+
+        Raises:
+            UntrustedError: it has.
+        """
+        if self.stranger is None:
+            return
+        for sent in sent_keys({section: self.mapping.get(section) for section in sections}):
+            if not any(self._is_changed(*sent.keys, key) for key in ("url", "key_variable")):
+                raise UntrustedError(
+                    f"{self.name}: {'.'.join(sent.keys)}: the API key in {sent.variable} would be "
+                    f"sent to {sent.host}, by a recipe in {self.stranger}, which is not below the "
+                    "current folder; read it, and allow it with --trust (from Python: trust=True)."
+                )
+
+    def _is_changed(self, *keys: str) -> bool:
+        return reduce(Places.within, keys, self.places).overridden is True
+
+
+def _opened(name_or_path: str | Path, overrides: Sequence[str], trust: bool) -> _Opened:
+    """Read a recipe, and change it."""
     name, text, beside = read_recipe(str(name_or_path), shipped_recipes())
     mapping = parse_yaml(text, name)
     overridden: Any = {}
@@ -374,7 +421,9 @@ def _opened(
         overridden = with_override(overridden, _apply_override(mapping, override))
     folder = _home_folder(mapping, beside or SHIPPED, name)
     search_beside(_of_users(folder), trust)
-    return mapping, name, Places(folder, overridden)
+    # Not the home folder: that is what the file says of itself.
+    is_stranger = beside is not None and not trust and not is_working_tree(beside)
+    return _Opened(mapping, name, Places(folder, overridden), beside if is_stranger else None)
 
 
 def _with_home(recipe: Recipe, folder: Path | None) -> Recipe:
@@ -404,9 +453,11 @@ def load_component(name_or_path: str | Path, section: str, *, trust: bool = Fals
     Raises:
         RecipeError: see `load_recipe`.
     """
-    mapping, name, places = _opened(name_or_path, (), trust)
-    fields = fields_of(mapping.get(section), f"{name}: {section}")
-    return _build(section, fields, f"{name}: {section}", _Source(places))[0]
+    opened = _opened(name_or_path, (), trust)
+    opened.refuse_sent_keys([section])
+    where = f"{opened.name}: {section}"
+    fields = fields_of(opened.mapping.get(section), where)
+    return _build(section, fields, where, _Source(opened.places))[0]
 
 
 def changed(component: ComponentT, fields: Mapping[str, Any], where: str) -> ComponentT:
@@ -468,7 +519,19 @@ def _assembled(
         parts[section], resolved[section] = _build(
             section, fields_of(mapping.get(section), where), where, source.within(section)
         )
+    _refuse_doubled(name, parts["monitors"], parts["evaluation"])
     return Recipe(name=name, **parts, resolved=resolved)
+
+
+def _refuse_doubled(recipe: str, monitors: Monitors, evaluation: Any) -> None:
+    """Refuse monitors that have the name of one that the evaluation has itself."""
+    for name in monitors.rewards:
+        # An evaluation of the user's may not say what it measures; see `watching.watched`.
+        if name in getattr(evaluation, "monitor_names", ()):
+            raise RecipeError(
+                f"{recipe}: monitors.rewards.{name}: the evaluation has one of this name; choose "
+                "another."
+            )
 
 
 def _apply_override(mapping: dict[str, Any], override: str) -> list[str]:

@@ -29,7 +29,7 @@ from entroflow.credit.trace import Trace, Trajectories, trajectories_of
 from entroflow.entropy.measuring import AttentionMeter
 from entroflow.entropy.probe import compared_states, entropy_by_step, probe_of
 from entroflow.errors import InputError
-from entroflow.evaluation.base import Drawn, Evaluated, HeldOutEvaluation, measure_of
+from entroflow.evaluation.base import Drawn, Evaluated, measure_of
 from entroflow.evaluation.images import one_by_one
 from entroflow.evaluation.sentinel import Sentinel
 from entroflow.evaluation.watching import compares, watched
@@ -38,6 +38,7 @@ from entroflow.exploration.summary import summary_of
 from entroflow.inputs import (
     Inputs,
     check_inputs,
+    check_parts,
     code_of,
     digest_of_prompts,
     files_of,
@@ -52,9 +53,9 @@ from entroflow.places import paths_in
 from entroflow.policies.base import Condition, Policy
 from entroflow.prompt_checks import remarks_on_prompts
 from entroflow.prompts import ListedSource, Prompt
-from entroflow.recipe import Recipe, identity_of, warn_of_another_recipe
+from entroflow.recipe import SECTIONS, Recipe, identity_of, warn_of_another_recipe
 from entroflow.rewards.base import AnyReward, FunctionReward, Scores, failures
-from entroflow.rewards.mixture import rewards_of, total
+from entroflow.rewards.mixture import Mixture, rewards_of, total
 from entroflow.rewards.scoring import Scoring
 from entroflow.runs import package_version, spent
 from entroflow.sampling.plan import Plan, join
@@ -112,15 +113,15 @@ class Trainer:
         return self.recipe.run.share_done(spent(self.taken()))
 
     def try_inputs(self) -> list[str]:
-        """Plan the first iteration, encode its prompts, and look at all others, so that wrong
-        input shows at once.
+        """Plan the first iteration, encode its prompts, look at all others, and read what the parts
+        will need, so that wrong input shows at once.
 
         Returns:
             What is odd about the prompts; see `remarks_on_prompts`.
 
         Raises:
-            InputError: a prompt file, a caption or a range of steps is wrong, or attention is to
-                be measured that the policy does not show.
+            InputError: a prompt file, a caption, a range of steps or a file that a part names is
+                wrong, or attention is to be measured that the policy does not show.
         """
         prompts = self.recipe.prompts.batch(self.recipe.run.seed, self.iteration)
         self._encode(prompts)
@@ -128,9 +129,23 @@ class Trainer:
             self.policy, prompts, self.base_grid[:1], self.recipe.sampling.guidance
         )
         self.expected()
-        if isinstance(self.recipe.evaluation, HeldOutEvaluation):
-            self.recipe.evaluation.check()
+        self.check_parts()
         return remarks_on_prompts(self.recipe.prompts, self.recipe.evaluation, self.policy)
+
+    def check_parts(self) -> None:
+        """Let all parts of the recipe read what they will need; see `Component.check`.
+
+        Raises:
+            InputError: a file is missing or wrong.
+        """
+        for section in SECTIONS:
+            if section == "reward" and isinstance(self.reward, Mixture):
+                # What has no weight is not used.
+                for name, reward in self.reward.trained.items():
+                    check_parts(reward, f"reward.rewards.{name}")
+            else:
+                part = self.reward if section == "reward" else getattr(self.recipe, section)
+                check_parts(part, section)
 
     @cached_property
     def inputs(self) -> Inputs:

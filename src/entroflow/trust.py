@@ -1,4 +1,4 @@
-"""Whether code that a stranger's recipe or run folder names may run."""
+"""Whether code that a stranger's recipe or run folder names may run, and it may send API keys."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Let code run that lies beside the recipe, also elsewhere than below the current "
-        "folder.",
+        help="Let code run that lies beside the recipe, and the recipe send API keys, also "
+        "elsewhere than below the current folder.",
     ),
 ]
 
 
 def is_trusted(trust: bool, refuse: Callable[[], None]) -> bool:
-    """Whether code may run that lies elsewhere than below the current folder.
+    """Whether a recipe may do what needs trust: run code of a folder that is not below the current
+    one, or send an API key to another machine where it lies in such a folder.
 
     Where someone sits at a terminal they are asked; elsewhere it must have been said beforehand.
 
     Args:
         trust: what was said.
-        refuse: raises UntrustedError if there is such code.
+        refuse: raises UntrustedError if trust is needed.
 
     Raises:
         UntrustedError: the answer is no.
@@ -38,7 +39,7 @@ def is_trusted(trust: bool, refuse: Callable[[], None]) -> bool:
     try:
         refuse()
     except UntrustedError as error:
-        if not typer.confirm(f"{error}\nLet it run now?", err=True):
+        if not typer.confirm(f"{error}\nDo you trust it?", err=True):
             raise
         return True
     except InputError:

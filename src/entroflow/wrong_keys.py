@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from typing import get_args
 
@@ -70,3 +70,20 @@ def hint(word: str, known: Sequence[str]) -> str:
     near = get_close_matches(str(word)[:QUOTED], known, n=1, cutoff=0.5)
     listed = f" (known: {', '.join(known)})." if len(known) <= 16 else "."
     return f"; did you mean {near[0]!r}?{listed if not near else ''}" if near else f"{listed}"
+
+
+def refuse_names(names: Iterable[str], taken: Collection[str], where: str) -> None:
+    """Refuse names of parts that can't stand within the name of a metric.
+
+    Args:
+        taken: what others are called there.
+        where: key that holds the parts.
+
+    Raises:
+        ValueError: a name is empty, taken, or has a `/`.
+    """
+    for name in names:
+        if not name.strip():
+            raise ValueError(f"{where} holds one without a name; give it one")
+        if name in taken or "/" in name:
+            raise ValueError(f"{where}.{name}: the name is taken, or has a /; choose another")

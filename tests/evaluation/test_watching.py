@@ -80,6 +80,11 @@ def test_monitors_are_scored_beside_the_statistics(evaluation):
     assert {"brightness", "diversity"} <= means.keys()
 
 
+def test_the_names_of_what_is_measured_are_known_before(evaluation):
+    found = evaluation.run(PixelPolicy(), seed=0, batch_size=5, reward=Brightness())
+    assert {*found.monitors} == {*evaluation.monitor_names}
+
+
 def test_what_can_not_be_watched_is_said(evaluation):
     with pytest.raises(InputError, match=r"monitors\.rewards\.brightness: the evaluation has one"):
         look(evaluation, 0.0, Brightness(), {"brightness": Brightness()})

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import itertools
 import logging
 import resource
+import subprocess
+import sys
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 
@@ -168,3 +172,68 @@ def test_who_is_cancelled_has_all_skipped():
         assert time.monotonic() - start < 10
         assert [reply.status for reply in replies] == [Status.SKIPPED] * 20
         asker.close()
+
+
+ENDS = {
+    "while questions are open": "begin(); time.sleep(0.5)",
+    "at once": "begin()",
+    "while others go on asking": "[begin(forever=True) for _ in range(4)]; time.sleep(0.5)",
+    "interrupted": """
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+with contextlib.suppress(KeyboardInterrupt):
+    asker.ask_all([{}] * 20)
+""",
+    # As on a machine that is busy with other things.
+    "while its thread is held up": """
+asker._read = lambda body: time.sleep(3)
+good.set()
+begin(); time.sleep(0.5)
+""",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_program_ends_without_a_word_whatever_is_open(end):
+    program = f"""
+import contextlib, gc, os, signal, sys, threading, time
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from entroflow.rewards.asking import Asker, Limits
+from raw_server import RawServer, http
+
+good = threading.Event()
+server = RawServer(lambda *_: [http(b"{{}}")] if good.is_set() else (time.sleep(60),))
+asker = Asker(server.address, {{}}, Limits(8, None, 60.0, 60.0, 1))
+
+def ask(forever):
+    while True:
+        asker.ask_all([{{}}] * 20)
+        if not forever:
+            break
+
+def begin(forever=False):
+    threading.Thread(target=ask, args=(forever,), daemon=True).start()
+
+{ENDS[end]}
+print("over")
+"""
+    start = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("over\n", "", 0)
+    assert time.monotonic() - start < 30
+
+
+def test_an_asker_may_be_collected_in_its_own_thread(capfd):
+    """The garbage collector runs wherever something is made."""
+    asker = Asker("http://127.0.0.1:9", {}, Limits(8, None, 60.0, 60.0, 1))
+    thread, asker.itself = asker._thread, asker
+    gc.disable()
+    try:
+        del asker
+        thread._loop.call_soon_threadsafe(gc.collect)
+        thread._thread.join(10)
+    finally:
+        gc.enable()
+    assert thread._loop.is_closed()
+    assert capfd.readouterr().err == ""

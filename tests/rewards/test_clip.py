@@ -63,7 +63,7 @@ def test_long_prompts_are_cut(clip_folder, images):
 
 
 def test_a_model_that_is_not_there_is_one_clear_line(tmp_path, images):
-    with pytest.raises(InputError, match=r"reward\.model: can't load .*nowhere"):
+    with pytest.raises(InputError, match=r"the CLIP model .*nowhere can't be loaded"):
         score(tmp_path / "nowhere", images, TEXTS)
 
 
@@ -79,7 +79,7 @@ def damaged(clip_folder, path, change):
 def test_a_model_that_lacks_weights_is_refused(clip_folder, tmp_path, images):
     """transformers would make them up, at random and anew each time."""
     folder = damaged(clip_folder, tmp_path / "part", lambda t: t.pop("text_projection.weight"))
-    with pytest.raises(InputError, match=r"lacks 1 tensors .*text_projection\.weight"):
+    with pytest.raises(InputError, match=r"lacks 1 tensors, as text_projection\.weight"):
         score(folder, images, TEXTS)
 
 
@@ -93,7 +93,7 @@ def test_a_damaged_model_is_one_clear_line(clip_folder, tmp_path, images, damage
     folder = tmp_path / "damaged"
     shutil.copytree(clip_folder, folder)
     damage(folder)
-    with pytest.raises(InputError, match=r"reward\.model: can't load .*damaged"):
+    with pytest.raises(InputError, match=r"the CLIP model .*damaged can't be loaded"):
         score(folder, images, TEXTS)
 
 
@@ -102,13 +102,13 @@ def test_weights_of_another_shape_are_one_clear_line(clip_folder, tmp_path, imag
         tensors["visual_projection.weight"] = torch.zeros(8, 32)
 
     folder = damaged(clip_folder, tmp_path / "wide", widen)
-    with pytest.raises(InputError, match=r"reward\.model: can't load .*wide"):
+    with pytest.raises(InputError, match=r"the CLIP model .*wide can't be loaded"):
         score(folder, images, TEXTS)
 
 
 def test_a_device_that_is_not_there_is_one_clear_line(clip_folder, images):
     reward = CLIPScore(model=str(clip_folder), device="abacus")
-    with pytest.raises(InputError, match=r"reward\.device: can't use abacus"):
+    with pytest.raises(InputError, match=r"device: can't use abacus"):
         reward.score(images, [Prompt(text) for text in TEXTS])
 
 

@@ -263,6 +263,7 @@ def test_failures_are_counted_for_the_reward_that_failed():
         ),
         ({"rewards": {"a/b": {}}}, "rewards.a/b: the name is taken, or has a /"),
         ({"rewards": {"failed": {}}}, "rewards.failed: the name is taken"),
+        ({"rewards": {"": {}}}, "rewards holds one without a name"),
     ],
 )
 def test_what_does_not_fit_is_refused(fields, said):

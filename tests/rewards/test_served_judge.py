@@ -306,7 +306,7 @@ def test_nothing_is_left_running(serve):
     _, judge = serve(lambda question, number: "hang", deadline=0.2)
     asked(judge)
     asker = judge._asker
-    loop = asker._loop
+    loop = asker._thread._loop
     assert not [t for t in asyncio.all_tasks(loop) if not t.done()]
     asker.close()
     assert loop.is_closed()

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 import entroflow
+from entroflow import cli
 from entroflow.checkpoints import DIGESTS, read_state
 from entroflow.compare import Arm, planned
 from entroflow.component import Component
 from entroflow.errors import InputError
-from entroflow.inputs import digest_of_records, files_of
+from entroflow.inputs import check_parts, digest_of_records, files_of
+from entroflow.recipe import build_recipe
 from entroflow.rewards.base import Scores, Status
+from entroflow.rewards.preferences import models
 from entroflow.settings_text import parse_yaml
+from entroflow.trainer import Trainer
 from tiny_run import PixelPolicy, recipe, train
 
 RECORDS = [{"prompt": f"p{n}", "level": n} for n in range(6)]
@@ -109,6 +116,116 @@ def test_files_of_parts_are_found_and_others_are_not(tmp_path):
     assert files_of(Reward(), "reward") == before
     (tmp_path / "words.txt").write_text("which one?")
     assert files_of(Reward(), "reward") != before
+
+
+PLACES = {
+    "reward": lambda part: {"reward": part},
+    "reward.rewards.b": lambda part: {
+        "reward": {"type": "mixture", "rewards": {"a": {"type": "jpeg_size"}, "b": part}}
+    },
+    "monitors.rewards.x": lambda part: {"monitors": {"rewards": {"x": part}}},
+}
+"""Wherever a recipe may name a reward, by what messages call the place."""
+
+
+def mine(folder, **sections):
+    """A file with a recipe of the embedded model."""
+    path = folder / "mine.yaml"
+    mapping = {"run": {"iterations": 1}, "evaluation": {"images": 4}, **sections}
+    with path.open("w") as file:
+        YAML().dump(mapping, file)
+    return path
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the command in this process: (arguments) -> (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["entroflow", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_file_that_is_missing_ends_a_command_before_anything_is_written(
+    tmp_path, monkeypatch, command, place
+):
+    monkeypatch.chdir(tmp_path)
+    missing = {"type": "shapes_preference", "weights": "none.safetensors"}
+    path = mine(tmp_path, **PLACES[place](missing))
+    why = f"{place}: weights: can't read {tmp_path / 'none.safetensors'} (No such file"
+    for arguments in (["train", path], ["compare", path, "--budget", "1M"]):
+        code, _, err = command(*arguments)
+        assert (code, err.count("\n")) == (2, 1)
+        assert why in err
+    code, out, _ = command("doctor", path)
+    assert code == 2
+    assert "can't read" in " ".join(out.split())
+    assert os.listdir(tmp_path) == ["mine.yaml"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"type": "shapes_preference", "weights": "."}, r"weights: can't read .*Is a directory"),
+        ({"type": "shapes_preference", "weights": "text.txt"}, r"text\.txt is torn, or of another"),
+        (
+            {"type": "pairwise", "judge": {"type": "shapes_preference", "weights": "none"}},
+            r"judge: weights: can't read .*none",
+        ),
+        ({"type": "openai", "model": "m", "cache": "text.txt"}, r"cache: .*is no cache of answers"),
+        ({"type": "clip", "model": "./none"}, r"the CLIP model .*none can't be loaded"),
+    ],
+)
+def test_what_can_not_be_read_is_seen_before_a_run(tmp_path, monkeypatch, place, part, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("no weights " * 100)
+    with pytest.raises(InputError, match=f"^{place}.*{said}"):
+        entroflow.train(mine(tmp_path, **PLACES[place](part)), run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_without_weight_may_lack_its_files():
+    sections = PLACES["reward.rewards.b"]({"type": "clip", "model": "/none"})
+    sections["reward"]["weights"] = {"b": 0}
+    Trainer(build_recipe(sections)).check_parts()
+
+
+def test_a_monitor_whose_file_is_gone_is_seen_when_a_run_is_resumed(tmp_path):
+    weights = tmp_path / "own.safetensors"
+    shutil.copy(Path(models.__file__).parent / "pointwise.safetensors", weights)
+    monitors = {"rewards": {"x": {"type": "shapes_preference", "weights": str(weights)}}}
+    run = entroflow.train(mine(tmp_path, monitors=monitors), run=tmp_path / "run", stop_after=0)
+    before = run.metrics()
+    weights.unlink()
+    with pytest.raises(InputError, match=r"^monitors\.rewards\.x\.weights: .*own\..* is not there"):
+        entroflow.resume(run.path)
+    assert run.metrics() == before
+
+
+def test_a_part_of_the_users_reads_what_it_needs_before_a_run(tmp_path):
+    class Reward(Component):
+        read_from = ("words",)
+        words: object = tmp_path / "words.txt"
+
+        def check(self):
+            super().check()
+            if not self.words.read_text():
+                raise InputError("words: the file is empty.")
+
+    with pytest.raises(InputError, match=r"^reward: words: can't read"):
+        check_parts(Reward(), "reward")
+    (tmp_path / "words.txt").touch()
+    with pytest.raises(InputError, match=r"^reward: words: the file is empty"):
+        check_parts(Reward(), "reward")
+    (tmp_path / "words.txt").write_text("one")
+    check_parts(Reward(), "reward")
 
 
 def test_a_template_that_was_edited_is_refused(tmp_path):

@@ -13,6 +13,7 @@ import entroflow
 from entroflow.errors import InputError, RecipeError
 from entroflow.evaluation.reward import RewardEvaluation
 from entroflow.launch import resume
+from entroflow.recipe import build_recipe
 from entroflow.rewards.pairwise import Pairwise
 from entroflow.runs import RunFolder
 from tiny_run import (
@@ -144,6 +145,8 @@ def test_a_run_that_is_resumed_compares_with_the_same_base(tmp_path, held_out):
         ({"best": "beauty"}, "best is 'beauty', which is none of: score, size"),
         ({"rewards": {"score": {"type": "jpeg_size"}}}, "rewards.score: the name is taken"),
         ({"rewards": {"score/a": {"type": "jpeg_size"}}}, "rewards.score/a: the name is taken, or"),
+        ({"rewards": {"win_rates": {"type": "jpeg_size"}}}, "rewards.win_rates: the name is taken"),
+        ({"rewards": {" ": {"type": "jpeg_size"}}}, "rewards holds one without a name"),
         ({"rewards": {"size": {"type": "jpg_size"}}}, "'jpg_size'; did you mean 'jpeg_size'"),
         ({"rewards": {"both": {"type": "mixture", "rewards": {"a": {}}}}}, "is a mixture"),
         ({"band": 0}, "band"),
@@ -154,6 +157,18 @@ def test_wrong_monitors_are_refused(monitors, said):
     usual = {"rewards": {"size": {"type": "jpeg_size"}}}
     with pytest.raises(RecipeError, match=said):
         recipe(monitors=usual | monitors)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "name"), [("shapes", "brightness"), ("shapes", "texture"), ("own", "diversity")]
+)
+def test_a_monitor_named_like_what_is_measured_anyway_is_refused_when_read(
+    evaluation, name, held_out
+):
+    chosen = {"type": "shapes"} if evaluation == "shapes" else held_out
+    monitors = {"rewards": {name: {"type": "jpeg_size"}}}
+    with pytest.raises(RecipeError, match=rf"monitors\.rewards\.{name}: the evaluation has one of"):
+        build_recipe({"evaluation": chosen, "monitors": monitors}, "mine")
 
 
 def test_monitors_are_no_setting_of_the_training():

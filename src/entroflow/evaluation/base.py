@@ -143,6 +143,9 @@ class HeldOutEvaluation(Component):
     measure: ClassVar[Measure] = Measure("score")
     prompts_from: ClassVar[str | None] = None
     """The field that names the held-out prompts, where they are not in the package."""
+    monitor_names: ClassVar[tuple[str, ...]] = ()
+    """Names of the monitors that `run` returns, as far as they are known before: a reward that is
+    to be watched has another name, so that a recipe is refused when it is read."""
 
     split: Split = Field("validation", description="captions evaluated while training")
     steps: int = Field(10, ge=1, description="ODE steps")
@@ -166,13 +169,6 @@ class HeldOutEvaluation(Component):
     def held_out(self) -> Mapping[Split, Sequence[Prompt]]:
         """All held-out prompts by split, where they can be listed."""
         return {}
-
-    def check(self) -> None:
-        """Read what `run` will need, so that wrong input shows before a run begins.
-
-        Raises:
-            InputError: a file is missing or wrong.
-        """
 
     def run(
         self,

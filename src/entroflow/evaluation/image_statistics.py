@@ -31,10 +31,9 @@ def statistics(images: Tensor, prompt: Tensor) -> dict[str, Tensor]:
         images: [B, 3, H, W].
         prompt: [B] prompt numbers.
     """
-    each = (brightness, black, white, saturated, edges, detail, colors)
     # A few at a time: of large images, copies of all would fill the memory.
     chunks = [chunk.float() for chunk in images.split(CHUNK)]
-    by_image = {one.__name__: torch.cat([one(chunk) for chunk in chunks]) for one in each}
+    by_image = {one.__name__: torch.cat([one(chunk) for chunk in chunks]) for one in OF_AN_IMAGE}
     return {**by_image, "diversity": diversity(images, prompt)}
 
 
@@ -112,3 +111,8 @@ def _apart(images: Tensor) -> float:
 
 def _luma(images: Tensor) -> Tensor:
     return torch.einsum("bchw,c->bhw", images, torch.tensor(LUMA, dtype=images.dtype))
+
+
+OF_AN_IMAGE = (brightness, black, white, saturated, edges, detail, colors)
+NAMES = (*(one.__name__ for one in OF_AN_IMAGE), diversity.__name__)
+"""Names of all that `statistics` returns."""

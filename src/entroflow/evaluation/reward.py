@@ -19,7 +19,7 @@ from entroflow.evaluation.base import (
     Score,
     mean_over_prompts,
 )
-from entroflow.evaluation.image_statistics import statistics
+from entroflow.evaluation.image_statistics import NAMES, statistics
 from entroflow.evaluation.images import draw, shares
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
@@ -46,6 +46,7 @@ class RewardEvaluation(HeldOutEvaluation):
         over="prompts and noise",
     )
     prompts_from: ClassVar[str | None] = "path"
+    monitor_names: ClassVar[tuple[str, ...]] = NAMES
 
     type: Literal["reward"] = "reward"
     path: Path = Field(description="file of held-out prompts, read as by the prompts of type text")
@@ -102,7 +103,8 @@ class RewardEvaluation(HeldOutEvaluation):
         return self._dealt
 
     def check(self) -> None:
-        """See `HeldOutEvaluation.check`."""
+        """See `Component.check`."""
+        super().check()
         self.prompts(self.split)
 
     def prompts(self, split: Split) -> list[Prompt]:

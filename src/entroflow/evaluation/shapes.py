@@ -12,7 +12,7 @@ from pydantic import Field
 from scipy import stats
 
 from entroflow.evaluation.base import Evaluated, HeldOutEvaluation, Measure, Score
-from entroflow.evaluation.image_statistics import statistics
+from entroflow.evaluation.image_statistics import NAMES, statistics
 from entroflow.evaluation.images import draw, shares
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
@@ -33,6 +33,7 @@ class ShapesEvaluation(HeldOutEvaluation):
         "is the share of such images.",
         share=True,
     )
+    monitor_names: ClassVar[tuple[str, ...]] = (*NAMES, "texture", "contrast")
 
     type: Literal["shapes"] = "shapes"
     prompts_per_skill: int = Field(

@@ -205,7 +205,6 @@ class Asker:
         read: Callable[[Any], Reply] = any_object,
     ) -> None:
         self._url, self._limits, self._read = url, limits, read
-        self._loop = asyncio.new_event_loop()
         self._client = httpx.AsyncClient(
             # What `_content` can unpack within bounds.
             headers={"Accept-Encoding": "gzip, deflate", **headers},
@@ -217,36 +216,28 @@ class Asker:
         self._pace = None if limits.per_second is None else Pace(limits.per_second)
         self._breaker = Breaker()
         self._once = Once()
-        thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="asker")
-        thread.start()
-        self._end = weakref.finalize(self, _ended, self._loop, self._client, thread)
+        self._thread = _LoopThread(self._client)
+        # At the end of the program, too.
+        self._end = weakref.finalize(self, self._thread.end)
 
     def ask_all(self, bodies: Sequence[Mapping[str, Any]]) -> list[Reply]:
         """Replies to all, in their order; none raises, and none takes longer than the deadline."""
         try:
-            return self._run(self._ask_all(bodies))
+            return self._thread.run(self._ask_all(bodies))
         except CancelledError:
             return [Reply(None, Status.SKIPPED)] * len(bodies)
 
     def look(self, url: str, timeout: float) -> Reply:
         """What another address of the same server shows (GET); one attempt, without a warning."""
-        return self._run(self._look(url, timeout))
+        return self._thread.run(self._look(url, timeout))
 
     def cancel(self) -> None:
         """Give up all questions that are asked now; who waits for them has them skipped."""
-        self._loop.call_soon_threadsafe(_cancel_all, self._loop)
+        self._thread.cancel()
 
     def close(self) -> None:
-        """End the thread and its connections."""
+        """End the thread and its connections; whatever is asked from now on is skipped."""
         self._end()
-
-    def _run(self, task: Coroutine[Any, Any, T]) -> T:
-        waiting = asyncio.run_coroutine_threadsafe(task, self._loop)
-        try:
-            return waiting.result()
-        finally:
-            # Left by an interrupt, nobody waits for the answers any more.
-            waiting.cancel()
 
     async def _ask_all(self, bodies: Sequence[Mapping[str, Any]]) -> list[Reply]:
         return list(await asyncio.gather(*map(self._ask, bodies)))
@@ -379,25 +370,73 @@ def excerpt(text: str, most: int) -> str:
     return repr(without_secrets(" ".join(text.split()))[:most])
 
 
-def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
-    for task in asyncio.all_tasks(loop):
+class _LoopThread:
+    """An event loop in a thread of its own, which leaves no task behind when it ends.
+
+    Args:
+        client: is closed at the end.
+    """
+
+    PATIENCE = 2.0
+    """Most seconds that `end` waits: at the end of the program nothing may wait for a server."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client, self._loop = client, asyncio.new_event_loop()
+        self._is_open, self._lock = True, threading.Lock()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="asker")
+        self._thread.start()
+
+    def run(self, task: Coroutine[Any, Any, T]) -> T:
+        """What a task returns; called from any other thread.
+
+        Raises:
+            CancelledError: it was cancelled, or the loop has ended.
+        """
+        with self._lock:
+            if not self._is_open:
+                task.close()
+                raise CancelledError
+            waiting = asyncio.run_coroutine_threadsafe(task, self._loop)
+        try:
+            return waiting.result()
+        finally:
+            # Left by an interrupt, nobody waits for the answers any more.
+            waiting.cancel()
+
+    def cancel(self) -> None:
+        """Cancel all tasks; returns at once."""
+        with self._lock:
+            if self._is_open:
+                self._loop.call_soon_threadsafe(_cancel_all, self._loop)
+
+    def end(self) -> None:
+        """Take no more tasks, cancel those that are there, and end; called from any thread.
+
+        That may be the thread itself, where the garbage collector runs.
+        """
+        with self._lock:
+            if self._is_open:
+                self._is_open = False
+                # Nothing is handed in after this.
+                self._loop.call_soon_threadsafe(self._loop.stop)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(self.PATIENCE)
+
+    def _work(self) -> None:
+        self._loop.run_forever()
+        # Not from another thread with a time limit: the loop must not be closed before.
+        self._loop.run_until_complete(self._finish())
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    async def _finish(self) -> None:
+        await asyncio.gather(*_cancel_all(self._loop), return_exceptions=True)
+        await self._client.aclose()
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> list[asyncio.Task[Any]]:
+    """Cancel all tasks of a loop but the one that calls this."""
+    others = [task for task in asyncio.all_tasks(loop) if task is not asyncio.current_task(loop)]
+    for task in others:
         task.cancel()
-
-
-def _ended(
-    loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient, thread: threading.Thread
-) -> None:
-    """Runs at the end of the program, too, so that it must not wait for a server."""
-
-    async def end() -> None:
-        asked = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in asked:
-            task.cancel()
-        await asyncio.wait([*asked, asyncio.create_task(client.aclose())], timeout=1)
-
-    with suppress(TimeoutError):
-        asyncio.run_coroutine_threadsafe(end(), loop).result(timeout=2)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(timeout=2)
-    if not thread.is_alive():
-        loop.close()
+    return others

@@ -37,6 +37,11 @@ class CLIPScore(Component):
     batch_size: int = Field(32, ge=1, description="most images in one pass")
     device: str | None = Field(None, description="as cuda or cpu; the accelerator if there is one")
 
+    def check(self) -> None:
+        """See `Component.check`: load the model, which stays loaded."""
+        super().check()
+        _ = self._loaded
+
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """See `Reward.score`.
@@ -76,12 +81,14 @@ class CLIPScore(Component):
             processor = AutoProcessor.from_pretrained(self.processor or self.model)
         except Exception as error:  # what is raised of damaged files is written down nowhere
             reason = " ".join(str(error).split())
-            raise InputError(f"reward.model: can't load {self.model} ({reason:.200}).") from None
+            raise InputError(
+                f"the CLIP model {self.model} can't be loaded ({reason:.200})."
+            ) from None
         # Weights that a folder lacks are made up at random: rewards would mean nothing.
         if missing := sorted(report["missing_keys"]):
             raise InputError(
-                f"reward.model: {self.model} lacks {len(missing)} tensors of a CLIP model, as "
-                f"{missing[0]}; give a folder that holds all of it."
+                f"the CLIP model {self.model} lacks {len(missing)} tensors, as {missing[0]}; give "
+                "a folder that holds all of it."
             )
         accelerator = torch.accelerator.current_accelerator()
         device = self.device or ("cpu" if accelerator is None else accelerator.type)
@@ -89,4 +96,4 @@ class CLIPScore(Component):
             return model.eval().to(device), processor
         except (RuntimeError, AssertionError) as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"reward.device: can't use {device} ({reason:.200}).") from None
+            raise InputError(f"device: can't use {device} ({reason:.200}).") from None

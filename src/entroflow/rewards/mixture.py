@@ -11,6 +11,7 @@ from pydantic import Field
 
 from entroflow.component import Component
 from entroflow.rewards.base import AnyReward, Scores, Status, as_reward
+from entroflow.wrong_keys import refuse_names
 
 Combine = Literal["normalise_then_sum", "sum_then_normalise", "gdpo"]
 
@@ -54,9 +55,8 @@ class Mixture(Component):
         """
         if not self.rewards:
             raise ValueError("rewards holds none; name one or more, each with a type")
+        refuse_names(self.rewards, ("failed",), "rewards")
         for name, reward in self.rewards.items():
-            if "/" in name or name == "failed":
-                raise ValueError(f"rewards.{name}: the name is taken, or has a /; choose another")
             if isinstance(reward, Mixture):
                 raise ValueError(f"rewards.{name} is a mixture itself; name its rewards here")
         for key in ("weights", "floors"):

@@ -26,7 +26,7 @@ from entroflow.errors import InputError
 from entroflow.pictures import to_pil
 from entroflow.prompts import Prompt
 from entroflow.redaction import without_secrets
-from entroflow.rewards.access import api_key, endpoint
+from entroflow.rewards.access import KEY_VARIABLE, api_key, endpoint
 from entroflow.rewards.asking import TRANSIENT, Asker, Limits, Once, Reply
 from entroflow.rewards.base import Status
 from entroflow.rewards.chat import read_reply
@@ -89,7 +89,7 @@ class Served(Component):
         "the server lists of the model",
     )
     key_variable: str = Field(
-        "OPENAI_API_KEY", description="environment variable with the API key; may be unset"
+        KEY_VARIABLE, description="environment variable with the API key; may be unset"
     )
 
     @property
@@ -169,6 +169,11 @@ class Served(Component):
                 "the key is read from the environment variable that key_variable names"
             )
 
+    def check(self) -> None:
+        """See `Component.check`: the template, and the cache, which is made if there is none."""
+        super().check()
+        _ = self._store
+
     @cached_property
     def _asker(self) -> Asker:
         key = api_key(self.key_variable)
@@ -186,10 +191,11 @@ class Served(Component):
     @cached_property
     def _memory(self) -> Memory | None:
         """The answers that are kept; none where it can't be known of which model they are."""
-        if self.cache is None:
-            return None
-        memory = Memory(self.cache)
-        return None if self._identity is None else memory
+        return None if self._store is None or self._identity is None else self._store
+
+    @cached_property
+    def _store(self) -> Memory | None:
+        return None if self.cache is None else Memory(self.cache)
 
     @cached_property
     def _identity(self) -> Mapping[str, Any] | None:

@@ -36,6 +36,11 @@ class ShapesPreference(Component):
     type: Literal["shapes_preference"] = "shapes_preference"
     weights: Path | None = Field(None, description="safetensors of it; the shipped ones if unset")
 
+    def check(self) -> None:
+        """See `Component.check`."""
+        super().check()
+        _ = self._network
+
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """See `Reward.score`.
@@ -65,6 +70,11 @@ class ShapesJudge(Component):
     answer: Literal["winner", "probability"] = Field(
         "winner", description="one of the two, or how likely the first is better"
     )
+
+    def check(self) -> None:
+        """See `Component.check`."""
+        super().check()
+        _ = self._network
 
     @torch.no_grad()
     def compare(self, images: Tensor, sides: Tensor, prompts: Sequence[Prompt]) -> Answers:
