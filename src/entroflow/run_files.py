@@ -454,6 +454,7 @@ class Progress(Contents):
     adapted: dict[str, Any]
     recipe: str | None = None
     inputs: dict[str, Named] | None = None
+    code: dict[str, Named] = {}
     random: Annotated[list[LibraryState], Field(min_length=1)]
 
 

@@ -159,3 +159,19 @@ def test_a_run_goes_on_with_the_same_problems_alone(tmp_path, monkeypatch):
     write_digests(run.latest())
     with pytest.raises(InputError, match="model: what embedded holds is not what"):
         resume(run.path, ["run.updates=3"])
+
+
+def test_a_reward_that_was_edited_is_warned_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    as_jsonl(tmp_path / "data.jsonl")
+    code = tmp_path / "edited_llm_reward.py"
+    code.write_text(
+        "def odd(completions, **_):\n    return [float(len(text) % 2) for text in completions]\n"
+    )
+    settings = [*SMALL, "task.reward=edited_llm_reward.odd"]
+    run = train(recipes.load("countdown", settings), tmp_path / "run")
+    resume(run.path, ["run.updates=2"])
+    assert "was changed" not in caplog.text
+    code.write_text(code.read_text() + "# quicker\n")
+    resume(run.path, ["run.updates=3"])
+    assert f"edited_llm_reward.odd: {code} was changed since" in caplog.text

@@ -36,7 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from entroflow.checkpoints import DIGESTS, check_digests
 from entroflow.errors import InputError
-from entroflow.inputs import check_inputs, digest_of_tensors
+from entroflow.inputs import check_inputs, digest_of_tensors, module_of
 from entroflow.llm.embedded import BASE
 from entroflow.llm.grpo import EntropyGRPOConfig
 from entroflow.llm.problems import Problems, judge, problems_of
@@ -172,7 +172,7 @@ def resume(
     with TemporaryDirectory() as scratch:
         trainer, problems = _prepared(recipe, Path(scratch))
         processes = trainer.accelerator.num_processes
-        done = check_state(checkpoint, processes, recipe.identity, trainer.inputs)
+        done = check_state(checkpoint, processes, recipe.identity, trainer.inputs, trainer.code)
         if done >= recipe.run.updates and (path / EVALUATION).exists():
             raise InputError(f"{path} has made its {done} updates; go further with run.updates=N.")
         read_base_answers(path)
@@ -211,6 +211,7 @@ def _prepared(recipe: LLMRecipe, scratch: Path) -> tuple[ResumableTrainer, Probl
             raise InputError(f"{recipe.name}: trainer: {reason}") from None
     trainer.identity = recipe.identity
     trainer.inputs = inputs
+    trainer.code = module_of(recipe.task.reward) if recipe.has_own_reward else {}
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
     at_once = (trainer.args.generation_batch_size or 1) // (trainer.num_generations or 1)

@@ -28,7 +28,7 @@ from entroflow.checkpoints import (
     optimizer_tensors,
     read_tensors,
 )
-from entroflow.inputs import Inputs, check_inputs
+from entroflow.inputs import Inputs, check_inputs, warn_of_changed_code
 from entroflow.llm.grpo import EntropyGRPOTrainer
 from entroflow.run_files import Progress, TRLState, read_object
 
@@ -56,6 +56,8 @@ class ResumableTrainer(EntropyGRPOTrainer):
 
     inputs: Inputs
     """What the recipe names and the training reads; see `entroflow.inputs`."""
+    code: Inputs
+    """The module of the reward, where that is found by a dotted path."""
 
     def write_state(self, folder: Path) -> None:
         """Write all but the model into a folder; called in every process.
@@ -82,6 +84,7 @@ class ResumableTrainer(EntropyGRPOTrainer):
             "adapted": {name: getattr(self, name) for name in ADAPTED},
             "random": states,
             "inputs": self.inputs,
+            "code": self.code,
         }
         save_file(tensors, folder / OPTIMIZER)
         try:
@@ -150,12 +153,16 @@ def inputs_of(folder: Path) -> Inputs | None:
     return _progress(folder).get("inputs") if (folder / PROGRESS).is_file() else None
 
 
-def check_state(folder: Path, processes: int, identity: str, inputs: Inputs) -> int:
-    """Whether a training can go on from a folder; a recipe that was changed since is warned of.
+def check_state(
+    folder: Path, processes: int, identity: str, inputs: Inputs, code: Inputs
+) -> int:
+    """Whether a training can go on from a folder.
+
+    A recipe, or the code of a reward, that was changed since is warned of.
 
     Args:
         processes: that there are now.
-        inputs: as they are now.
+        inputs, code: as they are now.
 
     Returns:
         Its updates.
@@ -173,6 +180,7 @@ def check_state(folder: Path, processes: int, identity: str, inputs: Inputs) -> 
     check_inputs(progress.get("inputs"), inputs, folder)
     if progress.get("recipe", identity) != identity:
         log.warning("the recipe was changed since %s; the run goes on by it.", folder)
+    warn_of_changed_code(progress.get("code", {}), code, folder)
     before = len(progress["random"])
     if before != processes:
         raise CheckpointError(
