@@ -16,6 +16,7 @@ from entroflow.ledger import Ledger
 from entroflow.metrics import Metrics
 from entroflow.policies.base import Policy
 from entroflow.recipe import Recipe, chosen_type, load_recipe
+from entroflow.recipe_kinds import Kind
 from entroflow.report.events import Events
 from entroflow.report.page import write_report
 from entroflow.rewards.base import AnyReward, RewardFunction, as_reward
@@ -93,7 +94,7 @@ def resume(
         InputError: no run folder, no checkpoint, or a torn one; another policy or reward; a run
             that an older version began.
     """
-    folder = RunFolder.open(Path(run).expanduser())
+    folder = RunFolder.open(Path(run).expanduser(), Kind.IMAGES)
     folder.start()
     for override in overrides:
         if not override.startswith(("run.", "monitors.")) or override.startswith("run.seed"):

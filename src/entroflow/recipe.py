@@ -24,6 +24,7 @@ from entroflow.component import Component, placed
 from entroflow.errors import RecipeError, quoted
 from entroflow.places import Places
 from entroflow.plain_sections import ENDS, Attention, Monitors, Optimizer, Run, Sampling, Scoring
+from entroflow.recipe_kinds import Kind
 from entroflow.settings_text import (
     TEXTS,
     fields_of,
@@ -365,8 +366,7 @@ def _opened(
     name_or_path: str | Path, overrides: Sequence[str], trust: bool
 ) -> tuple[dict[str, Any], str, Path]:
     """What a recipe says, its name, and the folder it lay in first; what lies there is found."""
-    name, text, beside = read_recipe(str(name_or_path), shipped_recipes())
-    mapping = parse_yaml(text, name)
+    name, mapping, beside = read_recipe(str(name_or_path), shipped_recipes(), Kind.IMAGES)
     # A type goes before its fields, wherever it stands.
     for override in sorted(overrides, key=lambda o: not o.partition("=")[0].endswith(".type")):
         _apply_override(mapping, override)
@@ -422,8 +422,8 @@ def changed(component: ComponentT, fields: Mapping[str, Any], where: str) -> Com
 
 def chosen_type(name_or_path: str | Path, section: str) -> str:
     """What a recipe chooses for a section, without importing or building it."""
-    name, text, _ = read_recipe(str(name_or_path), shipped_recipes())
-    fields = fields_of(parse_yaml(text, name).get(section), f"{name}: {section}")
+    name, mapping, _ = read_recipe(str(name_or_path), shipped_recipes(), Kind.IMAGES)
+    fields = fields_of(mapping.get(section), f"{name}: {section}")
     return str(fields.get("type", next(iter(COMPONENTS[section]))))
 
 

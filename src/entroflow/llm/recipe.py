@@ -19,13 +19,13 @@ from entroflow.component import Component
 from entroflow.errors import RecipeError, quoted
 from entroflow.llm.clips import MOST, MU_B, MU_V
 from entroflow.places import PathOrName, Places
+from entroflow.recipe_kinds import Kind
 from entroflow.settings_text import (
     TEXTS,
     fields_of,
     holder_of,
     name_of_recipe,
     override_of,
-    parse_yaml,
     read_recipe,
     texts_of,
 )
@@ -263,8 +263,7 @@ def load(
     Raises:
         RecipeError: unknown recipe, section or key; a value of the wrong type or out of range.
     """
-    name, text, folder = read_recipe(str(name_or_path), shipped())
-    mapping = parse_yaml(text, name)
+    name, mapping, folder = read_recipe(str(name_or_path), shipped(), Kind.LANGUAGE_MODEL)
     for override in overrides:
         keys, value = override_of(override, SECTIONS)
         holder_of(mapping, keys, override)[keys[-1]] = value

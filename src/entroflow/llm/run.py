@@ -50,6 +50,7 @@ from entroflow.llm.state import (
     inputs_of,
     logged_at,
 )
+from entroflow.recipe_kinds import Kind
 from entroflow.runs import EVALUATION, RECIPE, RunFolder, folder_name
 from entroflow.signals import asked_to_stop
 
@@ -72,7 +73,7 @@ def load_model(path: str, dtype: str = "float32", merged: Path | None = None) ->
     disable_progress_bar()
     place = str(BASE) if path == EMBEDDED else path
     if (Path(place) / RECIPE).is_file():
-        place = str(RunFolder(Path(place)).latest())
+        place = str(RunFolder.open(Path(place), Kind.LANGUAGE_MODEL).latest())
     if (Path(place) / PROGRESS).is_file() or (Path(place) / DIGESTS).is_file():
         check_digests(Path(place))
     settings = {"dtype": getattr(torch, dtype)}
@@ -122,7 +123,8 @@ def train(recipe: LLMRecipe, run: Path | None = None, watch: Watch | None = None
     """
     if (Path(recipe.model.path) / RECIPE).is_file():
         # That run may go on; this one has begun where it is now.
-        place = str(RunFolder(Path(recipe.model.path)).latest().resolve())
+        source = RunFolder.open(Path(recipe.model.path), Kind.LANGUAGE_MODEL)
+        place = str(source.latest().resolve())
         recipe = replace(recipe, model=recipe.model.model_copy(update={"path": place}))
     # What TRL itself may want to write goes nowhere: the run folder has its own files.
     with TemporaryDirectory() as scratch:
@@ -159,7 +161,7 @@ def resume(
     Raises:
         InputError: no run folder, no checkpoint, a torn one, or nothing left to do.
     """
-    folder = RunFolder.open(path)
+    folder = RunFolder.open(path, Kind.LANGUAGE_MODEL)
     for override in overrides:
         if not override.startswith("run.updates="):
             raise InputError(
@@ -295,7 +297,10 @@ def _shared(new: Callable[[], RunFolder], main: bool) -> RunFolder:
 def recipe_of(path: str, trust: bool = False) -> LLMRecipe:
     """What a model is judged by: the recipe of its run, or countdown; see `load`."""
     of_run = Path(path) / RECIPE
-    return load(of_run if of_run.is_file() else "countdown", trust=trust)
+    if not of_run.is_file():
+        return load("countdown", trust=trust)
+    RunFolder.open(Path(path), Kind.LANGUAGE_MODEL)
+    return load(of_run, trust=trust)
 
 
 def evaluate(

@@ -153,9 +153,7 @@ def inputs_of(folder: Path) -> Inputs | None:
     return _progress(folder).get("inputs") if (folder / PROGRESS).is_file() else None
 
 
-def check_state(
-    folder: Path, processes: int, identity: str, inputs: Inputs, code: Inputs
-) -> int:
+def check_state(folder: Path, processes: int, identity: str, inputs: Inputs, code: Inputs) -> int:
     """Whether a training can go on from a folder.
 
     A recipe, or the code of a reward, that was changed since is warned of.

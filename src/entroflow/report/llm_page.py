@@ -49,11 +49,6 @@ MOST_ANSWERS = 4
 """Different answers of a model to a problem that are shown."""
 
 
-def is_of_a_language_model(folder: RunFolder) -> bool:
-    """Whether the run is one of `entroflow llm train`."""
-    return "trainer" in parse_yaml(read_text(folder.path / RECIPE), str(folder.path / RECIPE))
-
-
 def write_llm_report(folder: RunFolder) -> Path:
     """Write `report.html` from what the run folder has; an older one is replaced.
 
