@@ -85,6 +85,13 @@ def test_columns_that_begin_in_a_later_row_are_kept(tmp_path, tokenizer):
     ("a.jsonl", '["x"]\n', "rows that make no table"),
     ("a.yaml", "- x\n", r"files that end in \.yaml are not read"),
     ("a.csv", "asked,solution\nx,1\n", "no column 'question'"),
+    *((f"a{suffix}", content, rf"task\.path: .*a{suffix} holds no problems; give it rows with the "
+       "columns 'question' and 'solution'") for suffix, content in (
+           (".jsonl", ""), (".jsonl", "\n \n"), (".csv", ""), (".csv", "question,solution\n"),
+           (".json", "[]"))),
+    *((f"a{suffix}", content, rf"task\.path: .*a{suffix} is read as plain text by its name, and a "
+       r"text has no columns; give the file the ending \.jsonl") for suffix, content in (
+           (".txt", "Make 24\n"), (".TXT", '{"question": "x", "solution": 1}\n'), ("", "x\n"))),
 ])  # fmt: skip
 def test_a_file_that_can_not_be_read_is_one_line(tmp_path, tokenizer, name, content, message):
     path = tmp_path / name

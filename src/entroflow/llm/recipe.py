@@ -65,8 +65,8 @@ class Task(Component):
         None, ge=1, description="to train on; null: 4000 of countdown, all of a dataset"
     )
     path: Annotated[str | None, PathOrName(in_folders=True)] = Field(
-        None, description="of dataset: a file (.jsonl, .json, .csv, .tsv, .parquet), a folder, or "
-        "the name user/name of one on a hub"
+        None, description="of dataset: a file (.jsonl, .ndjson, .json, .parquet; .csv and .tsv, "
+        "whose cells are all texts), a folder, or the name user/name of one on a hub"
     )  # fmt: skip
     name: str | None = Field(None, description="of dataset: which of its configurations")
     split: str = Field("train", description="of dataset: which of its parts")
