@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from entroflow.checkpoints import check_digests, to_json, write_text
+from entroflow.checkpoints import check_digests, to_json, write_text, writing
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated, HeldOutEvaluation
 from entroflow.evaluation.base_and_tuned import compare_with_base
@@ -127,14 +127,15 @@ def new_folder(recipe: Recipe) -> Path:
     """A new folder `runs/<recipe>-<time>`, with a number where several start at once."""
     name = f"{folder_name(recipe.name)}-{datetime.now():%Y%m%d-%H%M%S}"
     place, number = Path("runs") / name, 1
-    place.parent.mkdir(exist_ok=True)
-    while True:
-        try:
-            place.mkdir()
-            return place
-        except FileExistsError:
-            number += 1
-            place = place.with_name(f"{name}-{number}")
+    with writing(place):
+        place.parent.mkdir(exist_ok=True)
+        while True:
+            try:
+                place.mkdir()
+                return place
+            except FileExistsError:
+                number += 1
+                place = place.with_name(f"{name}-{number}")
 
 
 def _given(policy: Policy | None, reward: AnyReward | RewardFunction | None) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from entroflow.checkpoints import (
     to_json,
     write_bytes,
     write_text,
+    writing,
 )
 from entroflow.credit.trace import Trajectories
 from entroflow.errors import InputError
@@ -118,12 +119,15 @@ class RunFolder:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             resumable = f", or go on with --resume {path}" if run.all_checkpoints() else ""
             raise RunError(f"{path} exists already; choose another --run{resumable}.")
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            # Of two processes that make the same folder at the same time, one gets here first.
-            run.checkpoints.mkdir()
-        except FileExistsError:
-            raise RunError(f"another process has just made {path}; choose another --run.") from None
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            try:
+                # Of two processes that make a folder at the same time, one gets here first.
+                run.checkpoints.mkdir()
+            except FileExistsError:
+                raise RunError(
+                    f"another process has just made {path}; choose another --run."
+                ) from None
         run.write_recipe(recipe_yaml)
         return run
 
@@ -179,7 +183,8 @@ class RunFolder:
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one line; it is on disk when this returns. What is not finite becomes null."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+        path = self.path / METRICS
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(to_json(line) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 from trl.models.utils import unwrap_model_for_generation
 
-from entroflow.checkpoints import part_of, settled, to_json, write_digests, write_text
+from entroflow.checkpoints import part_of, settled, to_json, write_digests, write_text, writing
 from entroflow.errors import InputError
 from entroflow.evaluation.base import mean_over_prompts
 from entroflow.llm.passing import avg_at, pass_at
@@ -168,16 +168,18 @@ class Recorder(TrainerCallback):
         """Write a checkpoint; the one before goes when it is whole."""
         whole = self.folder.checkpoints / f"{update:08d}"
         part = part_of(whole)
+        with writing(whole):
+            if self.main:
+                part.mkdir()
+            self.trainer.save_model(str(part))
+            self.trainer.write_state(part)
+            if self.main:
+                # TRL's settings, as a pickle: the recipe has them in plain sight.
+                (part / "training_args.bin").unlink(missing_ok=True)
+                write_digests(part)
+                settled(part)
+                part.rename(whole)
         if self.main:
-            part.mkdir()
-        self.trainer.save_model(str(part))
-        self.trainer.write_state(part)
-        if self.main:
-            # TRL's settings, as a pickle: the recipe has them in plain sight.
-            (part / "training_args.bin").unlink(missing_ok=True)
-            write_digests(part)
-            settled(part)
-            part.rename(whole)
             self.folder.prune(keep=1)
 
     def _evaluated(self) -> dict[str, float]:
