@@ -26,11 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from entroflow.errors import InputError
-from entroflow.run_files import Contents, RunState, read_object
+from entroflow.run_files import Contents, Progress, RunState, TRLState, read_object
 
 log = logging.getLogger(__name__)
 
 STATE_FILE, DIGESTS = "state.json", "digests.json"
+TRAINER_STATE, PROGRESS = "trainer_state.json", "progress.json"
+"""Of a language model: TRL's own state, and what else it takes to go on."""
 PART = ".part"
 """Ending of what is being written."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -496,6 +498,38 @@ def read_run_state(folder: Path) -> dict[str, Any]:
             f"{_remedy(folder)}"
         )
     return state
+
+
+OTHERWISE = "; restore it from a copy, or start a new run from the model."
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """`progress.json` of a checkpoint of a language model.
+
+    Raises:
+        CheckpointError: missing or torn.
+    """
+    return read_object(folder / PROGRESS, Progress, remedy=OTHERWISE, error=CheckpointError)
+
+
+def trl_state(folder: Path) -> dict[str, Any]:
+    """`trainer_state.json` of a checkpoint of a language model.
+
+    Raises:
+        CheckpointError: missing or torn.
+    """
+    return read_object(folder / TRAINER_STATE, TRLState, remedy=OTHERWISE, error=CheckpointError)
+
+
+def logged_at(folder: Path) -> dict[str, Any]:
+    """What the line of metrics of a language model's checkpoint must hold.
+
+    Raises:
+        CheckpointError: see `trl_state`.
+    """
+    (*_, last) = trl_state(folder)["log_history"] or [{}]
+    kept = {key: last.get(key) for key in ("loss", "reward", "learning_rate")}
+    return {key: value for key, value in finite(kept).items() if value is not None}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ Each kind has commands of its own, which refuse the other kind and name the comm
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 from collections.abc import Mapping
 from enum import StrEnum
@@ -61,3 +63,11 @@ def other_recipe(name: str, recipe: Mapping[str, Any], kind: Kind) -> str:
     if actual is None or actual is kind:
         return ""
     return f"{name} is a recipe for {actual}; `{TRAIN[actual]}` takes it."
+
+
+def language_model_identity(recipe: Mapping[str, Any]) -> str:
+    """A short hash of all in a resolved recipe that a resumed run may not change."""
+    fixed = (*SECTIONS_OF_ONE[Kind.LANGUAGE_MODEL], "evaluation")
+    seed = (recipe.get("run") or {}).get("seed")
+    content = {**{key: recipe.get(key) for key in fixed}, "run": {"seed": seed}}
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=6).hexdigest()

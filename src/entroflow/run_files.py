@@ -401,9 +401,10 @@ class Answers(Contents):
 
 
 class PassingComparison(Contents):
-    """`evaluation.json` of a language model's run."""
+    """`evaluation.json` of a language model's run. Older versions do not say by which recipe."""
 
     iteration: Count
+    recipe: str | None = None
     problems: Count
     each: Count
     base: Passing

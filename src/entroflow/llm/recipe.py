@@ -19,7 +19,7 @@ from entroflow.component import Component
 from entroflow.errors import RecipeError, quoted
 from entroflow.llm.clips import MOST, MU_B, MU_V
 from entroflow.places import PathOrName, Places
-from entroflow.recipe_kinds import Kind
+from entroflow.recipe_kinds import Kind, language_model_identity
 from entroflow.settings_text import (
     TEXTS,
     fields_of,
@@ -201,9 +201,7 @@ class LLMRecipe:
     def identity(self) -> str:
         """A short hash of all that a resumed run may not change."""
         content = {key: getattr(self, key).model_dump(mode="json") for key in PARTS}
-        content |= {"run": {"seed": self.run.seed}, "trainer": dict(self.trainer)}
-        text = json.dumps(content, sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+        return language_model_identity({**content, "trainer": dict(self.trainer)})
 
     @property
     def has_own_reward(self) -> bool:

@@ -157,7 +157,8 @@ class Recorder(TrainerCallback):
         self.events.close()
         if self.main:
             base = _from_json(read_base_answers(self.folder.path))
-            found = {"iteration": updates, **compared(self.problems, base, tuned)}
+            by = {"iteration": updates, "recipe": self.recipe.identity}
+            found = {**by, **compared(self.problems, base, tuned)}
             write_text(self.folder.path / EVALUATION, to_json(found, indent=1) + "\n")
             try:
                 write_llm_report(self.folder)

@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from entroflow.checkpoints import DIGESTS, check_digests
+from entroflow.checkpoints import DIGESTS, PROGRESS, TRAINER_STATE, check_digests, logged_at
 from entroflow.errors import InputError
 from entroflow.inputs import check_inputs, digest_of_tensors, module_of
 from entroflow.llm.embedded import BASE
@@ -42,14 +42,7 @@ from entroflow.llm.grpo import EntropyGRPOConfig
 from entroflow.llm.problems import Problems, judge, problems_of
 from entroflow.llm.recipe import EMBEDDED, LLMRecipe, Model, load
 from entroflow.llm.recorder import LONGEST, Recorder, Watch, read_base_answers
-from entroflow.llm.state import (
-    PROGRESS,
-    TRAINER_STATE,
-    ResumableTrainer,
-    check_state,
-    inputs_of,
-    logged_at,
-)
+from entroflow.llm.state import ResumableTrainer, check_state, inputs_of
 from entroflow.recipe_kinds import Kind
 from entroflow.runs import EVALUATION, RECIPE, RunFolder, folder_name
 from entroflow.signals import asked_to_stop
