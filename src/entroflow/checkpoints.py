@@ -151,7 +151,7 @@ def _locked(folder: Path) -> Iterator[None]:
         log.warning(
             "%s is on a file system without locks (%s); the file .owner there keeps other "
             "processes out.",
-            folder, error,
+            folder, str(error),
         )  # fmt: skip
         with _owned(folder):
             yield

@@ -209,7 +209,7 @@ def _report(folder: RunFolder) -> None:
     try:
         write_report(folder)
     except InputError as error:
-        log.warning("there is no new report: %s", error)
+        log.warning("there is no new report: %s", str(error))
 
 
 def _keep_examples(folder: RunFolder, events: Events, iteration: int, evaluated: Evaluated) -> None:

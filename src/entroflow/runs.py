@@ -374,7 +374,7 @@ class RunFolder:
         try:
             marked = self._best(self._fault())
         except InputError as error:
-            log.warning("no checkpoint is removed, as the best is not known: %s", error)
+            log.warning("no checkpoint is removed, as the best is not known: %s", str(error))
             return
         for folder in outdated:
             if marked is None or folder != self._checkpoint(marked["iteration"]):
@@ -394,7 +394,7 @@ class RunFolder:
         try:
             marked = self._best(self._fault(compare=True))
         except InputError as error:
-            log.warning("%s", error)
+            log.warning("%s", str(error))
             return None
         return None if marked is None else self._checkpoint(marked["iteration"])
 

@@ -163,7 +163,7 @@ class Recorder(TrainerCallback):
             try:
                 write_llm_report(self.folder)
             except InputError as error:
-                log.warning("there is no new report: %s", error)
+                log.warning("there is no new report: %s", str(error))
 
     def _save(self, update: int) -> None:
         """Write a checkpoint; the one before goes when it is whole."""

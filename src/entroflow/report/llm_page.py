@@ -120,7 +120,7 @@ def _warn_of_other_runs(
         try:
             maker, logged = read_progress(checkpoint).get("recipe"), logged_at(checkpoint)
         except InputError as error:
-            log.warning("%s", error)
+            log.warning("%s", str(error))
             continue
         if maker not in (None, identity):
             log.warning("the recipe was changed since %s was made by it.", checkpoint)
