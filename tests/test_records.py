@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from entroflow.errors import InputError
-from entroflow.prompts import JSONLPrompts, Prompt, TextPrompts, read_prompts
+from entroflow.evaluation.reward import RewardEvaluation
+from entroflow.prompts import DatasetPrompts, JSONLPrompts, Prompt, TextPrompts, read_prompts
 
 ROWS = [
     {"caption": 'a lamp, "lit"', "n": 1, "tags": ["x", "y"]},
@@ -206,10 +207,26 @@ def test_any_text_survives_every_kind_of_file(tmp_path):
         assert [int(prompt["n"]) for _, prompt in read(path, "text")] == [*range(200)]
 
 
-def test_a_type_of_prompts_reads_text_under_its_own_rule(tmp_path):
-    """Under a name for text, or none, type jsonl has JSON Lines; type text has lines."""
-    path = tmp_path / "data.txt"
-    path.write_text('{"prompt": "a", "n": 1}\n')
-    assert JSONLPrompts(path=path).load() == [Prompt("a", {"n": 1})]
-    with pytest.raises(InputError, match="holds JSON"):
-        TextPrompts(path=path).load()
+def sources(path):
+    """Every way in which a recipe names a file of prompts."""
+    evaluation = RewardEvaluation(path=path)
+    yield TextPrompts(path=path).load()
+    yield JSONLPrompts(path=path).load()
+    yield DatasetPrompts(name=str(path)).load()
+    validation, test = evaluation.prompts("validation"), evaluation.prompts("test")
+    yield [prompt for pair in zip(validation, test, strict=True) for prompt in pair]
+
+
+@pytest.mark.parametrize("name", ["data.txt", "data.LST", "data"])
+def test_the_suffix_decides_whatever_names_the_file(tmp_path, name):
+    """Prompts to train on, of every type, and held-out prompts: a text has one in a line."""
+    path = tmp_path / name
+    path.write_text("a\nb\n\nc\nd\n")
+    for prompts in sources(path):
+        assert prompts == [Prompt(text) for text in "abcd"]
+    path.write_text(as_lines([{"prompt": text} for text in "abcd"]), encoding="utf-8")
+    for named in (TextPrompts(path=path), JSONLPrompts(path=path), DatasetPrompts(name=str(path))):
+        with pytest.raises(InputError, match=r"holds JSON, not a text; .*\.jsonl"):
+            named.load()
+    with pytest.raises(InputError, match=r"holds JSON, not a text; .*\.jsonl"):
+        RewardEvaluation(path=path).check()

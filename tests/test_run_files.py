@@ -13,9 +13,11 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import entroflow
 from entroflow import checkpoints
@@ -449,7 +451,8 @@ def test_litter_beside_what_is_written_is_cleared_if_it_is_ours_and_dead(tmp_pat
 
 
 def test_a_folder_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(FileNotFoundError), whole_folder(tmp_path / "out") as made:
+    gone = pytest.raises(InputError, match=r"/out can't be written \(No such file")
+    with gone, whole_folder(tmp_path / "out") as made:
         (made / "deep" / "half").touch()
     assert not list(tmp_path.iterdir())
 
@@ -483,3 +486,88 @@ def test_checkpoints_are_in_the_order_of_their_iterations(tmp_path):
     for name in ("100000000", "99999999", "00000005", "5", "00000006.part"):
         (tmp_path / name).mkdir()
     assert [path.name for path in checkpoints_of(tmp_path)] == ["00000005", "99999999", "100000000"]
+
+
+# --- what can't be written ------------------------------------------------------------------------
+
+
+def refuse(monkeypatch, number, *methods):
+    """Let what makes hidden files and folders fail, as in a read-only folder, or on a full disk."""
+    for name in methods:
+        usual = getattr(Path, name)
+
+        def fails(self, *given, usual=usual, **named):
+            if self.name.startswith("."):
+                raise OSError(number, os.strerror(number), str(self))
+            return usual(self, *given, **named)
+
+        monkeypatch.setattr(Path, name, fails)
+
+
+def write_a_text(folder):
+    checkpoints.write_text(folder / "thing", "x")
+
+
+def write_a_folder(folder):
+    with checkpoints.whole_folder(folder / "thing"):
+        pass
+
+
+def write_within_a_folder(folder):
+    with checkpoints.whole_folder(folder / "thing") as made:
+        checkpoints.write_text(made / "inner.json", "x")
+
+
+def write_the_checkpoint(folder):
+    write_checkpoint(folder / "thing", {"a": {"b": torch.zeros(2)}}, {})
+
+
+WRITERS = [write_a_text, write_a_folder, write_within_a_folder, write_the_checkpoint]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize(("number", "way_out"), [
+    (errno.EACCES, r"Permission denied\); allow writing into \S+, or choose a folder"),
+    (errno.EROFS, r"Read-only file system\); its file system is read-only; choose another folder"),
+    (errno.ENOSPC, r"No space left on device\); free some space on the disk"),
+])  # fmt: skip
+def test_what_can_not_be_written_is_named_by_its_own_name(
+    tmp_path, monkeypatch, write, number, way_out
+):
+    methods = ["open"] if write in (write_a_text, write_within_a_folder) else ["mkdir"]
+    refuse(monkeypatch, number, *methods)
+    with pytest.raises(InputError, match=rf"^{tmp_path}/thing can't be written \({way_out}") as one:
+        write(tmp_path)
+    assert ".part" not in str(one.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_names_the_checkpoint(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space (os error 28)")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(
+        InputError, match=rf"^{tmp_path}/thing can't be written \(No space left .*;"
+    ):
+        write_the_checkpoint(tmp_path)
+
+
+def test_a_run_folder_that_is_read_only_is_named(tmp_path, monkeypatch):
+    """Not the hidden file by which others are kept out."""
+    monkeypatch.setattr(checkpoints, "FileLock", Without(errno.EROFS))
+    with (
+        pytest.raises(
+            InputError, match=rf"^{tmp_path} can't be written \(Read-only file system\);"
+        ),
+        one_writer(tmp_path),
+    ):
+        pass
+
+
+def test_other_failures_stay_what_they_are(tmp_path):
+    """As of a server that is asked while a folder is filled, or of a file that is read for it."""
+    for error in (ConnectionRefusedError(errno.ECONNREFUSED, "refused"),
+                  FileNotFoundError(errno.ENOENT, "gone", "/elsewhere/weights")):  # fmt: skip
+        with pytest.raises(type(error)), checkpoints.whole_folder(tmp_path / "thing"):
+            raise error

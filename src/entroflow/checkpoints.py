@@ -15,7 +15,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,93 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from entroflow.errors import InputError
-from entroflow.run_files import Contents, RunState, read_object
+from entroflow.run_files import Contents, Progress, RunState, TRLState, read_object
 
 log = logging.getLogger(__name__)
 
 STATE_FILE, DIGESTS = "state.json", "digests.json"
+TRAINER_STATE, PROGRESS = "trainer_state.json", "progress.json"
+"""Of a language model: TRL's own state, and what else it takes to go on."""
 PART = ".part"
 """Ending of what is being written."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 """What an optimizer keeps in the shape of a parameter."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 """Failures of file systems that have no locks, as some that are shared over a network."""
+
+
+DENIED, FULL, OF_DISKS = (
+    (errno.EACCES, errno.EPERM), (errno.ENOSPC, errno.EDQUOT),
+    (errno.EFBIG, errno.EIO, errno.EROFS),
+)  # fmt: skip
+"""Failures of writing: it is not allowed, nothing more fits, and others."""
+
+
+class WriteError(InputError):
+    """A file or folder can't be written; the message says which, why, and what to do."""
+
+    path: Path
+    number: int | None = None
+    reason: str = ""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, `path` is written, for a while under a hidden name: failures name `path` alone.
+
+    Raises:
+        WriteError: it can't be written.
+    """
+    try:
+        yield
+    except WriteError as error:
+        if not _is_of(error.path, path):
+            raise
+        raise _not_written(path, error.number, error.reason) from error
+    except OSError as error:
+        # Of a file that is open already, as when the disk is full, an error has no name.
+        nameless = error.filename is None and error.errno in (*FULL, *OF_DISKS)
+        if not nameless and not _is_of(error.filename, path):
+            raise
+        raise _not_written(path, error.errno, error.strerror) from error
+    except SafetensorError as error:
+        if "deserializing" in str(error):
+            raise
+        # It says in words which failure of the system it was, if it was one.
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(match[1]) if match else None
+        reason = os.strerror(number) if number else str(error)
+        raise _not_written(path, number, reason) from error
+
+
+def _is_of(name: Any, path: Path) -> bool:
+    """Whether a name in a failure is that of `path`, its hidden one, or one within or around."""
+    if not isinstance(name, str | bytes | Path):
+        return False
+    place, whole = (Path(os.path.abspath(os.fsdecode(each))) for each in (name, path))
+    return place in whole.parents or any(map(place.is_relative_to, (whole, part_of(whole))))
+
+
+def _not_written(
+    path: Path, number: int | None, reason: str | None, into: Path | None = None
+) -> WriteError:
+    """The error about `path`, which was to be written into its parent or `into` another folder."""
+    folder = into or path.parent
+    if folder == Path() or not os.path.isdir(folder):
+        folder = next(each for each in path.absolute().parents if os.path.isdir(each))
+    if number in DENIED:
+        way_out = f"allow writing into {folder}, or choose a folder where you may write"
+    elif number == errno.EROFS:
+        way_out = "its file system is read-only; choose another folder"
+    elif number in FULL:
+        way_out = "free some space on the disk, or choose a folder on another one"
+    elif number in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY):
+        way_out = "something else is in its place; move that, or choose another folder"
+    else:
+        way_out = "choose another folder"
+    error = WriteError(f"{path} can't be written ({reason}); {way_out}.")
+    error.path, error.number, error.reason = path, number, reason or ""
+    return error
 
 
 # --- one writer -----------------------------------------------------------------------------------
@@ -55,6 +131,8 @@ def one_writer(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"{folder} can't be made: a file is there; choose another.") from None
+    except OSError as error:
+        raise _not_written(folder, error.errno, error.strerror) from error
     with _locked(folder):
         remove_parts(folder.glob(f".*{PART}"))
         yield
@@ -69,11 +147,11 @@ def _locked(folder: Path) -> Iterator[None]:
         raise InputError(f"another process is writing into {folder}.") from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-            raise
+            raise _not_written(folder, error.errno, error.strerror, folder) from error
         log.warning(
             "%s is on a file system without locks (%s); the file .owner there keeps other "
             "processes out.",
-            folder, error,
+            folder, str(error),
         )  # fmt: skip
         with _owned(folder):
             yield
@@ -101,6 +179,8 @@ def _owned(folder: Path) -> Iterator[None]:
             file.write(_this_process())
     except FileExistsError:
         raise InputError(f"another process is writing into {folder}.") from None
+    except OSError as error:
+        raise _not_written(folder, error.errno, error.strerror, folder) from error
     try:
         yield
     finally:
@@ -159,8 +239,10 @@ def _writer_of(part: Path) -> tuple[str, int]:
 def _remove(part: Path) -> None:
     if part.is_dir() and not part.is_symlink():
         shutil.rmtree(part, ignore_errors=True)
-    else:
-        part.unlink(missing_ok=True)
+        return
+    # Whoever may not remove it hears what matters when it is to be written anew.
+    with suppress(OSError):
+        part.unlink()
 
 
 _CLEARED: set[Path] = set()
@@ -184,21 +266,22 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to fill; it appears under `out` when all is in it, or not at all.
 
     Raises:
-        InputError: `out` is in use.
+        InputError: `out` is in use, or can't be written.
     """
     refuse_used(out)
     out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
     _clear_once(out.parent)
     made = part_of(out)
     shutil.rmtree(made, ignore_errors=True)
-    made.mkdir()
     try:
-        yield made
-        settled(made)
-        if out.exists():
-            out.rmdir()
-        made.rename(out)
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            made.mkdir()
+            yield made
+            settled(made)
+            if out.exists():
+                out.rmdir()
+            made.rename(out)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -214,23 +297,29 @@ def refuse_used(out: Path) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a file so that a reader sees the old or the new content, never a part."""
+    """Write a file so that a reader sees the old or the new content, never a part.
+
+    Raises:
+        WriteError: it can't be written.
+    """
     write_bytes(path, content.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """As `write_text`, for bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     _clear_once(path.parent)
     part = part_of(path)
     try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
@@ -253,25 +342,26 @@ def write_checkpoint(
     """Write `folder` atomically: one safetensors file per entry of `tensors`, and `state.json`.
 
     A folder that already exists is replaced.
+
+    Raises:
+        WriteError: it can't be written.
     """
     part = part_of(folder)
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for name, entries in tensors.items():
-        plain = {key: value.detach().contiguous() for key, value in entries.items()}
-        try:
+    with writing(folder):
+        part.mkdir(parents=True)
+        for name, entries in tensors.items():
+            plain = {key: value.detach().contiguous() for key, value in entries.items()}
             save_file(plain, part / f"{name}.safetensors")
-        except SafetensorError as error:
-            raise CheckpointError(f"{part} can't be written ({error}).") from error
-    # Not `to_json`: a component must get back the NaN or infinity that it remembered.
-    (part / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    write_digests(part)
-    settled(part)
-    outdated = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(outdated, ignore_errors=True)
-        folder.replace(outdated)
-    part.replace(folder)
+        # Not `to_json`: a component must get back the NaN or infinity that it remembered.
+        (part / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        write_digests(part)
+        settled(part)
+        outdated = folder.with_name(f".{folder.name}.old")
+        if folder.exists():
+            shutil.rmtree(outdated, ignore_errors=True)
+            folder.replace(outdated)
+        part.replace(folder)
     shutil.rmtree(outdated, ignore_errors=True)
 
 
@@ -408,6 +498,38 @@ def read_run_state(folder: Path) -> dict[str, Any]:
             f"{_remedy(folder)}"
         )
     return state
+
+
+OTHERWISE = "; restore it from a copy, or start a new run from the model."
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """`progress.json` of a checkpoint of a language model.
+
+    Raises:
+        CheckpointError: missing or torn.
+    """
+    return read_object(folder / PROGRESS, Progress, remedy=OTHERWISE, error=CheckpointError)
+
+
+def trl_state(folder: Path) -> dict[str, Any]:
+    """`trainer_state.json` of a checkpoint of a language model.
+
+    Raises:
+        CheckpointError: missing or torn.
+    """
+    return read_object(folder / TRAINER_STATE, TRLState, remedy=OTHERWISE, error=CheckpointError)
+
+
+def logged_at(folder: Path) -> dict[str, Any]:
+    """What the line of metrics of a language model's checkpoint must hold.
+
+    Raises:
+        CheckpointError: see `trl_state`.
+    """
+    (*_, last) = trl_state(folder)["log_history"] or [{}]
+    kept = {key: last.get(key) for key in ("loss", "reward", "learning_rate")}
+    return {key: value for key, value in finite(kept).items() if value is not None}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -115,10 +115,11 @@ def train(
         )
     from entroflow import launch
     from entroflow.recipe import load_recipe
+    from entroflow.recipe_kinds import Kind
     from entroflow.runs import RECIPE, REPORT, RunFolder
     from entroflow.show import TrainingProgress
 
-    place = name if resume is None else RunFolder.open(resume).path / RECIPE
+    place = name if resume is None else RunFolder.open(resume, Kind.IMAGES).path / RECIPE
     trust = _trusts(trust, place, overrides)
     recipe = load_recipe(place, overrides, trust=trust)
     with TrainingProgress(recipe) as progress:
@@ -484,12 +485,13 @@ def stand_in(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write the report of a run anew: one HTML page that works offline."""
-    from entroflow.report.llm_page import is_of_a_language_model, write_llm_report
+    from entroflow.recipe_kinds import Kind
+    from entroflow.report.llm_page import write_llm_report
     from entroflow.report.page import write_report
     from entroflow.runs import RunFolder
 
     folder = RunFolder.open(run)
-    write = write_llm_report if is_of_a_language_model(folder) else write_report
+    write = write_llm_report if folder.kind is Kind.LANGUAGE_MODEL else write_report
     print(write(folder))
 
 

@@ -42,7 +42,7 @@ def read_data_set(
     if os.path.isfile(name):
         if config is not None or split != "train" or files:
             raise InputError(f"{name} is one file: it has no config, split or data_files.")
-        return read_records(Path(name), key, otherwise=".jsonl")
+        return read_records(Path(name), key)
     table = load_data_set(name, config, split, files)
     return [Record(f"{name}[{number}]", dict(row)) for number, row in enumerate(table)]
 

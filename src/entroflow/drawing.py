@@ -21,6 +21,7 @@ from entroflow.inputs import Inputs
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
 from entroflow.recipe import load_component, warn_of_another_recipe
+from entroflow.recipe_kinds import Kind
 from entroflow.run_files import read_text
 from entroflow.runs import RECIPE, RunFolder
 from entroflow.settings_text import parse_yaml
@@ -69,7 +70,7 @@ def open_policy(run: Path | None, weights: str = "ema", *, trust: bool = False) 
         policy = load_component("quickstart", "policy").build()
         policy.weights.keep_reference()
         return Opened(policy, ("base",), "quickstart")
-    folder = RunFolder.open(run)
+    folder = RunFolder.open(run, Kind.IMAGES)
     checkpoint = folder.best() or folder.latest()
     recipe = folder.path / RECIPE
     policy = load_component(recipe, "policy", trust=trust).build()

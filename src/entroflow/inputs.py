@@ -124,16 +124,23 @@ def code_of(resolved: Any) -> dict[str, dict[str, str]]:
     """
     if not isinstance(resolved, Mapping):
         return {}
-    found: dict[str, dict[str, str]] = {}
     kind = resolved.get("type")
-    if isinstance(kind, str) and "." in kind:
-        module = sys.modules.get(kind.rpartition(".")[0])
-        file = getattr(module, "__file__", None)
-        if file is not None and Path(file).is_file():
-            found[kind] = {"of": file, "digest": digest_of_file(Path(file))}
+    modules = module_of(kind) if isinstance(kind, str) and "." in kind else {}
     for part in resolved.values():
-        found |= code_of(part)
-    return found
+        modules |= code_of(part)
+    return modules
+
+
+def module_of(path: str) -> dict[str, dict[str, str]]:
+    """The module that a dotted path leads to, by that path, as an input.
+
+    Nothing is imported: of a module that is not loaded, or has no file, there is none.
+    """
+    module = sys.modules.get(path.rpartition(".")[0])
+    file = getattr(module, "__file__", None)
+    if file is None or not Path(file).is_file():
+        return {}
+    return {path: {"of": file, "digest": digest_of_file(Path(file))}}
 
 
 def warn_of_changed_code(before: Inputs, now: Inputs, checkpoint: Path) -> None:

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from entroflow.checkpoints import check_digests, to_json, write_text
+from entroflow.checkpoints import check_digests, to_json, write_text, writing
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated, HeldOutEvaluation
 from entroflow.evaluation.base_and_tuned import compare_with_base
@@ -17,6 +17,7 @@ from entroflow.metrics import Metrics
 from entroflow.places import hinting_at_moved, is_path, paths_in
 from entroflow.policies.base import Policy
 from entroflow.recipe import SECTIONS, Recipe, chosen_type, load_recipe
+from entroflow.recipe_kinds import Kind
 from entroflow.report.events import Events
 from entroflow.report.page import write_report
 from entroflow.rewards.base import AnyReward, RewardFunction, as_reward
@@ -95,7 +96,7 @@ def resume(
         InputError: no run folder, no checkpoint, or a torn one; another policy or reward; a run
             that an older version began.
     """
-    folder = RunFolder.open(Path(run).expanduser())
+    folder = RunFolder.open(Path(run).expanduser(), Kind.IMAGES)
     folder.start()
     given = _given(policy, reward)
     place = folder.path / RECIPE
@@ -154,14 +155,15 @@ def new_folder(recipe: Recipe) -> Path:
     """A new folder `runs/<recipe>-<time>`, with a number where several start at once."""
     name = f"{folder_name(recipe.name)}-{datetime.now():%Y%m%d-%H%M%S}"
     place, number = Path("runs") / name, 1
-    place.parent.mkdir(exist_ok=True)
-    while True:
-        try:
-            place.mkdir()
-            return place
-        except FileExistsError:
-            number += 1
-            place = place.with_name(f"{name}-{number}")
+    with writing(place):
+        place.parent.mkdir(exist_ok=True)
+        while True:
+            try:
+                place.mkdir()
+                return place
+            except FileExistsError:
+                number += 1
+                place = place.with_name(f"{name}-{number}")
 
 
 def _given(policy: Policy | None, reward: AnyReward | RewardFunction | None) -> dict[str, Any]:
@@ -235,7 +237,7 @@ def _report(folder: RunFolder) -> None:
     try:
         write_report(folder)
     except InputError as error:
-        log.warning("there is no new report: %s", error)
+        log.warning("there is no new report: %s", str(error))
 
 
 def _keep_examples(folder: RunFolder, events: Events, iteration: int, evaluated: Evaluated) -> None:

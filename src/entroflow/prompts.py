@@ -136,19 +136,15 @@ class TextPrompts(_ListedPrompts):
 
 
 class JSONLPrompts(TextPrompts):
-    """As the type `text`, but a file with a suffix for text, or none, holds JSON Lines."""
+    """The type `text` by another name: here, too, a file is read by its suffix."""
 
     type: Literal["jsonl"] = "jsonl"  # type: ignore[assignment]
-
-    def load(self) -> list[Prompt]:
-        """All prompts."""
-        return read_prompts(self.path, self.key, otherwise=".jsonl")
 
 
 class DatasetPrompts(_ListedPrompts):
     """A data set: a local file or folder, or the name of one on a hub.
 
-    A file is read by its suffix, as by the type `jsonl`; all else by `datasets.load_dataset`. What
+    A file is read by its suffix, as by the type `text`; all else by `datasets.load_dataset`. What
     lies beside the recipe or in the current folder comes first; a name on the hub has the form
     `user/name`.
     """
@@ -183,17 +179,17 @@ class DatasetPrompts(_ListedPrompts):
         return [_prompt_of(record, self.key) for record in records]
 
 
-def read_prompts(path: Path, key: str, *, otherwise: str = ".txt") -> list[Prompt]:
+def read_prompts(path: Path, key: str) -> list[Prompt]:
     """The prompts of a file by its suffix: one in a line, or under `key` of its records.
 
     Args:
-        path, otherwise: see `read_records`.
+        path: of the file.
         key: under which a record holds its prompt.
 
     Raises:
         InputError: see `read_records`; a record has no text under `key`, or an empty one.
     """
-    return [_prompt_of(record, key) for record in read_records(path, key, otherwise=otherwise)]
+    return [_prompt_of(record, key) for record in read_records(path, key)]
 
 
 def read_text(path: Path) -> list[Prompt]:

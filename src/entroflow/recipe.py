@@ -25,6 +25,7 @@ from entroflow.component import Component, placed
 from entroflow.errors import RecipeError, UntrustedError, quoted
 from entroflow.places import Places, with_override, without_folders
 from entroflow.plain_sections import ENDS, Attention, Monitors, Optimizer, Run, Sampling, Scoring
+from entroflow.recipe_kinds import Kind
 from entroflow.rewards.access import sent_keys
 from entroflow.settings_text import (
     TEXTS,
@@ -413,8 +414,7 @@ class _Opened:
 
 def _opened(name_or_path: str | Path, overrides: Sequence[str], trust: bool) -> _Opened:
     """Read a recipe, and change it."""
-    name, text, beside = read_recipe(str(name_or_path), shipped_recipes())
-    mapping = parse_yaml(text, name)
+    name, mapping, beside = read_recipe(str(name_or_path), shipped_recipes(), Kind.IMAGES)
     overridden: Any = {}
     # A type goes before its fields, wherever it stands.
     for override in sorted(overrides, key=lambda o: not o.partition("=")[0].endswith(".type")):
@@ -475,8 +475,8 @@ def changed(component: ComponentT, fields: Mapping[str, Any], where: str) -> Com
 
 def chosen_type(name_or_path: str | Path, section: str) -> str:
     """What a recipe chooses for a section, without importing or building it."""
-    name, text, _ = read_recipe(str(name_or_path), shipped_recipes())
-    fields = fields_of(parse_yaml(text, name).get(section), f"{name}: {section}")
+    name, mapping, _ = read_recipe(str(name_or_path), shipped_recipes(), Kind.IMAGES)
+    fields = fields_of(mapping.get(section), f"{name}: {section}")
     return str(fields.get("type", next(iter(COMPONENTS[section]))))
 
 

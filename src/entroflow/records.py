@@ -55,22 +55,19 @@ def suffix_of(path: Path) -> str:
     return path.suffix.lower()
 
 
-def read_records(path: Path, key: str, *, otherwise: str = ".txt") -> list[Record]:
+def read_records(path: Path, key: str) -> list[Record]:
     """All records of a file.
 
     Args:
         path: of the file.
         key: under which a record holds its text; it tells a record from an object around a list.
-        otherwise: as what a file of the suffixes for text is read; `.jsonl`: as JSON Lines.
 
     Raises:
         InputError: there is no such file, its suffix is none of those above, or it does not hold
             what its suffix says.
     """
     suffix = suffix_of(path)
-    if suffix in TEXT:
-        suffix = otherwise
-    elif suffix not in STRUCTURED:
+    if suffix not in (*TEXT, *STRUCTURED):
         raise InputError(_refused(path))
     if suffix == ".parquet":
         return _of_parquet(path)
@@ -79,7 +76,7 @@ def read_records(path: Path, key: str, *, otherwise: str = ".txt") -> list[Recor
         return _of_json(path, text, key)
     if suffix in JSON_LINES:
         return _of_json_lines(path, text, key)
-    if suffix == ".txt":
+    if suffix in TEXT:
         return _of_lines(path, text)
     return _of_table(path, text, "," if suffix == ".csv" else "\t")
 

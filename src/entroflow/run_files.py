@@ -401,9 +401,10 @@ class Answers(Contents):
 
 
 class PassingComparison(Contents):
-    """`evaluation.json` of a language model's run."""
+    """`evaluation.json` of a language model's run. Older versions do not say by which recipe."""
 
     iteration: Count
+    recipe: str | None = None
     problems: Count
     each: Count
     base: Passing
@@ -454,6 +455,7 @@ class Progress(Contents):
     adapted: dict[str, Any]
     recipe: str | None = None
     inputs: dict[str, Named] | None = None
+    code: dict[str, Named] = {}
     random: Annotated[list[LibraryState], Field(min_length=1)]
 
 

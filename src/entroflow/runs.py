@@ -30,7 +30,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 import entroflow
-from entroflow import checkpoints, pictures
+from entroflow import checkpoints, pictures, recipe_kinds
 from entroflow.checkpoints import (
     PART,
     CheckpointError,
@@ -40,10 +40,12 @@ from entroflow.checkpoints import (
     to_json,
     write_bytes,
     write_text,
+    writing,
 )
 from entroflow.credit.trace import Trajectories
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Evaluated
+from entroflow.recipe_kinds import Kind, kind_of, other_run
 from entroflow.run_files import Best, RunError, StartLine, checked, read_lines, read_object
 from entroflow.run_files import read_text as text_of
 from entroflow.settings_text import parse_yaml
@@ -51,7 +53,7 @@ from entroflow.settings_text import parse_yaml
 log = logging.getLogger(__name__)
 
 RECIPE, METRICS, REPORT, EVALUATION = (
-    "recipe.yaml",
+    recipe_kinds.RECIPE,
     "metrics.jsonl",
     "report.html",
     "evaluation.json",
@@ -117,33 +119,48 @@ class RunFolder:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             resumable = f", or go on with --resume {path}" if run.all_checkpoints() else ""
             raise RunError(f"{path} exists already; choose another --run{resumable}.")
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            # Of two processes that make the same folder at the same time, one gets here first.
-            run.checkpoints.mkdir()
-        except FileExistsError:
-            raise RunError(f"another process has just made {path}; choose another --run.") from None
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            try:
+                # Of two processes that make a folder at the same time, one gets here first.
+                run.checkpoints.mkdir()
+            except FileExistsError:
+                raise RunError(
+                    f"another process has just made {path}; choose another --run."
+                ) from None
         run.write_recipe(recipe_yaml)
         return run
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
+    def open(cls, path: Path, kind: Kind | None = None) -> RunFolder:
         """An existing run folder.
 
+        Args:
+            kind: that the run must be of; None: of either.
+
         Raises:
-            RunError: `path` is not one, or its recipe is torn.
+            RunError: `path` is not one, its recipe is torn, or it is of the other kind.
         """
         recipe = path / RECIPE
         if not recipe.is_file():
             raise RunError(f"{path} is not a run folder: it has no {RECIPE}.")
         # Sections that are cut off would take their defaults in silence.
-        lines = [line.strip() for line in text_of(recipe).splitlines()]
+        text = text_of(recipe)
+        lines = [line.strip() for line in text.splitlines()]
         if [line for line in lines if line][-1:] != [END.strip()]:
             raise RunError(
                 f"{recipe} is torn, or of an older version: its last line is not {END.strip()!r}; "
                 f"add it if the rest is whole ({REPORT} shows what it was)."
             )
+        if kind is not None and (message := other_run(path, parse_yaml(text, str(recipe)), kind)):
+            raise RunError(message)
         return cls(path)
+
+    @property
+    def kind(self) -> Kind | None:
+        """Of its recipe; None where that does not tell."""
+        recipe = self.path / RECIPE
+        return kind_of(parse_yaml(text_of(recipe), str(recipe)))
 
     def write_recipe(self, recipe_yaml: str) -> None:
         """Write the resolved recipe."""
@@ -166,7 +183,8 @@ class RunFolder:
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one line; it is on disk when this returns. What is not finite becomes null."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+        path = self.path / METRICS
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(to_json(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -356,7 +374,7 @@ class RunFolder:
         try:
             marked = self._best(self._fault())
         except InputError as error:
-            log.warning("no checkpoint is removed, as the best is not known: %s", error)
+            log.warning("no checkpoint is removed, as the best is not known: %s", str(error))
             return
         for folder in outdated:
             if marked is None or folder != self._checkpoint(marked["iteration"]):
@@ -376,7 +394,7 @@ class RunFolder:
         try:
             marked = self._best(self._fault(compare=True))
         except InputError as error:
-            log.warning("%s", error)
+            log.warning("%s", str(error))
             return None
         return None if marked is None else self._checkpoint(marked["iteration"])
 

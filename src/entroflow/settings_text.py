@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import stat
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer
@@ -18,6 +19,7 @@ from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import MappingNode, ScalarNode
 
 from entroflow.errors import QUOTED, RecipeError, one_line, quoted
+from entroflow.recipe_kinds import RECIPE, TRAIN, Kind, other_recipe, other_run
 from entroflow.wrong_keys import hint
 
 LARGEST = 2**20
@@ -43,24 +45,49 @@ def names_and_changes(arguments: Sequence[str] | None) -> tuple[list[str], list[
     return names, [argument for argument in arguments or [] if "=" in argument]
 
 
-def read_recipe(name: str, shipped: Mapping[str, Path]) -> tuple[str, str, Path | None]:
+def read_recipe(
+    name: str, shipped: Mapping[str, Path], kind: Kind
+) -> tuple[str, dict[str, Any], Path | None]:
     """A recipe by its name in the package or its file.
 
     Args:
         shipped: name -> file of those in the package.
+        kind: that the recipe must be of.
 
     Returns:
-        Its name, its text, and the folder of the user's that it lies in; None for a shipped one.
+        Its name, what it holds, and the folder of the user's that it lies in; None for a shipped
+        one.
 
     Raises:
-        RecipeError: there is none, or it is no text file of a recipe's size.
+        RecipeError: there is none, it is no YAML file of a recipe's size, a run folder, or of the
+            other kind.
     """
     if name in shipped:
-        return name, shipped[name].read_text(encoding="utf-8"), None
+        return name, parse_yaml(shipped[name].read_text(encoding="utf-8"), name), None
     path = Path(name)
     if path.suffix not in (".yaml", ".yml") and not os.path.exists(path):
         raise RecipeError(f"there is no recipe {quoted(name)}{hint(name, list(shipped))}")
-    return path.stem, _text_of(path), path.resolve().parent
+    if os.path.isfile(path / RECIPE):
+        _refuse_run(path, kind)
+    mapping = parse_yaml(_text_of(path), path.stem)
+    if message := other_recipe(name, mapping, kind):
+        raise RecipeError(message)
+    return path.stem, mapping, path.resolve().parent
+
+
+def _refuse_run(folder: Path, kind: Kind) -> NoReturn:
+    """Say that a run folder is no recipe.
+
+    Raises:
+        RecipeError: always.
+    """
+    recipe = folder / RECIPE
+    if message := other_run(folder, parse_yaml(_text_of(recipe), str(recipe)), kind):
+        raise RecipeError(message)
+    raise RecipeError(
+        f"{folder} is a run folder, not a recipe: {recipe} is its recipe, and `{TRAIN[kind]} "
+        f"--resume {shlex.quote(str(folder))}` goes on with it."
+    )
 
 
 def _text_of(path: Path) -> str:
@@ -72,6 +99,8 @@ def _text_of(path: Path) -> str:
             content = file.read(LARGEST + 1)
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe file {path}.") from None
+    except RecipeError:
+        raise
     except (OSError, ValueError) as error:
         raise RecipeError(f"the recipe file {path} can't be read: {error}.") from None
     if len(content) > LARGEST:

@@ -85,6 +85,13 @@ def test_columns_that_begin_in_a_later_row_are_kept(tmp_path, tokenizer):
     ("a.jsonl", '["x"]\n', "rows that make no table"),
     ("a.yaml", "- x\n", r"files that end in \.yaml are not read"),
     ("a.csv", "asked,solution\nx,1\n", "no column 'question'"),
+    *((f"a{suffix}", content, rf"task\.path: .*a{suffix} holds no problems; give it rows with the "
+       "columns 'question' and 'solution'") for suffix, content in (
+           (".jsonl", ""), (".jsonl", "\n \n"), (".csv", ""), (".csv", "question,solution\n"),
+           (".json", "[]"))),
+    *((f"a{suffix}", content, rf"task\.path: .*a{suffix} is read as plain text by its name, and a "
+       r"text has no columns; give the file the ending \.jsonl") for suffix, content in (
+           (".txt", "Make 24\n"), (".TXT", '{"question": "x", "solution": 1}\n'), ("", "x\n"))),
 ])  # fmt: skip
 def test_a_file_that_can_not_be_read_is_one_line(tmp_path, tokenizer, name, content, message):
     path = tmp_path / name
@@ -159,3 +166,19 @@ def test_a_run_goes_on_with_the_same_problems_alone(tmp_path, monkeypatch):
     write_digests(run.latest())
     with pytest.raises(InputError, match="model: what embedded holds is not what"):
         resume(run.path, ["run.updates=3"])
+
+
+def test_a_reward_that_was_edited_is_warned_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    as_jsonl(tmp_path / "data.jsonl")
+    code = tmp_path / "edited_llm_reward.py"
+    code.write_text(
+        "def odd(completions, **_):\n    return [float(len(text) % 2) for text in completions]\n"
+    )
+    settings = [*SMALL, "task.reward=edited_llm_reward.odd"]
+    run = train(recipes.load("countdown", settings), tmp_path / "run")
+    resume(run.path, ["run.updates=2"])
+    assert "was changed" not in caplog.text
+    code.write_text(code.read_text() + "# quicker\n")
+    resume(run.path, ["run.updates=3"])
+    assert f"edited_llm_reward.odd: {code} was changed since" in caplog.text

@@ -23,6 +23,7 @@ from entroflow.llm import recipe as recipes
 from entroflow.llm.embedded import BASE
 from entroflow.llm.problems import judge, problems_of, solved
 from entroflow.llm.run import load_model, resume, train
+from entroflow.report.llm_page import write_llm_report
 from entroflow.runs import RunFolder
 
 SMALL = (
@@ -251,6 +252,28 @@ def test_a_torn_checkpoint_is_said(done, tmp_path, monkeypatch, capsys):
         assert stopped.value.code == 2, name
         assert said in error
         assert "Traceback" not in error
+
+
+def test_a_report_tells_files_of_another_run(done, tmp_path, caplog):
+    """By the checkpoint that they lie beside; of what is of one run it has nothing to say."""
+    write_llm_report(done)
+    assert not caplog.text
+    for name, before, after, says in (
+        ("recipe.yaml", "seed: 0", "seed: 5", "the recipe was changed since {}/checkpoints/"),
+        ("recipe.yaml", "seed: 0", "seed: 5", "the recipe was changed since {}/evaluation.json"),
+        ("metrics.jsonl", '"loss": ', '"loss": 7', "{}/metrics.jsonl is not of the run of"),
+        ("evaluation.json", '"recipe": "', '"recipe": "x', "since {}/evaluation.json was made"),
+        ("checkpoints/00000002/progress.json", "{", "[", "progress.json is torn"),
+    ):
+        folder = tmp_path / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(done.path, folder)
+        text = (folder / name).read_text()
+        assert before in text
+        (folder / name).write_text(text.replace(before, after))
+        caplog.clear()
+        write_llm_report(RunFolder.open(folder))
+        assert says.format(folder) in caplog.text, name
 
 
 # --- two processes --------------------------------------------------------------------------------

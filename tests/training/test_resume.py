@@ -327,7 +327,9 @@ def test_a_run_folder_has_one_writer(tmp_path):
 def test_runs_that_start_at_once_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").symlink_to(tmp_path / "not mounted")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(
+        InputError, match=r"^runs/tiny-.* can't be written \(File exists\); something"
+    ):
         launch.new_folder(recipe())
     (tmp_path / "runs").unlink()
     made = [launch.new_folder(recipe()) for _ in range(3)]

@@ -80,5 +80,5 @@ def _part(opened: Opened, section: str) -> Any:
     except UntrustedError:
         raise
     except RecipeError as error:
-        log.warning("images are judged without the %s of the run: %s", section, error)
+        log.warning("images are judged without the %s of the run: %s", section, str(error))
         return None

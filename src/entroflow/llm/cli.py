@@ -89,12 +89,13 @@ def train(
     with _extra():
         from entroflow.llm import recipe as recipes
         from entroflow.llm import run as runs
+        from entroflow.recipe_kinds import Kind
         from entroflow.runs import RECIPE, REPORT, RunFolder
         from entroflow.show import llm_progress
 
         name = names[0] if names else "countdown"
         if resume is not None:
-            name = str(RunFolder.open(resume).path / RECIPE)
+            name = str(RunFolder.open(resume, Kind.LANGUAGE_MODEL).path / RECIPE)
         recipe = recipes.load(name, overrides, trust=trust)
         trust = is_trusted(trust, recipe.refuse_strangers)
         recipe = recipes.load(name, overrides, trust=trust)

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from entroflow.llm.passing import avg_at, pass_at
 from entroflow.llm.recipe import Task
 from entroflow.llm.reward import NOT_GIVEN, Reward, check_arguments, guarded
 from entroflow.prompt_checks import remarks_on_texts
+from entroflow.records import TEXT, suffix_of
 from entroflow.shapes.grammar import Split
 from entroflow.users_code import users_function
 from entroflow.wrong_keys import hint
@@ -105,6 +107,11 @@ def _asked(split: Any, count: int) -> list[str]:
 def _of_dataset(task: Task, tokenizer: Any) -> Problems:
     assert task.path is not None
     data = _loaded(task, task.path)
+    if not len(data):
+        raise InputError(
+            f"task.path: {task.path} holds no problems; give it rows with the columns "
+            f"{task.prompt!r} and {task.answer!r}."
+        )
     # What is right need not be a column: some rewards can tell without.
     has_answer = task.answer in data.column_names or task.answer != ANSWER
     for column in (task.prompt, task.answer)[: 1 + has_answer]:
@@ -151,6 +158,12 @@ def _of_dataset(task: Task, tokenizer: Any) -> Problems:
 
 def _loaded(task: Task, path: str) -> Dataset:
     """The rows of a file, or of what `datasets` finds."""
+    if os.path.isfile(path) and suffix_of(Path(path)) in TEXT:
+        raise InputError(
+            f"task.path: {path} is read as plain text by its name, and a text has no columns; "
+            "give the file the ending .jsonl if every line is a JSON object, or write a table "
+            f"(.csv, .tsv, .parquet) with the columns {task.prompt!r} and {task.answer!r}."
+        )
     try:
         if not os.path.isfile(path):
             return load_data_set(path, task.name, task.split)

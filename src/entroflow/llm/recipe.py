@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,6 +16,7 @@ from entroflow.component import Component
 from entroflow.errors import RecipeError, quoted
 from entroflow.llm.clips import MOST, MU_B, MU_V
 from entroflow.places import PathOrName, Places, with_override, without_folders
+from entroflow.recipe_kinds import LANGUAGE_MODELS, Kind, language_model_identity
 from entroflow.settings_text import (
     TEXTS,
     as_yaml,
@@ -24,16 +24,13 @@ from entroflow.settings_text import (
     holder_of,
     name_of_recipe,
     override_of,
-    parse_yaml,
     read_recipe,
     texts_of,
 )
 from entroflow.users_code import refuse_untrusted, search_beside
 from entroflow.wrong_keys import explained, hint
 
-SHIPPED = Path(str(resources.files("entroflow"))) / "llm" / "recipes"
-"""Folder of the recipes in the package."""
-EMBEDDED_WEIGHTS = SHIPPED.parent / "base" / "model.safetensors"
+EMBEDDED_WEIGHTS = LANGUAGE_MODELS.parent / "base" / "model.safetensors"
 FOUND_IN = "found_in"
 """Key of a run's recipe: the folder of the recipe file, where a reward of the user's may lie."""
 EMBEDDED = "embedded"
@@ -64,8 +61,8 @@ class Task(Component):
         None, ge=1, description="to train on; null: 4000 of countdown, all of a dataset"
     )
     path: Annotated[str | None, PathOrName(in_folders=True)] = Field(
-        None, description="of dataset: a file (.jsonl, .json, .csv, .tsv, .parquet), a folder, or "
-        "the name user/name of one on a hub"
+        None, description="of dataset: a file (.jsonl, .ndjson, .json, .parquet; .csv and .tsv, "
+        "whose cells are all texts), a folder, or the name user/name of one on a hub"
     )  # fmt: skip
     name: str | None = Field(None, description="of dataset: which of its configurations")
     split: str = Field("train", description="of dataset: which of its parts")
@@ -194,16 +191,14 @@ class LLMRecipe:
         del content["evaluation"]
         if self.model.path == EMBEDDED:
             content["weights"] = hashlib.blake2b(EMBEDDED_WEIGHTS.read_bytes()).hexdigest()
-        text = json.dumps(without_folders(content, SHIPPED), sort_keys=True)
+        text = json.dumps(without_folders(content, LANGUAGE_MODELS), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
     @property
     def identity(self) -> str:
         """A short hash of all that a resumed run may not change."""
         content = {key: getattr(self, key).model_dump(mode="json") for key in PARTS}
-        content |= {"run": {"seed": self.run.seed}, "trainer": dict(self.trainer)}
-        text = json.dumps(without_folders(content, SHIPPED), sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+        return language_model_identity({**content, "trainer": dict(self.trainer)})
 
     @property
     def has_own_reward(self) -> bool:
@@ -241,7 +236,7 @@ class LLMRecipe:
 
 def shipped() -> dict[str, Path]:
     """Name -> file of the recipes in the package."""
-    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(LANGUAGE_MODELS.glob("*.yaml"))}
 
 
 def load(
@@ -259,8 +254,7 @@ def load(
     Raises:
         RecipeError: unknown recipe, section or key; a value of the wrong type or out of range.
     """
-    name, text, folder = read_recipe(str(name_or_path), shipped())
-    mapping = parse_yaml(text, name)
+    name, mapping, folder = read_recipe(str(name_or_path), shipped(), Kind.LANGUAGE_MODEL)
     overridden: Any = {}
     for override in overrides:
         keys, value = override_of(override, SECTIONS)

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 from trl.models.utils import unwrap_model_for_generation
 
-from entroflow.checkpoints import part_of, settled, to_json, write_digests, write_text
+from entroflow.checkpoints import part_of, settled, to_json, write_digests, write_text, writing
 from entroflow.errors import InputError
 from entroflow.evaluation.base import mean_over_prompts
 from entroflow.llm.passing import avg_at, pass_at
@@ -157,27 +157,30 @@ class Recorder(TrainerCallback):
         self.events.close()
         if self.main:
             base = _from_json(read_base_answers(self.folder.path))
-            found = {"iteration": updates, **compared(self.problems, base, tuned)}
+            by = {"iteration": updates, "recipe": self.recipe.identity}
+            found = {**by, **compared(self.problems, base, tuned)}
             write_text(self.folder.path / EVALUATION, to_json(found, indent=1) + "\n")
             try:
                 write_llm_report(self.folder)
             except InputError as error:
-                log.warning("there is no new report: %s", error)
+                log.warning("there is no new report: %s", str(error))
 
     def _save(self, update: int) -> None:
         """Write a checkpoint; the one before goes when it is whole."""
         whole = self.folder.checkpoints / f"{update:08d}"
         part = part_of(whole)
+        with writing(whole):
+            if self.main:
+                part.mkdir()
+            self.trainer.save_model(str(part))
+            self.trainer.write_state(part)
+            if self.main:
+                # TRL's settings, as a pickle: the recipe has them in plain sight.
+                (part / "training_args.bin").unlink(missing_ok=True)
+                write_digests(part)
+                settled(part)
+                part.rename(whole)
         if self.main:
-            part.mkdir()
-        self.trainer.save_model(str(part))
-        self.trainer.write_state(part)
-        if self.main:
-            # TRL's settings, as a pickle: the recipe has them in plain sight.
-            (part / "training_args.bin").unlink(missing_ok=True)
-            write_digests(part)
-            settled(part)
-            part.rename(whole)
             self.folder.prune(keep=1)
 
     def _evaluated(self) -> dict[str, float]:

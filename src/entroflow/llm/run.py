@@ -34,23 +34,17 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from entroflow.checkpoints import DIGESTS, check_digests
+from entroflow.checkpoints import DIGESTS, PROGRESS, TRAINER_STATE, check_digests, logged_at
 from entroflow.errors import InputError
-from entroflow.inputs import check_inputs, digest_of_tensors
+from entroflow.inputs import check_inputs, digest_of_tensors, module_of
 from entroflow.llm.embedded import BASE
 from entroflow.llm.grpo import EntropyGRPOConfig
 from entroflow.llm.problems import Problems, judge, problems_of
 from entroflow.llm.recipe import EMBEDDED, LLMRecipe, Model, load
 from entroflow.llm.recorder import LONGEST, Recorder, Watch, read_base_answers
-from entroflow.llm.state import (
-    PROGRESS,
-    TRAINER_STATE,
-    ResumableTrainer,
-    check_state,
-    inputs_of,
-    logged_at,
-)
+from entroflow.llm.state import ResumableTrainer, check_state, inputs_of
 from entroflow.places import hinting_at_moved, paths_in
+from entroflow.recipe_kinds import Kind
 from entroflow.runs import EVALUATION, RECIPE, RunFolder, folder_name
 from entroflow.signals import asked_to_stop
 
@@ -73,7 +67,7 @@ def load_model(path: str, dtype: str = "float32", merged: Path | None = None) ->
     disable_progress_bar()
     place = str(BASE) if path == EMBEDDED else path
     if (Path(place) / RECIPE).is_file():
-        place = str(RunFolder(Path(place)).latest())
+        place = str(RunFolder.open(Path(place), Kind.LANGUAGE_MODEL).latest())
     if (Path(place) / PROGRESS).is_file() or (Path(place) / DIGESTS).is_file():
         check_digests(Path(place))
     settings = {"dtype": getattr(torch, dtype)}
@@ -142,7 +136,8 @@ def _of_checkpoint(recipe: LLMRecipe) -> LLMRecipe:
     """A recipe whose model is no run, which may go on, but the checkpoint where that is now."""
     if not (Path(recipe.model.path) / RECIPE).is_file():
         return recipe
-    place = str(RunFolder(Path(recipe.model.path)).latest().resolve())
+    source = RunFolder.open(Path(recipe.model.path), Kind.LANGUAGE_MODEL)
+    place = str(source.latest().resolve())
     return replace(recipe, model=recipe.model.model_copy(update={"path": place}))
 
 
@@ -166,7 +161,7 @@ def resume(
     Raises:
         InputError: no run folder, no checkpoint, a torn one, or nothing left to do.
     """
-    folder = RunFolder.open(path)
+    folder = RunFolder.open(path, Kind.LANGUAGE_MODEL)
     for override in overrides:
         if override.partition("=")[0] not in ("run.updates", "model.path", "task.path"):
             raise InputError(
@@ -181,7 +176,7 @@ def resume(
         with hinting_at_moved(paths_in(paths)):
             trainer, problems = _prepared(recipe, Path(scratch))
         processes = trainer.accelerator.num_processes
-        done = check_state(checkpoint, processes, recipe.identity, trainer.inputs)
+        done = check_state(checkpoint, processes, recipe.identity, trainer.inputs, trainer.code)
         if done >= recipe.run.updates and (path / EVALUATION).exists():
             raise InputError(f"{path} has made its {done} updates; go further with run.updates=N.")
         read_base_answers(path)
@@ -220,6 +215,7 @@ def _prepared(recipe: LLMRecipe, scratch: Path) -> tuple[ResumableTrainer, Probl
             raise InputError(f"{recipe.name}: trainer: {reason}") from None
     trainer.identity = recipe.identity
     trainer.inputs = inputs
+    trainer.code = module_of(recipe.task.reward) if recipe.has_own_reward else {}
     for silent in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(silent)
     at_once = (trainer.args.generation_batch_size or 1) // (trainer.num_generations or 1)
@@ -303,7 +299,10 @@ def _shared(new: Callable[[], RunFolder], main: bool) -> RunFolder:
 def recipe_of(path: str, trust: bool = False) -> LLMRecipe:
     """What a model is judged by: the recipe of its run, or countdown; see `load`."""
     of_run = Path(path) / RECIPE
-    return load(of_run if of_run.is_file() else "countdown", trust=trust)
+    if not of_run.is_file():
+        return load("countdown", trust=trust)
+    RunFolder.open(Path(path), Kind.LANGUAGE_MODEL)
+    return load(of_run, trust=trust)
 
 
 def evaluate(

@@ -22,22 +22,21 @@ from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor
 
 from entroflow.checkpoints import (
+    PROGRESS,
+    TRAINER_STATE,
     CheckpointError,
-    finite,
     load_optimizer_tensors,
     optimizer_tensors,
+    read_progress,
     read_tensors,
+    trl_state,
 )
-from entroflow.inputs import Inputs, check_inputs
+from entroflow.inputs import Inputs, check_inputs, warn_of_changed_code
 from entroflow.llm.grpo import EntropyGRPOTrainer
-from entroflow.run_files import Progress, TRLState, read_object
 
 log = logging.getLogger(__name__)
 
-TRAINER_STATE, OPTIMIZER, REFERENCE, PROGRESS = (
-    "trainer_state.json", "optimizer.safetensors", "reference.safetensors", "progress.json",
-)  # fmt: skip
-OTHERWISE = "; restore it from a copy, or start a new run from the model."
+OPTIMIZER, REFERENCE = "optimizer.safetensors", "reference.safetensors"
 ADAPTED = ("entropy_coef", "_last_world_entropy")
 """Numbers of TRL's trainer that its `use_adaptive_entropy` changes."""
 
@@ -56,6 +55,8 @@ class ResumableTrainer(EntropyGRPOTrainer):
 
     inputs: Inputs
     """What the recipe names and the training reads; see `entroflow.inputs`."""
+    code: Inputs
+    """The module of the reward, where that is found by a dotted path."""
 
     def write_state(self, folder: Path) -> None:
         """Write all but the model into a folder; called in every process.
@@ -82,6 +83,7 @@ class ResumableTrainer(EntropyGRPOTrainer):
             "adapted": {name: getattr(self, name) for name in ADAPTED},
             "random": states,
             "inputs": self.inputs,
+            "code": self.code,
         }
         save_file(tensors, folder / OPTIMIZER)
         try:
@@ -112,7 +114,7 @@ class ResumableTrainer(EntropyGRPOTrainer):
             return
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        progress = _progress(Path(checkpoint))
+        progress = read_progress(Path(checkpoint))
         tensors = read_tensors(Path(checkpoint) / OPTIMIZER)
         load_optimizer_tensors(self.optimizer, {**tensors, **progress["moments"]})
         for group, rate in zip(self.optimizer.param_groups, progress["rates"], strict=True):
@@ -133,11 +135,11 @@ class ResumableTrainer(EntropyGRPOTrainer):
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(_progress(Path(checkpoint))["scaler"])
+            self.accelerator.scaler.load_state_dict(read_progress(Path(checkpoint))["scaler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            states = _progress(Path(checkpoint))["random"]
+            states = read_progress(Path(checkpoint))["random"]
             _set_random_state(states[self.accelerator.process_index])
 
 
@@ -147,15 +149,17 @@ def inputs_of(folder: Path) -> Inputs | None:
     Raises:
         CheckpointError: it is torn.
     """
-    return _progress(folder).get("inputs") if (folder / PROGRESS).is_file() else None
+    return read_progress(folder).get("inputs") if (folder / PROGRESS).is_file() else None
 
 
-def check_state(folder: Path, processes: int, identity: str, inputs: Inputs) -> int:
-    """Whether a training can go on from a folder; a recipe that was changed since is warned of.
+def check_state(folder: Path, processes: int, identity: str, inputs: Inputs, code: Inputs) -> int:
+    """Whether a training can go on from a folder.
+
+    A recipe, or the code of a reward, that was changed since is warned of.
 
     Args:
         processes: that there are now.
-        inputs: as they are now.
+        inputs, code: as they are now.
 
     Returns:
         Its updates.
@@ -169,36 +173,22 @@ def check_state(folder: Path, processes: int, identity: str, inputs: Inputs) -> 
             f"{folder} holds the model alone, as FSDP's and DeepSpeed's shards of an optimizer are "
             f"not written down; start a new run from it: model.path={folder}"
         )
-    progress = _progress(folder)
+    progress = read_progress(folder)
     check_inputs(progress.get("inputs"), inputs, folder)
     if progress.get("recipe", identity) != identity:
         log.warning("the recipe was changed since %s; the run goes on by it.", folder)
+    warn_of_changed_code(progress.get("code", {}), code, folder)
     before = len(progress["random"])
     if before != processes:
         raise CheckpointError(
             f"{folder} was written by {before} processes, not {processes}; launch as many again."
         )
-    done = int(_trl_state(folder)["global_step"])
+    done = int(trl_state(folder)["global_step"])
     if done != int(folder.name):
         raise CheckpointError(
             f"{folder} is of another update: {TRAINER_STATE} says {done}; restore it from a copy."
         )
     return done
-
-
-def logged_at(folder: Path) -> dict[str, Any]:
-    """What the line of metrics of a checkpoint must hold."""
-    (*_, last) = _trl_state(folder)["log_history"] or [{}]
-    kept = {key: last.get(key) for key in ("loss", "reward", "learning_rate")}
-    return {key: value for key, value in finite(kept).items() if value is not None}
-
-
-def _progress(folder: Path) -> dict[str, Any]:
-    return read_object(folder / PROGRESS, Progress, remedy=OTHERWISE, error=CheckpointError)
-
-
-def _trl_state(folder: Path) -> dict[str, Any]:
-    return read_object(folder / TRAINER_STATE, TRLState, remedy=OTHERWISE, error=CheckpointError)
 
 
 def _random_state() -> dict[str, Any]:

@@ -11,7 +11,9 @@ from typing import Any
 
 from scipy import stats
 
-from entroflow.checkpoints import write_text
+from entroflow.checkpoints import PROGRESS, logged_at, read_progress, write_text
+from entroflow.errors import InputError
+from entroflow.recipe_kinds import language_model_identity
 from entroflow.report.figures import (
     BLUE,
     BLUE_BAND,
@@ -49,11 +51,6 @@ MOST_ANSWERS = 4
 """Different answers of a model to a problem that are shown."""
 
 
-def is_of_a_language_model(folder: RunFolder) -> bool:
-    """Whether the run is one of `entroflow llm train`."""
-    return "trainer" in parse_yaml(read_text(folder.path / RECIPE), str(folder.path / RECIPE))
-
-
 def write_llm_report(folder: RunFolder) -> Path:
     """Write `report.html` from what the run folder has; an older one is replaced.
 
@@ -77,6 +74,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         log.warning("%s %s; the report shows the others.", folder.path / METRICS, gap)
     path = folder.path / EVALUATION
     evaluation = read_object(path, PassingComparison) if path.exists() else {}
+    _warn_of_other_runs(folder, language_model_identity(recipe), metrics, evaluation)
     done = metrics[-1]["iteration"] if metrics else 0
     panels = [
         _right(metrics), _entropy(metrics), _reward(metrics), _left_out(metrics),
@@ -100,6 +98,36 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "recipe_yaml": text,
         "run_path": shlex.quote(str(folder.path)),
     }
+
+
+def _warn_of_other_runs(
+    folder: RunFolder,
+    identity: str,
+    metrics: Metrics,
+    evaluation: Mapping[str, Any],
+) -> None:
+    """Warn where recipe, metrics, evaluation and the latest checkpoint are not of one run.
+
+    Args:
+        identity: of the recipe.
+    """
+    if evaluation and evaluation.get("recipe") not in (None, identity):
+        log.warning("the recipe was changed since %s was made by it.", folder.path / EVALUATION)
+    for checkpoint in folder.all_checkpoints()[-1:]:
+        # Of shards there is the model alone.
+        if not (checkpoint / PROGRESS).is_file():
+            continue
+        try:
+            maker, logged = read_progress(checkpoint).get("recipe"), logged_at(checkpoint)
+        except InputError as error:
+            log.warning("%s", str(error))
+            continue
+        if maker not in (None, identity):
+            log.warning("the recipe was changed since %s was made by it.", checkpoint)
+        for line in metrics:
+            same = all(line.get(key, value) == value for key, value in logged.items())
+            if line["iteration"] == int(checkpoint.name) and not same:
+                log.warning("%s is not of the run of %s.", folder.path / METRICS, checkpoint)
 
 
 def outcome(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
