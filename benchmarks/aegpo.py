@@ -19,9 +19,9 @@ from typing import Any
 
 import scipy.stats
 
-from entroflow.checkpoints import write_text
-from entroflow.compare import Arm, stored_results
-from entroflow.compared import best_by_validation, rows, smallest_difference
+from entroflow.comparison.runner import Arm, stored_results
+from entroflow.comparison.table import best_by_validation, rows, smallest_difference
+from entroflow.writing import write_text
 from methods import (
     BUDGET,
     RATES,

@@ -18,13 +18,13 @@ from time import perf_counter
 
 import torch
 
-from entroflow.entropy.probe import compared_states, probe_of, probed_velocity
+from entroflow.attention.probe import compared_states, probe_of, probed_velocity
 from entroflow.exploration.base import Request
-from entroflow.plain_sections import Attention
-from entroflow.recipe import load_recipe
-from entroflow.runs import package_version
+from entroflow.recipe.load import load_recipe
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.sampling.solver import sample
+from entroflow.settings import Attention
+from entroflow.version import package_version
 
 SETTINGS = {
     "default": Attention(),

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from entroflow.recipe import load_recipe
-from entroflow.trainer import Trainer
+from entroflow.recipe.load import load_recipe
+from entroflow.training.trainer import Trainer
 
 RECIPES = ("flow_grpo", "tp_grpo")
 

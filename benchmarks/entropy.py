@@ -22,11 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from entroflow.checkpoints import to_json, write_text
-from entroflow.compared import detectable
+from entroflow.comparison.table import detectable
 from entroflow.llm.recipe import load
 from entroflow.report.llm_page import change_correlation
-from entroflow.runs import RunFolder, package_version, read_object
+from entroflow.runs.folder import RunFolder, read_object
+from entroflow.version import package_version
+from entroflow.writing import to_json, write_text
 from methods import filled, spread
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +75,7 @@ def made(jobs: Sequence[tuple[str, tuple[str, ...], int]], runs: Path, at_once: 
         name = load("countdown", overrides).hash
         folder = runs / f"{name}-seed{seed}"
         if not (folder / "evaluation.json").exists():
-            command = [sys.executable, "-m", "entroflow.cli", "llm", "train"]
+            command = [sys.executable, "-m", "entroflow.cli.main", "llm", "train"]
             if folder.exists() and RunFolder(folder).all_checkpoints():
                 command += ["--resume", str(folder)]
             else:

@@ -19,8 +19,8 @@ import torch
 
 from entroflow.policies.shapes.policy import ShapesPolicy
 from entroflow.policies.shapes.tokenizer import tokenize
-from entroflow.recipe import load_recipe
-from entroflow.trainer import Trainer
+from entroflow.recipe.load import load_recipe
+from entroflow.training.trainer import Trainer
 
 BATCH_SIZES = (32, 48, 64, 96, 128, 192)
 

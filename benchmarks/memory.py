@@ -22,8 +22,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, T5Config
 
-from entroflow.checkpoints import to_json, write_text
-from entroflow.recipe import load_recipe
+from entroflow.recipe.load import load_recipe
+from entroflow.writing import to_json, write_text
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = ROOT / "docs" / "claims" / "memory.json"

@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py [--runs runs/methods] [--at-once N]
 
-Comparisons by `entroflow.compare`, each at 300k weighted evaluations with three seeds, and one at
+Comparisons by `entroflow.comparison.runner`, each at 300k weighted evaluations with three seeds, and one at
 equal updates: hours on two cores. Raw results go to docs/claims/methods.json, where none is made twice,
 and tables to docs/methods.md. Interrupted, it goes on when called again.
 """
@@ -18,10 +18,10 @@ from typing import Any
 
 import scipy.stats
 
-from entroflow.checkpoints import write_text
-from entroflow.compare import RESULTS, Arm, compare, stored_results
-from entroflow.compared import Row, best_by_validation, rows, smallest_difference
-from entroflow.show import comparison_progress
+from entroflow.cli.show import comparison_progress
+from entroflow.comparison.runner import RESULTS, Arm, compare, stored_results
+from entroflow.comparison.table import Row, best_by_validation, rows, smallest_difference
+from entroflow.writing import write_text
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = ROOT / "docs" / "claims" / "methods.json"

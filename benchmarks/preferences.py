@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from entroflow.checkpoints import write_text
-from entroflow.compare import Arm, stored_results
-from entroflow.compared import best_by_validation, rows
+from entroflow.comparison.runner import Arm, stored_results
+from entroflow.comparison.table import best_by_validation, rows
 from entroflow.evaluation.image_statistics import statistics as image_statistics
+from entroflow.writing import write_text
 from methods import RATES, SEEDS, asked, filled, measured, name_of, spread
 
 ROOT = Path(__file__).parents[1]

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from entroflow.compare import curve_of
+from entroflow.comparison.runner import curve_of
 from entroflow.policies.shapes.policy import WEIGHTS
-from entroflow.recipe import load_recipe
-from entroflow.runs import EVALUATION, RunFolder
+from entroflow.recipe.load import load_recipe
+from entroflow.runs.folder import EVALUATION, RunFolder
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = ROOT / "docs" / "claims" / "quickstart.json"
@@ -40,7 +40,7 @@ def train(overrides: list[str], folder: Path) -> None:
     start = (
         ["--resume", str(folder)] if goes_on else ["quickstart", "--run", str(folder), *overrides]
     )
-    subprocess.run([sys.executable, "-m", "entroflow.cli", "train", *start], check=True)
+    subprocess.run([sys.executable, "-m", "entroflow.cli.main", "train", *start], check=True)
 
 
 def result_of(folder: Path, key: dict) -> dict:

@@ -25,13 +25,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from entroflow.checkpoints import write_text
-from entroflow.launch import train
 from entroflow.policies.base import Policy
-from entroflow.recipe import chosen_type, shipped_recipes
+from entroflow.recipe.load import chosen_type, shipped_recipes
 from entroflow.rewards.base import Status
 from entroflow.rewards.preferences.models import Answers
-from entroflow.runs import RunFolder
+from entroflow.runs.folder import RunFolder
+from entroflow.training.launch import train
+from entroflow.writing import write_text
 
 SMALL = (
     "run.iterations=2", "run.evaluate_every=1", "prompts.per_iteration=4", "evaluation.images=8",

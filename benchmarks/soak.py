@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 import entroflow
-from entroflow.checkpoints import to_json, write_text
-from entroflow.runs import package_version
+from entroflow.version import package_version
+from entroflow.writing import to_json, write_text
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = ROOT / "docs" / "claims" / "soak.json"

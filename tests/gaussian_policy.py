@@ -12,7 +12,7 @@ from torch import Tensor
 
 from entroflow.policies.attention import show
 from entroflow.policies.base import Condition, WeightSets
-from entroflow.sampling.grid import shifted_grid
+from entroflow.policies.grid import shifted_grid
 
 
 class GaussianPolicy:

@@ -21,7 +21,7 @@ def command_line(arguments, output):
     opened = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(opened, number)
-    from entroflow.cli import main
+    from entroflow.cli.main import main
 
     sys.argv = ["entroflow", *map(str, arguments)]
     main()

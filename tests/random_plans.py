@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
-from entroflow.sampling.grid import shifted_grid
 from entroflow.sampling.plan import Plan, Role, fresh_rows, with_children
 
 OFFSETS = {"first": 0.0, "second": 1.0, "third": -2.0}

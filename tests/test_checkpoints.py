@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from entroflow import checkpoints
+from entroflow import checkpoints, writing
 from entroflow.checkpoints import (
     CheckpointError,
     load_optimizer_tensors,
     optimizer_tensors,
     read_state,
     read_tensors,
+    write_checkpoint,
+)
+from entroflow.writing import (
     to_json,
     write_bytes,
-    write_checkpoint,
     write_text,
 )
 
@@ -253,7 +255,7 @@ def test_a_crash_while_text_is_written_keeps_the_old_text(tmp_path, monkeypatch)
         raise CrashError
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.os, "fsync", crash)
+        patch.setattr(writing.os, "fsync", crash)
         with pytest.raises(CrashError):
             write_text(path, "new")
     assert path.read_text() == "old"

@@ -15,11 +15,11 @@ import torch
 
 from entroflow.credit.normalise import group_advantages
 from entroflow.errors import InputError
-from entroflow.recipe import build_recipe
+from entroflow.recipe.load import build_recipe
 from entroflow.rewards.base import Scores, Status
 from entroflow.sampling.plan import Role, fresh_rows, with_children
 from entroflow.sampling.rollouts import transitions_of
-from entroflow.trainer import Trainer
+from entroflow.training.trainer import Trainer
 from gaussian_policy import GaussianPolicy
 
 STEPS = 6

@@ -25,9 +25,9 @@ import typer
 from ruamel.yaml import YAML
 
 import entroflow
-from entroflow import cli
+from entroflow.cli import main as cli
 from entroflow.llm import recipe as llm_recipe
-from entroflow.recipe import build_recipe, load_recipe
+from entroflow.recipe.load import build_recipe, load_recipe
 from entroflow.shapes import grammar
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from entroflow import checkpoints, pictures
+from entroflow import pictures, writing
 
 GAP, SCALE, SIDE = 6, 4, 32
 GREEN, RED, WHITE = (42, 157, 74), (209, 73, 91), (255, 255, 255)
@@ -131,7 +131,7 @@ def test_a_picture_is_saved_whole_with_its_folder(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.os, "fsync", crash)
+        patch.setattr(writing.os, "fsync", crash)
         with pytest.raises(OSError, match="disk full"):
             pictures.save(second, path)
     with Image.open(path) as shown:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from entroflow.cli import main
+from entroflow.cli.main import main
 from entroflow.component import Component
 from entroflow.data_sets import load_data_set, read_data_set
 from entroflow.errors import InputError
 from entroflow.llm import recipe as llm_recipes
 from entroflow.places import PathOrName, Places, with_override, without_folders
-from entroflow.recipe import SHIPPED, build_recipe, identity_of, load_recipe
+from entroflow.recipe.load import SHIPPED, build_recipe, identity_of, load_recipe
 
 DATA = PathOrName(("json",), in_folders=True)
 MODEL = PathOrName()

@@ -15,10 +15,10 @@ from entroflow.prompts import (
     DatasetPrompts,
     JSONLPrompts,
     Prompt,
-    ShapesPrompts,
     TextPrompts,
 )
 from entroflow.shapes import grammar
+from entroflow.shapes.prompts import ShapesPrompts
 
 GENEVAL = Path(os.environ.get("ENTROFLOW_TEST_DATA", ""), "geneval", "evaluation_metadata.jsonl")
 RECORDS = [

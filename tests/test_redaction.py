@@ -15,16 +15,16 @@ from urllib.parse import quote
 import pytest
 import torch
 
-from entroflow import cli
+from entroflow.checks.findings import finding_of
+from entroflow.cli import main as cli
 from entroflow.errors import InputError, RecipeError
-from entroflow.findings import finding_of
 from entroflow.prompts import Prompt
-from entroflow.recipe import build_recipe
+from entroflow.recipe.imports import raised
+from entroflow.recipe.load import build_recipe
 from entroflow.redaction import SHORTEST, without_secrets
 from entroflow.rewards.base import FunctionReward
 from entroflow.rewards.scoring import score_images
 from entroflow.rewards.served_score import ServedScore
-from entroflow.users_code import raised
 from raw_server import RawServer, chat, http
 from tiny_run import PixelPolicy, train
 

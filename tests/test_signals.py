@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 
-from entroflow.runs import RunFolder
+from entroflow.runs.folder import RunFolder
 from entroflow.signals import asked_to_stop, end_group, interrupted
 
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -151,7 +151,7 @@ TINY = (
 
 
 def started(*arguments, **options):
-    command = [sys.executable, "-m", "entroflow.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "entroflow.cli.main", *map(str, arguments)]
     return subprocess.Popen(command, **options)
 
 

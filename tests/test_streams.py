@@ -14,7 +14,7 @@ import pytest
 
 import entroflow
 from entroflow.report.page import write_report
-from entroflow.runs import RunFolder
+from entroflow.runs.folder import RunFolder
 from entroflow.streams import HANDLER, Forgiving
 from tiny_run import train
 
@@ -89,7 +89,7 @@ def test_a_report_lies_in_folders_of_any_name(tmp_path):
     assert "lauf\ufffd" in write_report(RunFolder.open(odd)).read_text(encoding="utf-8")
 
 
-PROGRAM = [sys.executable, "-m", "entroflow.cli"]
+PROGRAM = [sys.executable, "-m", "entroflow.cli.main"]
 
 
 def cli(*arguments, shell=None, **environment):

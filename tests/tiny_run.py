@@ -10,10 +10,10 @@ import entroflow
 from entroflow.checkpoints import read_tensors
 from entroflow.credit.terminal import Terminal
 from entroflow.evaluation.base import Evaluated, Score
-from entroflow.recipe import build_recipe, chosen_type
+from entroflow.recipe.load import build_recipe, chosen_type
 from entroflow.rewards.base import Scores, Status
 from entroflow.rewards.pairwise import Answers
-from entroflow.runs import RunFolder
+from entroflow.runs.folder import RunFolder
 from gaussian_policy import GaussianPolicy
 
 HERE = __name__

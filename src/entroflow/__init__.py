@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from entroflow.evaluation.of_a_run import evaluate
-    from entroflow.exports import export
-    from entroflow.launch import resume, train
-    from entroflow.recipe import build_recipe, load_recipe, shipped_recipes
+    from entroflow.recipe.load import build_recipe, load_recipe, shipped_recipes
+    from entroflow.runs.evaluate import evaluate
+    from entroflow.runs.export import export
+    from entroflow.training.launch import resume, train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,13 +16,13 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "train": "entroflow.launch",
-    "resume": "entroflow.launch",
-    "evaluate": "entroflow.evaluation.of_a_run",
-    "export": "entroflow.exports",
-    "build_recipe": "entroflow.recipe",
-    "load_recipe": "entroflow.recipe",
-    "shipped_recipes": "entroflow.recipe",
+    "train": "entroflow.training.launch",
+    "resume": "entroflow.training.launch",
+    "evaluate": "entroflow.runs.evaluate",
+    "export": "entroflow.runs.export",
+    "build_recipe": "entroflow.recipe.load",
+    "load_recipe": "entroflow.recipe.load",
+    "shipped_recipes": "entroflow.recipe.load",
 }
 
 

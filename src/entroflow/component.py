@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -76,3 +76,20 @@ def placed(component: ModelT, places: Places) -> ModelT:
         elif holds_path(value):
             found[key] = with_places(value, places.within(key))
     return component.model_copy(update=found)
+
+
+def refuse_names(names: Iterable[str], taken: Collection[str], where: str) -> None:
+    """Refuse names of parts that can't stand within the name of a metric.
+
+    Args:
+        taken: what others are called there.
+        where: key that holds the parts.
+
+    Raises:
+        ValueError: a name is empty, taken, or has a `/`.
+    """
+    for name in names:
+        if not name.strip():
+            raise ValueError(f"{where} holds one without a name; give it one")
+        if name in taken or "/" in name:
+            raise ValueError(f"{where}.{name}: the name is taken, or has a /; choose another")

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from entroflow.checkpoints import write_bytes
-from entroflow.run_files import TO_DO_WITHOUT, RunError
+from entroflow.contents import TO_DO_WITHOUT, RunError
+from entroflow.writing import write_bytes
 
 LARGE = 128
 """Pixels; images that are at least so wide are not enlarged."""

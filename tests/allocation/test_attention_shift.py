@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from entroflow.allocation.attention_shift import AttentionShift, median_split, water_filled
 from entroflow.errors import RecipeError
-from entroflow.recipe import load_recipe
+from entroflow.recipe.load import load_recipe
 
 SHIFTS = st.lists(
     st.floats(0, 1, allow_subnormal=False) | st.sampled_from([0.0, 0.25, 0.5]),

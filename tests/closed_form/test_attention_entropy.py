@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from entroflow.entropy.attention import attention_entropy, normalised
+from entroflow.attention.entropy import attention_entropy, normalised
 
 
 def drawn(keys=13, queries=5, width=4, seed=0, scale=2.0):

@@ -19,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from entroflow import noise
 from entroflow.credit import normalise, terminal
 from entroflow.credit.terminal import Terminal
 from entroflow.ledger import Ledger
 from entroflow.objectives import update
 from entroflow.objectives.clipped import Clipped
-from entroflow.sampling import kernels, noise, rollouts, solver
+from entroflow.sampling import kernels, rollouts, solver
 from entroflow.sampling.rollouts import Rollouts, Transitions
 from experience import (
     KERNEL,

@@ -15,10 +15,10 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from entroflow.noise import Stream, gaussian
+from entroflow.policies.grid import shifted_grid
 from entroflow.sampling import kernels
-from entroflow.sampling.grid import shifted_grid
 from entroflow.sampling.kernels import CPS, ODE, DanceSDE, FlowSDE, VarianceMatched
-from entroflow.sampling.noise import Stream, gaussian
 from entroflow.sampling.solver import integrate
 from gaussian_policy import GaussianPolicy
 

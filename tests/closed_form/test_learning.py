@@ -21,15 +21,15 @@ from entroflow.credit.shuffled import Shuffled
 from entroflow.credit.terminal import Terminal
 from entroflow.credit.trace import Trace
 from entroflow.credit.turning_points import TurningPoints
-from entroflow.metrics import Metrics
 from entroflow.objectives.clipped import Clipped
+from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
-from entroflow.recipe import load_recipe, shipped_recipes
+from entroflow.recipe.load import load_recipe, shipped_recipes
 from entroflow.rewards.base import FunctionReward, Scores
-from entroflow.sampling.grid import shifted_grid
 from entroflow.sampling.plan import fresh_rows
 from entroflow.sampling.rollouts import Rollouts, Transitions
-from entroflow.trainer import Trainer
+from entroflow.training.metrics import Metrics
+from entroflow.training.trainer import Trainer
 from gaussian_policy import GaussianPolicy
 from tiny_run import groups_of
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from entroflow.sampling.grid import shifted_grid
+from entroflow.policies.grid import shifted_grid
 from entroflow.sampling.kernels import CPS, ODE, DanceSDE, FlowSDE, Kernel, VarianceMatched
 from entroflow.sampling.solver import integrate
 from gaussian_policy import GaussianPolicy

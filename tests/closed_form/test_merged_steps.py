@@ -16,16 +16,16 @@ import torch
 
 from entroflow.credit import terminal
 from entroflow.credit.terminal import Terminal
-from entroflow.entropy.steps import merge_length, scaled_entropy
 from entroflow.errors import InputError
 from entroflow.exploration.base import Request
 from entroflow.exploration.merged_steps import MergedSteps
+from entroflow.exploration.step_entropy import merge_length, scaled_entropy
 from entroflow.ledger import Ledger
 from entroflow.objectives.clipped import Clipped
+from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
 from entroflow.rewards.base import Scores, Status
 from entroflow.sampling import solver
-from entroflow.sampling.grid import shifted_grid
 from entroflow.sampling.kernels import CPS, ODE, DanceSDE, FlowSDE, VarianceMatched
 from entroflow.sampling.plan import FRESH, Role
 from entroflow.sampling.rollouts import Rollouts

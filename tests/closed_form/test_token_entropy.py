@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.polynomial.hermite_e import hermegauss
 
-from entroflow.entropy.tokens import entropy_change, token_statistics
+from entroflow.llm.token_entropy import entropy_change, token_statistics
 
 V = 50
 

@@ -13,8 +13,8 @@ from entroflow.credit.terminal import Terminal
 from entroflow.credit.trace import trace_metrics
 from entroflow.credit.turning_points import TurningPoints
 from entroflow.rewards.base import FunctionReward
-from entroflow.runs import RunFolder
-from entroflow.trainer import Trainer
+from entroflow.runs.folder import RunFolder
+from entroflow.training.trainer import Trainer
 from tiny_run import HERE, PROMPTS, ROLLOUTS, PixelPolicy, assert_same_run, recipe, train
 
 STEPS = {"exploration": {"type": "every_step"}, "sampling": {"steps": 6}}

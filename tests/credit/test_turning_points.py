@@ -30,7 +30,7 @@ from entroflow.exploration.merged_steps import MergedSteps
 from entroflow.exploration.window import Window
 from entroflow.ledger import Ledger
 from entroflow.prompts import Prompt
-from entroflow.recipe import load_recipe
+from entroflow.recipe.load import load_recipe
 from entroflow.rewards.base import FunctionReward, Scores, Status
 from entroflow.rewards.scoring import score
 from entroflow.sampling.kernels import ODE, FlowSDE

@@ -15,7 +15,7 @@ from entroflow.evaluation.base_and_tuned import compare_with_base
 from entroflow.evaluation.image_statistics import statistics
 from entroflow.evaluation.reward import EXAMPLES, RewardEvaluation
 from entroflow.ledger import Ledger
-from entroflow.recipe import load_recipe
+from entroflow.recipe.load import load_recipe
 from entroflow.rewards.base import FunctionReward
 from tiny_run import PixelPolicy
 

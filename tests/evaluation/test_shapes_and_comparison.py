@@ -18,14 +18,14 @@ from entroflow.evaluation.base_and_tuned import (
     compare_with_base,
     try_guidance,
 )
-from entroflow.evaluation.of_a_run import evaluate
 from entroflow.evaluation.shapes import EXAMPLES_PER_SKILL, ShapesEvaluation, held_out
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Condition, WeightSets
+from entroflow.policies.grid import shifted_grid
 from entroflow.policies.shapes.policy import ShapesPolicy
 from entroflow.rewards.base import FunctionReward
 from entroflow.rewards.shapes import ShapesReward
-from entroflow.sampling.grid import shifted_grid
+from entroflow.runs.evaluate import evaluate
 from entroflow.shapes import grammar
 from entroflow.shapes.scenes import lay_out, render
 from random_network import random_weights

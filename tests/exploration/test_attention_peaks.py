@@ -13,8 +13,8 @@ from entroflow.exploration.attention_peaks import AttentionPeaks
 from entroflow.exploration.base import Request
 from entroflow.exploration.every_step import EveryStep
 from entroflow.exploration.merged_steps import MergedSteps
+from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
-from entroflow.sampling.grid import shifted_grid
 from entroflow.sampling.kernels import CPS, ODE, FlowSDE
 from entroflow.sampling.plan import FRESH, Plan
 

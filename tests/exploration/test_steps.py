@@ -14,12 +14,12 @@ from entroflow.exploration.base import Request
 from entroflow.exploration.every_step import EveryStep
 from entroflow.exploration.random_fraction import RandomFraction
 from entroflow.exploration.window import Window
+from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
-from entroflow.recipe import load_recipe
-from entroflow.sampling.grid import shifted_grid
+from entroflow.recipe.load import load_recipe
 from entroflow.sampling.kernels import CPS, FlowSDE
 from entroflow.sampling.plan import FRESH
-from entroflow.trainer import Trainer
+from entroflow.training.trainer import Trainer
 from tiny_run import ROLLOUTS, PixelPolicy, brightness, recipe
 
 KERNEL = FlowSDE(noise_level=0.7)

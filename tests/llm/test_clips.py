@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entroflow.entropy.tokens import TokenStatistics, entropy_change, token_statistics
 from entroflow.llm.clips import clip_b, clip_v
 from entroflow.llm.processes import Alone, spread_of
+from entroflow.llm.token_entropy import TokenStatistics, entropy_change, token_statistics
 
 ROWS, LENGTH, V = 6, 9, 40
 

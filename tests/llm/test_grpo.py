@@ -18,10 +18,10 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import tiny_llm
-from entroflow.entropy.tokens import token_statistics
 from entroflow.errors import InputError
 from entroflow.llm.clips import clip_b, clip_v
 from entroflow.llm.grpo import EntropyGRPOConfig, EntropyGRPOTrainer
+from entroflow.llm.token_entropy import token_statistics
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -343,7 +343,7 @@ def test_settings_of_another_trainer_are_refused(tmp_path):
 TWO = """
 import json, sys, torch
 from accelerate import Accelerator
-from entroflow.entropy.tokens import TokenStatistics
+from entroflow.llm.token_entropy import TokenStatistics
 from entroflow.llm.clips import clip_b, clip_v
 from entroflow.llm.grpo import OfAccelerator
 

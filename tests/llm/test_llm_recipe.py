@@ -9,12 +9,13 @@ import pytest
 
 pytest.importorskip("trl")
 
-from entroflow import cli, users_code
+from entroflow.cli import main as cli
 from entroflow.errors import RecipeError, UntrustedError
 from entroflow.llm import recipe as recipes
 from entroflow.llm import run as runs
 from entroflow.llm.recipe import Task
-from entroflow.users_code import users_function
+from entroflow.recipe import imports as users_code
+from entroflow.recipe.imports import users_function
 
 
 @pytest.fixture

@@ -17,14 +17,14 @@ pytest.importorskip("trl")
 
 from safetensors.torch import load_file
 
-from entroflow.cli import main
+from entroflow.cli.main import main
 from entroflow.errors import InputError
 from entroflow.llm import recipe as recipes
 from entroflow.llm.embedded import BASE
 from entroflow.llm.problems import judge, problems_of, solved
 from entroflow.llm.run import load_model, resume, train
 from entroflow.report.llm_page import write_llm_report
-from entroflow.runs import RunFolder
+from entroflow.runs.folder import RunFolder
 
 SMALL = (
     "evaluation.every=100", "evaluation.problems=6", "evaluation.each=4",
@@ -286,7 +286,7 @@ def test_two_processes_train_judge_and_go_on(tmp_path):
     def launched(processes, *arguments):
         return subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
-             "--standalone", "-m", "--", "entroflow.cli", "llm", "train", *arguments],
+             "--standalone", "-m", "--", "entroflow.cli.main", "llm", "train", *arguments],
             capture_output=True, text=True, check=False, timeout=500,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
                  "PYTHONPATH": str(source)},

@@ -17,7 +17,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 import tiny_llm
-from entroflow.cli import main
+from entroflow.cli.main import main
 from entroflow.errors import InputError, RecipeError
 from entroflow.llm import recipe as recipes
 from entroflow.llm.embedded import BASE, answers
@@ -384,7 +384,7 @@ import sys
 for name in ("trl", "transformers", "tokenizers", "datasets", "accelerate", "peft"):
     sys.modules[name] = None
 import entroflow
-from entroflow.cli import main
+from entroflow.cli.main import main
 sys.argv = ["entroflow", *sys.argv[1:]]
 main()
 """

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import entroflow
-from entroflow.drawing import open_policy
 from entroflow.errors import InputError
 from entroflow.ledger import Ledger
-from entroflow.recipe import chosen_type, load_recipe, shipped_recipes
-from entroflow.runs import RunFolder
+from entroflow.recipe.load import chosen_type, load_recipe, shipped_recipes
+from entroflow.runs.folder import RunFolder
+from entroflow.runs.sample import open_policy
 from entroflow.sampling.kernels import ODE
 from entroflow.sampling.solver import integrate
-from entroflow.trainer import Trainer
+from entroflow.training.trainer import Trainer
 
 pytest.importorskip("diffusers")
 

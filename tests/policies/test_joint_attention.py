@@ -11,12 +11,12 @@ pytest.importorskip("diffusers")
 
 from diffusers.models.transformers import transformer_flux
 
-from entroflow.entropy.probe import probed_velocity
+from entroflow.attention.probe import probed_velocity
 from entroflow.errors import InputError
-from entroflow.plain_sections import Attention
 from entroflow.policies import attention as shown
 from entroflow.policies.diffusers.flux import FluxConfig
 from entroflow.policies.diffusers.sd3 import SD3Config
+from entroflow.settings import Attention
 
 TEXTS = ["a red cat", "two dogs"]
 EVERY = Attention(layer_stride=1)

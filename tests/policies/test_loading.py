@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import entroflow
-from entroflow.doctor import Verdict, examine
+from entroflow.checks.doctor import Verdict, examine
 from entroflow.errors import InputError, RecipeError
-from entroflow.recipe import load_recipe
+from entroflow.recipe.load import load_recipe
 
 pytest.importorskip("diffusers")
 

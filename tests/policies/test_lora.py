@@ -11,13 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import entroflow
-from entroflow import cli
 from entroflow.checkpoints import write_checkpoint
-from entroflow.doctor import Verdict, examine
-from entroflow.drawing import open_policy
+from entroflow.checks.doctor import Verdict, examine
+from entroflow.cli import main as cli
 from entroflow.errors import InputError
-from entroflow.recipe import load_recipe
-from entroflow.trainer import Trainer
+from entroflow.recipe.load import load_recipe
+from entroflow.runs.sample import open_policy
+from entroflow.training.trainer import Trainer
 
 pytest.importorskip("diffusers")
 

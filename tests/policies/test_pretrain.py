@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from entroflow import cli
 from entroflow.checkpoints import CheckpointError, read_state, read_tensors
+from entroflow.cli import main as cli
 from entroflow.policies.shapes import pretrain as module
 from entroflow.policies.shapes.network import ShapesNetwork
 from entroflow.policies.shapes.pretrain import (

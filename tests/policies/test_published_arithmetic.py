@@ -12,12 +12,12 @@ import math
 import pytest
 import torch
 
-from entroflow import trainer as trainer_module
+from entroflow.noise import Stream, gaussian
 from entroflow.objectives.update import update
-from entroflow.recipe import load_recipe
+from entroflow.recipe.load import load_recipe
 from entroflow.rewards.base import FunctionReward
-from entroflow.sampling.noise import Stream, gaussian
-from entroflow.trainer import Trainer
+from entroflow.training import trainer as trainer_module
+from entroflow.training.trainer import Trainer
 
 pytest.importorskip("diffusers")
 

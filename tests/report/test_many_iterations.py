@@ -15,7 +15,7 @@ from entroflow.report import curves
 from entroflow.report.figures import MOST_POINTS, figure_of, thinned
 from entroflow.report.page import write_report
 from entroflow.report.thinning import MOST_DETAILS, mean_by_step, thinned_metrics
-from entroflow.runs import RunError
+from entroflow.runs.folder import RunError
 from tiny_run import train
 
 
@@ -145,7 +145,7 @@ def test_a_report_of_20000_iterations_takes_seconds_and_little_memory(tmp_path):
     program = f"""
 import sys, time
 from pathlib import Path
-from entroflow.cli import main
+from entroflow.cli.main import main
 sys.argv = ["entroflow", "report", {str(folder.path)!r}]
 try:
     main()

@@ -17,13 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from entroflow import cli
-from entroflow.checkpoints import write_text
+from entroflow.cli import main as cli
 from entroflow.credit.trace import Trajectories
 from entroflow.evaluation.base import Evaluated
-from entroflow.recipe import build_recipe
+from entroflow.recipe.load import build_recipe
 from entroflow.report.page import write_report
-from entroflow.runs import EVALUATION, METRICS, RunError, RunFolder
+from entroflow.runs.folder import EVALUATION, METRICS, RunError, RunFolder
+from entroflow.writing import write_text
 
 TITLE = "<script>alert('title')</script> & co"
 MEASURE = {

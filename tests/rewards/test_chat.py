@@ -8,12 +8,12 @@ import logging
 import pytest
 import torch
 
+from entroflow.noise import Stream, generator
 from entroflow.prompts import Prompt
 from entroflow.rewards.chat import KEPT, read_reply
 from entroflow.rewards.pairwise import Pairwise
 from entroflow.rewards.served_judge import ServedJudge
 from entroflow.rewards.served_score import ServedScore
-from entroflow.sampling.noise import Stream, generator
 from judge_server import JudgeServer
 
 PROMPT = Prompt("a red ring")

@@ -12,7 +12,7 @@ from transformers import CLIPModel, CLIPProcessor
 from entroflow.errors import InputError
 from entroflow.pictures import to_pil
 from entroflow.prompts import Prompt
-from entroflow.recipe import build_recipe
+from entroflow.recipe.load import build_recipe
 from entroflow.rewards.clip import CLIPScore
 
 TEXTS = ["a red circle", "two green triangles and one yellow ring", "a red circle"]

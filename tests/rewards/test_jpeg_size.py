@@ -10,7 +10,7 @@ from PIL import Image
 
 from entroflow.errors import RecipeError
 from entroflow.prompts import Prompt
-from entroflow.recipe import load_component, load_recipe
+from entroflow.recipe.load import load_component, load_recipe
 from entroflow.rewards.base import Status
 from entroflow.rewards.jpeg_size import JPEGSize
 

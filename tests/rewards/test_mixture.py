@@ -12,14 +12,14 @@ from entroflow.credit.mixed import mixed_advantages
 from entroflow.credit.normalise import group_advantages
 from entroflow.credit.terminal import Terminal
 from entroflow.errors import RecipeError
+from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
-from entroflow.recipe import build_recipe, load_recipe
+from entroflow.recipe.load import build_recipe, load_recipe
 from entroflow.rewards.base import Scores, Status
 from entroflow.rewards.mixture import Mixture, rewards_of
-from entroflow.sampling.grid import shifted_grid
 from entroflow.sampling.plan import fresh_rows
 from entroflow.sampling.rollouts import Rollouts
-from entroflow.trainer import Trainer
+from entroflow.training.trainer import Trainer
 from tiny_run import HERE, PROMPTS, ROLLOUTS, Brightness, PixelPolicy, recipe
 
 MINE = __name__

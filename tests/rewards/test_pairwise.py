@@ -10,12 +10,12 @@ import torch
 
 from entroflow.credit.normalise import group_advantages
 from entroflow.errors import RecipeError
+from entroflow.noise import Stream, generator
 from entroflow.prompts import Prompt
-from entroflow.recipe import build_recipe, load_recipe
+from entroflow.recipe.load import build_recipe, load_recipe
 from entroflow.rewards.base import Status
 from entroflow.rewards.pairwise import Pairwise
-from entroflow.sampling.noise import Stream, generator
-from entroflow.trainer import Trainer
+from entroflow.training.trainer import Trainer
 from tiny_run import GROUP, HERE, PROMPTS, ByBrightness, PixelPolicy, recipe
 
 MINE = __name__

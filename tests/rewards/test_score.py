@@ -9,12 +9,12 @@ import torch
 
 from entroflow.errors import InputError
 from entroflow.ledger import Ledger
+from entroflow.noise import Stream, generator
+from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
 from entroflow.rewards.base import FunctionReward, Scores, Status
 from entroflow.rewards.scoring import CALLS, Scoring, score
-from entroflow.sampling.grid import shifted_grid
 from entroflow.sampling.kernels import ODE
-from entroflow.sampling.noise import Stream, generator
 from entroflow.sampling.plan import fresh_rows
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.sampling.solver import sample

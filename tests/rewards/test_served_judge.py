@@ -19,14 +19,14 @@ import pytest
 import torch
 
 from entroflow.errors import InputError, RecipeError
+from entroflow.noise import Stream, generator
 from entroflow.prompts import Prompt
-from entroflow.recipe import build_recipe
+from entroflow.recipe.load import build_recipe
 from entroflow.rewards import asking
 from entroflow.rewards.asking import Breaker, Pace, retry_after
 from entroflow.rewards.base import Status
 from entroflow.rewards.pairwise import Pairwise
 from entroflow.rewards.served_judge import ServedJudge
-from entroflow.sampling.noise import Stream, generator
 from judge_server import JudgeServer
 
 PROMPT = Prompt("a red ring")

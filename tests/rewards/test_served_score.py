@@ -7,7 +7,7 @@ import torch
 
 from entroflow.errors import RecipeError
 from entroflow.prompts import Prompt
-from entroflow.recipe import build_recipe
+from entroflow.recipe.load import build_recipe
 from entroflow.rewards.base import Status
 from entroflow.rewards.served_score import ServedScore
 from judge_server import JudgeServer

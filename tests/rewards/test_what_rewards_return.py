@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from entroflow.errors import InputError
+from entroflow.noise import generator
 from entroflow.prompts import Prompt
 from entroflow.rewards.awaiting import awaited
 from entroflow.rewards.base import FunctionReward, Scores, Status, as_reward, name_of
@@ -22,7 +23,6 @@ from entroflow.rewards.contract import LARGEST, numbers_of, told, undisturbed
 from entroflow.rewards.mixture import Mixture, rewards_of
 from entroflow.rewards.pairwise import Answers, Pairwise
 from entroflow.rewards.scoring import attempt, score_against, score_alone, score_images
-from entroflow.sampling.noise import generator
 
 HALF, NONE = 0.5, math.nan
 MASKED = np.ma.masked_array([HALF, 9.0, 2.0], mask=[False, True, False])

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entroflow.ledger import Ledger
+from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
-from entroflow.sampling.grid import shifted_grid
 from entroflow.sampling.kernels import FlowSDE
 from entroflow.sampling.plan import FRESH, Role, fresh_rows, join, shifted_left, with_children
 from entroflow.sampling.rollouts import Rollouts

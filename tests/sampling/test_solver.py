@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from entroflow.ledger import Ledger
+from entroflow.noise import Stream, gaussian
+from entroflow.policies.grid import shifted_grid
 from entroflow.policies.shapes.policy import ShapesPolicy
 from entroflow.prompts import Prompt
 from entroflow.sampling import solver
-from entroflow.sampling.grid import shifted_grid
 from entroflow.sampling.kernels import FlowSDE
-from entroflow.sampling.noise import Stream, gaussian
 from entroflow.sampling.plan import FRESH, fresh_rows, with_children
 from entroflow.sampling.rollouts import ABSENT, Rollouts
 from entroflow.sampling.solver import integrate, sample

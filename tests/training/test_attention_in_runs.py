@@ -18,12 +18,12 @@ from entroflow.credit.normalise import group_advantages
 from entroflow.credit.terminal import Terminal
 from entroflow.errors import InputError
 from entroflow.exploration.attention_peaks import AttentionPeaks
-from entroflow.launch import resume
-from entroflow.plain_sections import Attention
-from entroflow.recipe import load_recipe
+from entroflow.recipe.load import load_recipe
 from entroflow.sampling.plan import Role
 from entroflow.sampling.rollouts import transitions_of
-from entroflow.trainer import Trainer
+from entroflow.settings import Attention
+from entroflow.training.launch import resume
+from entroflow.training.trainer import Trainer
 from random_network import random_weights
 from tiny_run import PixelPolicy, assert_same_run, final_tensors, lines, recipe
 

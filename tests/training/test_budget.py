@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 import entroflow
-from entroflow import trainer
 from entroflow.errors import InputError
-from entroflow.plain_sections import Run
-from entroflow.recipe import build_recipe, load_recipe
-from entroflow.trainer import Trainer
+from entroflow.recipe.load import build_recipe, load_recipe
+from entroflow.settings import Run
+from entroflow.training import trainer
+from entroflow.training.trainer import Trainer
 from tiny_run import PixelPolicy, assert_same_run, lines, recipe, train
 
 FULL = 8 * 4 + 8 * 2 * (3 + 1)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import entroflow
 from entroflow.checkpoints import read_tensors
 from entroflow.policies.shapes.policy import WEIGHTS
-from entroflow.runs import EVALUATION
+from entroflow.runs.folder import EVALUATION
 from random_network import random_weights
 from tiny_run import GROUP, PROMPTS, ROLLOUTS, brightness, final_tensors, lines
 

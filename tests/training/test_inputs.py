@@ -14,17 +14,17 @@ import pytest
 from ruamel.yaml import YAML
 
 import entroflow
-from entroflow import cli
 from entroflow.checkpoints import DIGESTS, read_state
-from entroflow.compare import Arm, planned
+from entroflow.cli import main as cli
+from entroflow.comparison.runner import Arm, planned
 from entroflow.component import Component
 from entroflow.errors import InputError
-from entroflow.inputs import check_parts, digest_of_records, files_of
-from entroflow.recipe import build_recipe
+from entroflow.recipe.load import build_recipe
+from entroflow.recipe.text import parse_yaml
 from entroflow.rewards.base import Scores, Status
 from entroflow.rewards.preferences import models
-from entroflow.settings_text import parse_yaml
-from entroflow.trainer import Trainer
+from entroflow.runs.inputs import check_parts, digest_of_records, files_of
+from entroflow.training.trainer import Trainer
 from tiny_run import PixelPolicy, recipe, train
 
 RECORDS = [{"prompt": f"p{n}", "level": n} for n in range(6)]
@@ -359,7 +359,7 @@ def test_equal_records_have_one_digest_in_every_process():
     assert len(set(digests)) == len(values)
     assert digest_of_records(["a", "b"]) != digest_of_records([["a", "b"]])
     program = (
-        "from entroflow.inputs import digest_of_records as d;"
+        "from entroflow.runs.inputs import digest_of_records as d;"
         "print(d([{'b': [None, True], 'a': 1}]), d([{'a': {'z', 'y', 'x'}}]), d([{'a': object()}]))"
     )
     environment = {"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path)}

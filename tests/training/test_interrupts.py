@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from entroflow.rewards.workers import Workers
-from entroflow.runs import RunFolder
+from entroflow.runs.folder import RunFolder
 from raw_server import RawServer, chat
 from tiny_run import Brightness
 
@@ -74,7 +74,7 @@ def interrupted(command, judge, folder, times=1):
 def test_one_interrupt_ends_a_command_that_asks(tmp_path, command):
     with Judge() as judge:
         settings = [f"reward.url={judge.server.address}/v1", "reward.model=m"]
-        command = ["-m", "entroflow.cli", *command.split(), *settings]
+        command = ["-m", "entroflow.cli.main", *command.split(), *settings]
         code, seconds, printed = interrupted(command, judge, tmp_path)
     assert code == 130, printed
     assert seconds < 10

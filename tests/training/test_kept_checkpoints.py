@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 import entroflow
-from entroflow.runs import RunFolder
+from entroflow.runs.folder import RunFolder
 from tiny_run import PixelPolicy, Shift, train
 
 

@@ -8,7 +8,7 @@ import random
 import psutil
 import pytest
 
-from entroflow.runs import RunFolder
+from entroflow.runs.folder import RunFolder
 from killed_runs import Starter, killed_and_resumed
 from tiny_run import assert_same_run
 
@@ -23,7 +23,7 @@ TIMES = ("seconds", "cost", "version")
 @pytest.fixture(scope="module")
 def starter():
     return Starter(
-        ["torch", "torch._dynamo", "entroflow.launch", "entroflow.policies.shapes.policy"]
+        ["torch", "torch._dynamo", "entroflow.training.launch", "entroflow.policies.shapes.policy"]
     )
 
 
@@ -90,7 +90,7 @@ LANGUAGE = (
 @pytest.mark.slow
 def test_a_language_model_s_run_that_is_killed_loses_nothing(tmp_path):
     pytest.importorskip("trl")
-    starter = Starter(["entroflow.cli", "entroflow.llm.run"])
+    starter = Starter(["entroflow.cli.main", "entroflow.llm.run"])
 
     def arguments(folder):
         return ["llm", "train", *LANGUAGE, "--run", folder]

@@ -12,10 +12,10 @@ import torch
 import entroflow
 from entroflow.errors import InputError, RecipeError
 from entroflow.evaluation.reward import RewardEvaluation
-from entroflow.launch import resume
-from entroflow.recipe import build_recipe
+from entroflow.recipe.load import build_recipe
 from entroflow.rewards.pairwise import Pairwise
-from entroflow.runs import RunFolder
+from entroflow.runs.folder import RunFolder
+from entroflow.training.launch import resume
 from tiny_run import (
     ByBrightness,
     PixelPolicy,
@@ -173,9 +173,9 @@ def test_a_monitor_named_like_what_is_measured_anyway_is_refused_when_read(
 
 def test_monitors_are_no_setting_of_the_training():
     """A recipe without them has the hash it had before there were any."""
-    plain = entroflow.recipe.load_recipe("quickstart")
-    assert plain.hash == entroflow.recipe.load_recipe("quickstart", ["monitors.band=1.5"]).hash
-    watched = entroflow.recipe.load_recipe("quickstart", ["monitors.on_hacking=stop"])
+    plain = entroflow.recipe.load.load_recipe("quickstart")
+    assert plain.hash == entroflow.recipe.load.load_recipe("quickstart", ["monitors.band=1.5"]).hash
+    watched = entroflow.recipe.load.load_recipe("quickstart", ["monitors.on_hacking=stop"])
     assert watched.hash != plain.hash
 
 

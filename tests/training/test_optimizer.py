@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from entroflow.checkpoints import read_tensors
-from entroflow.plain_sections import Optimizer
-from entroflow.trainer import Trainer
+from entroflow.settings import Optimizer
+from entroflow.training.trainer import Trainer
 from tiny_run import PixelPolicy, recipe, train
 
 

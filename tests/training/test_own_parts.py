@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import entroflow
-from entroflow.drawing import open_policy
 from entroflow.errors import InputError, UntrustedError
-from entroflow.trainer import Trainer
+from entroflow.runs.sample import open_policy
+from entroflow.training.trainer import Trainer
 from tiny_run import HERE, Brightness, PixelPolicy, brightness, recipe, train
 
 

@@ -14,8 +14,8 @@ import torch
 
 from entroflow.errors import InputError
 from entroflow.rewards.base import FunctionReward
-from entroflow.runs import RunFolder
-from entroflow.trainer import Trainer
+from entroflow.runs.folder import RunFolder
+from entroflow.training.trainer import Trainer
 from tiny_run import (
     GROUP,
     HERE,

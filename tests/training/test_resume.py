@@ -10,11 +10,11 @@ import torch
 from pydantic import PrivateAttr
 
 import entroflow
-from entroflow import launch
 from entroflow.checkpoints import CheckpointError, read_state
 from entroflow.errors import InputError
 from entroflow.exploration.window import Window
-from entroflow.runs import RunError, RunFolder
+from entroflow.runs.folder import RunError, RunFolder
+from entroflow.training import launch
 from tiny_run import (
     HERE,
     ROLLOUTS,

@@ -11,7 +11,7 @@ import torch
 from entroflow.errors import InputError
 from entroflow.objectives import update as update_module
 from entroflow.sampling.kernels import log_prob
-from entroflow.trainer import Trainer
+from entroflow.training.trainer import Trainer
 from tiny_run import PixelPolicy, recipe, train
 
 NAMED = ("dtype", "guidance", "grid", "batch shape", "grad mode")

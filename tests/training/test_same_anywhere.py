@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import entroflow
-from entroflow.runs import RunFolder
+from entroflow.runs.folder import RunFolder
 from tiny_run import assert_same_run, final_tensors, lines
 
 TINY = (
@@ -35,7 +35,7 @@ def elsewhere(folder, output=subprocess.DEVNULL, name="run", **environment):
     """The same run by the command line, in another working folder and environment."""
     folder.mkdir()
     subprocess.run(
-        [sys.executable, "-m", "entroflow.cli", "train", "quickstart", *TINY, "--run", name],
+        [sys.executable, "-m", "entroflow.cli.main", "train", "quickstart", *TINY, "--run", name],
         cwd=folder, env={**os.environ, **environment}, stdout=output, check=False, timeout=300,
     )  # fmt: skip
     return RunFolder.open(folder / name)
@@ -86,7 +86,7 @@ def test_a_user_s_own_locale_changes_nothing(tmp_path, here):
         pytest.skip("there is no other locale here")
     (tmp_path / "start.py").write_text(
         f"import locale\nlocale.setlocale(locale.LC_ALL, {names[0]!r})\n"
-        "from entroflow.cli import main\nmain()\n",
+        "from entroflow.cli.main import main\nmain()\n",
         encoding="utf-8",
     )
     subprocess.run(

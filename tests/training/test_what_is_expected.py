@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from entroflow.policies.attention import show
-from entroflow.recipe import chosen_type, load_recipe, shipped_recipes
+from entroflow.recipe.load import chosen_type, load_recipe, shipped_recipes
 from entroflow.rewards.base import FunctionReward
 from entroflow.sampling.plan import Role
-from entroflow.trainer import Trainer
+from entroflow.training.trainer import Trainer
 from tiny_run import ROLLOUTS, PixelPolicy, groups_of, recipe
 
 COUNTS = ("network_evaluations", "weighted_evaluations", "reward_calls")

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from entroflow.evaluation.base import Drawn
 from entroflow.ledger import Ledger
+from entroflow.noise import Stream
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
 from entroflow.rewards.base import AnyReward, GroupReward, Scores
 from entroflow.rewards.mixture import rewards_of, total
 from entroflow.rewards.scoring import score
 from entroflow.sampling.kernels import ODE
-from entroflow.sampling.noise import Stream
 from entroflow.sampling.plan import fresh_rows
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.sampling.solver import sample

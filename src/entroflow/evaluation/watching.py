@@ -16,10 +16,10 @@ from entroflow.errors import InputError
 from entroflow.evaluation.base import Drawn, Evaluated, Evaluation
 from entroflow.evaluation.reward import RewardEvaluation
 from entroflow.ledger import Ledger
+from entroflow.noise import Stream, generator
 from entroflow.rewards.base import AnyReward, GroupReward
 from entroflow.rewards.mixture import Mixture, rewards_of
 from entroflow.rewards.scoring import score_against, score_alone
-from entroflow.sampling.noise import Stream, generator
 
 
 def compares(*rewards: AnyReward) -> bool:

@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from entroflow.component import Component
-from entroflow.entropy.peaks import highest, prominent
 from entroflow.errors import InputError
 from entroflow.exploration.base import Request, refuse_undefined
+from entroflow.exploration.peaks import highest, prominent
 from entroflow.sampling.plan import Plan, fresh_rows
 
 

@@ -8,10 +8,10 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from entroflow.entropy.steps import Scale, merge_length
 from entroflow.errors import InputError
 from entroflow.exploration.attention_peaks import PeakChoice
 from entroflow.exploration.base import Request
+from entroflow.exploration.step_entropy import Scale, merge_length
 from entroflow.sampling.kernels import FlowSDE, VarianceMatched
 from entroflow.sampling.plan import Plan, Role, fresh_rows, with_children
 

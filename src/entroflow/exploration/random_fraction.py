@@ -10,7 +10,7 @@ from pydantic import Field
 from entroflow.component import Component
 from entroflow.errors import InputError
 from entroflow.exploration.base import Request
-from entroflow.sampling.noise import Stream, generator
+from entroflow.noise import Stream, generator
 from entroflow.sampling.plan import Plan, fresh_rows
 
 

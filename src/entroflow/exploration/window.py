@@ -12,7 +12,7 @@ from torch import Tensor
 from entroflow.component import Component
 from entroflow.errors import InputError
 from entroflow.exploration.base import Request, refuse_undefined
-from entroflow.sampling.noise import Stream, generator
+from entroflow.noise import Stream, generator
 from entroflow.sampling.plan import Plan, fresh_rows
 
 

@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from entroflow.entropy.tokens import TokenStatistics
 from entroflow.llm.processes import Alone, Processes, Spread, spread_of
+from entroflow.llm.token_entropy import TokenStatistics
 
 Sides = Literal["one", "two"]
 

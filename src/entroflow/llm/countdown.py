@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from entroflow.sampling.noise import Stream, generator
+from entroflow.noise import Stream, generator
 
 COUNT = 4
 """Numbers of a puzzle."""

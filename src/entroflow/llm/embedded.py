@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entroflow.llm.countdown import WORDS
-from entroflow.sampling.noise import Stream, generator
+from entroflow.noise import Stream, generator
 
 BASE = Path(str(resources.files("entroflow"))) / "llm" / "base"
 """Folder of the shipped model."""

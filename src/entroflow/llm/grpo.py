@@ -25,9 +25,9 @@ from transformers import TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from entroflow.entropy.tokens import TokenStatistics, entropy_change, token_statistics
 from entroflow.errors import InputError
 from entroflow.llm.clips import MOST, MU_B, MU_V, Clip, Sides, clip_b, clip_v
+from entroflow.llm.token_entropy import TokenStatistics, entropy_change, token_statistics
 
 log = logging.getLogger(__name__)
 

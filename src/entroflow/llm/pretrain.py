@@ -16,11 +16,16 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from entroflow.checkpoints import refuse_used, to_json, whole_folder, write_text
 from entroflow.evaluation.base import mean_over_prompts
 from entroflow.llm.countdown import LONGEST, fault, puzzles, puzzles_with_answers
 from entroflow.llm.embedded import answers, new_model, new_tokenizer
 from entroflow.llm.passing import avg_at, pass_at
+from entroflow.writing import (
+    refuse_used,
+    to_json,
+    whole_folder,
+    write_text,
+)
 
 IGNORED = -100
 """The label of a token that is not learnt."""

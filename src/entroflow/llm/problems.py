@@ -20,17 +20,17 @@ from trl.chat_template_utils import parse_response
 from entroflow.data_sets import load_data_set, read_data_set
 from entroflow.errors import InputError
 from entroflow.evaluation.base import mean_over_prompts
-from entroflow.inputs import digest_of_records
+from entroflow.evaluation.prompt_checks import remarks_on_texts
 from entroflow.llm.countdown import Puzzle, fault, puzzles
 from entroflow.llm.embedded import Answer, sampled
 from entroflow.llm.passing import avg_at, pass_at
 from entroflow.llm.recipe import Task
 from entroflow.llm.reward import NOT_GIVEN, Reward, check_arguments, guarded
-from entroflow.prompt_checks import remarks_on_texts
+from entroflow.recipe.imports import users_function
+from entroflow.recipe.messages import hint
 from entroflow.records import TEXT, suffix_of
+from entroflow.runs.inputs import digest_of_records
 from entroflow.shapes.grammar import Split
-from entroflow.users_code import users_function
-from entroflow.wrong_keys import hint
 
 Rows = list[dict[str, Any]]
 log = logging.getLogger(__name__)

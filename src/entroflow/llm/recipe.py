@@ -16,8 +16,10 @@ from entroflow.component import Component
 from entroflow.errors import RecipeError, quoted
 from entroflow.llm.clips import MOST, MU_B, MU_V
 from entroflow.places import PathOrName, Places, with_override, without_folders
-from entroflow.recipe_kinds import LANGUAGE_MODELS, Kind, language_model_identity
-from entroflow.settings_text import (
+from entroflow.recipe.imports import refuse_untrusted, search_beside
+from entroflow.recipe.kinds import LANGUAGE_MODELS, Kind, language_model_identity
+from entroflow.recipe.messages import explained, hint
+from entroflow.recipe.text import (
     TEXTS,
     as_yaml,
     fields_of,
@@ -27,8 +29,6 @@ from entroflow.settings_text import (
     read_recipe,
     texts_of,
 )
-from entroflow.users_code import refuse_untrusted, search_beside
-from entroflow.wrong_keys import explained, hint
 
 EMBEDDED_WEIGHTS = LANGUAGE_MODELS.parent / "base" / "model.safetensors"
 FOUND_IN = "found_in"

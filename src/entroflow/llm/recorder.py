@@ -12,17 +12,26 @@ import torch
 from transformers import TrainerCallback
 from trl.models.utils import unwrap_model_for_generation
 
-from entroflow.checkpoints import part_of, settled, to_json, write_digests, write_text, writing
+from entroflow.checkpoints import write_digests
+from entroflow.contents import RunError, read_object
 from entroflow.errors import InputError
 from entroflow.evaluation.base import mean_over_prompts
 from entroflow.llm.passing import avg_at, pass_at
 from entroflow.llm.problems import Judged, Problems, judge
 from entroflow.llm.recipe import LLMRecipe
 from entroflow.llm.state import ResumableTrainer
-from entroflow.report.events import Events
 from entroflow.report.llm_page import write_llm_report
-from entroflow.run_files import BaseAnswers, RunError, read_object
-from entroflow.runs import EVALUATION, RunFolder, package_version
+from entroflow.runs.events import Events
+from entroflow.runs.folder import EVALUATION, RunFolder
+from entroflow.runs.llm_files import BaseAnswers
+from entroflow.version import package_version
+from entroflow.writing import (
+    part_of,
+    settled,
+    to_json,
+    write_text,
+    writing,
+)
 
 log = logging.getLogger(__name__)
 

@@ -34,9 +34,13 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from entroflow.checkpoints import DIGESTS, PROGRESS, TRAINER_STATE, check_digests, logged_at
+from entroflow.checkpoints import (
+    DIGESTS,
+    PROGRESS,
+    TRAINER_STATE,
+    check_digests,
+)
 from entroflow.errors import InputError
-from entroflow.inputs import check_inputs, digest_of_tensors, module_of
 from entroflow.llm.embedded import BASE
 from entroflow.llm.grpo import EntropyGRPOConfig
 from entroflow.llm.problems import Problems, judge, problems_of
@@ -44,8 +48,14 @@ from entroflow.llm.recipe import EMBEDDED, LLMRecipe, Model, load
 from entroflow.llm.recorder import LONGEST, Recorder, Watch, read_base_answers
 from entroflow.llm.state import ResumableTrainer, check_state, inputs_of
 from entroflow.places import hinting_at_moved, paths_in
-from entroflow.recipe_kinds import Kind
-from entroflow.runs import EVALUATION, RECIPE, RunFolder, folder_name
+from entroflow.recipe.kinds import RECIPE, Kind
+from entroflow.runs.folder import (
+    EVALUATION,
+    RunFolder,
+    folder_name,
+)
+from entroflow.runs.inputs import check_inputs, digest_of_tensors, module_of
+from entroflow.runs.llm_files import logged_at
 from entroflow.signals import asked_to_stop
 
 log = logging.getLogger(__name__)

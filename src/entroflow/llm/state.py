@@ -27,12 +27,11 @@ from entroflow.checkpoints import (
     CheckpointError,
     load_optimizer_tensors,
     optimizer_tensors,
-    read_progress,
     read_tensors,
-    trl_state,
 )
-from entroflow.inputs import Inputs, check_inputs, warn_of_changed_code
 from entroflow.llm.grpo import EntropyGRPOTrainer
+from entroflow.runs.inputs import Inputs, check_inputs, warn_of_changed_code
+from entroflow.runs.llm_files import read_progress, trl_state
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class ResumableTrainer(EntropyGRPOTrainer):
     identity = ""
 
     inputs: Inputs
-    """What the recipe names and the training reads; see `entroflow.inputs`."""
+    """What the recipe names and the training reads; see `entroflow.runs.inputs`."""
     code: Inputs
     """The module of the reward, where that is found by a dotted path."""
 

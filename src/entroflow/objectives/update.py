@@ -11,10 +11,10 @@ from torch import Tensor
 
 from entroflow.errors import InputError
 from entroflow.ledger import Ledger
+from entroflow.noise import Stream, generator
 from entroflow.objectives.base import Objective
 from entroflow.policies.base import Condition, Policy
 from entroflow.sampling.kernels import Kernel, kl_divergence, log_prob
-from entroflow.sampling.noise import Stream, generator
 from entroflow.sampling.rollouts import Transitions
 
 KL_SAMPLE = 32

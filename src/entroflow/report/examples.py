@@ -11,9 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from entroflow.contents import read_object
 from entroflow.pictures import read_picture
-from entroflow.run_files import Examples, read_object
-from entroflow.runs import RunFolder
+from entroflow.runs.files import Examples
+from entroflow.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from entroflow.checkpoints import finite
 from entroflow.report.wording import number
+from entroflow.writing import finite
 
 Metrics = Sequence[Mapping[str, Any]]
 Figure = dict[str, Any]

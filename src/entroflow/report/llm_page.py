@@ -11,9 +11,16 @@ from typing import Any
 
 from scipy import stats
 
-from entroflow.checkpoints import PROGRESS, logged_at, read_progress, write_text
+from entroflow.checkpoints import PROGRESS
+from entroflow.contents import (
+    RunError,
+    checked,
+    read_object,
+    read_text,
+)
 from entroflow.errors import InputError
-from entroflow.recipe_kinds import language_model_identity
+from entroflow.recipe.kinds import RECIPE, language_model_identity
+from entroflow.recipe.text import parse_yaml
 from entroflow.report.figures import (
     BLUE,
     BLUE_BAND,
@@ -32,16 +39,14 @@ from entroflow.report.figures import (
 from entroflow.report.rendering import rendered
 from entroflow.report.thinning import thinned_metrics, thinning
 from entroflow.report.wording import Interval
-from entroflow.run_files import (
-    LLMRecipeText,
-    PassingComparison,
-    RunError,
-    checked,
-    read_object,
-    read_text,
+from entroflow.runs.folder import (
+    EVALUATION,
+    METRICS,
+    REPORT,
+    RunFolder,
 )
-from entroflow.runs import EVALUATION, METRICS, RECIPE, REPORT, RunFolder
-from entroflow.settings_text import parse_yaml
+from entroflow.runs.llm_files import LLMRecipeText, PassingComparison, logged_at, read_progress
+from entroflow.writing import write_text
 
 log = logging.getLogger(__name__)
 

@@ -15,17 +15,30 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from entroflow.checkpoints import read_run_state, write_text
+from entroflow.checkpoints import read_run_state
+from entroflow.contents import (
+    RunError,
+    read_object,
+    read_text,
+)
 from entroflow.errors import RecipeError
-from entroflow.plain_sections import ENDS, Monitors, Run
-from entroflow.recipe import LATER_SECTIONS, SECTIONS, Recipe, warn_of_another_recipe
+from entroflow.recipe.kinds import RECIPE
+from entroflow.recipe.load import LATER_SECTIONS, SECTIONS, Recipe, warn_of_another_recipe
+from entroflow.recipe.text import TEXTS, parse_yaml
 from entroflow.report import attention, curves, examples, judging, outcome, trajectories
 from entroflow.report.rendering import rendered
 from entroflow.report.thinning import thinned_metrics, thinning
 from entroflow.report.wording import count
-from entroflow.run_files import Comparison, RunError, read_object, read_text
-from entroflow.runs import EVALUATION, METRICS, RECIPE, REPORT, RunFolder, spent
-from entroflow.settings_text import TEXTS, parse_yaml
+from entroflow.runs.files import Comparison
+from entroflow.runs.folder import (
+    EVALUATION,
+    METRICS,
+    REPORT,
+    RunFolder,
+    spent,
+)
+from entroflow.settings import ENDS, Monitors, Run
+from entroflow.writing import write_text
 
 log = logging.getLogger(__name__)
 

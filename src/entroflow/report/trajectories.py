@@ -9,12 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from entroflow.contents import read_object
 from entroflow.pictures import read_picture
 from entroflow.report.curves import by_step, over_iterations
 from entroflow.report.examples import KNOWN, PNG, SMALL, data_address, numbered
 from entroflow.report.figures import BLUE, GRAY, ORANGE, PURPLE, Metrics, Panel, heat_map
-from entroflow.run_files import TrajectoriesFile, read_object
-from entroflow.runs import RunFolder
+from entroflow.runs.files import TrajectoriesFile
+from entroflow.runs.folder import RunFolder
 
 OVER_ITERATIONS = (
     (

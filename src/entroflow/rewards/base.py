@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entroflow.callables import uncached
 from entroflow.errors import InputError
 from entroflow.prompts import Prompt
 from entroflow.rewards.awaiting import awaited
 from entroflow.rewards.contract import number_of, numbers_of, shown, undisturbed
-from entroflow.users_code import uncached
 
 
 class Status(StrEnum):

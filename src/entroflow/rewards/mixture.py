@@ -9,9 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from entroflow.component import Component
+from entroflow.component import Component, refuse_names
 from entroflow.rewards.base import AnyReward, Scores, Status, as_reward
-from entroflow.wrong_keys import refuse_names
 
 Combine = Literal["normalise_then_sum", "sum_then_normalise", "gdpo"]
 

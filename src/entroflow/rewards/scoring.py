@@ -18,6 +18,7 @@ from torch import Tensor
 
 from entroflow.errors import InputError
 from entroflow.ledger import Ledger
+from entroflow.noise import Stream, generator
 from entroflow.prompts import Prompt
 from entroflow.redaction import without_secrets
 from entroflow.rewards.awaiting import awaited
@@ -34,7 +35,6 @@ from entroflow.rewards.base import (
 )
 from entroflow.rewards.contract import own, own_prompt, told, undisturbed
 from entroflow.rewards.workers import Workers
-from entroflow.sampling.noise import Stream, generator
 from entroflow.sampling.rollouts import Rollouts
 
 log = logging.getLogger(__name__)

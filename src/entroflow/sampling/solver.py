@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from entroflow.ledger import Ledger
+from entroflow.noise import Stream, gaussian
 from entroflow.policies.base import Condition, Policy
 from entroflow.sampling.kernels import Kernel, log_prob
-from entroflow.sampling.noise import Stream, gaussian
 from entroflow.sampling.plan import FRESH, probed_rows
 from entroflow.sampling.rollouts import ABSENT, Rollouts
 

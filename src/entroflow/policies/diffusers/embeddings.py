@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from entroflow.checkpoints import write_bytes
 from entroflow.errors import InputError
+from entroflow.writing import write_bytes
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from entroflow.policies.diffusers.base import DiffusersConfig, DiffusersPolicy
 from entroflow.policies.diffusers.loading import load_pipeline
-from entroflow.sampling.grid import shifted_grid
+from entroflow.policies.grid import shifted_grid
 
 
 class FluxConfig(DiffusersConfig):

@@ -11,13 +11,14 @@ from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor
 
-from entroflow.checkpoints import read_tensors, write_bytes
+from entroflow.checkpoints import read_tensors
 from entroflow.component import Component
 from entroflow.policies.attention import conditional
 from entroflow.policies.base import Condition, Reading, WeightSets
+from entroflow.policies.grid import shifted_grid
 from entroflow.policies.shapes.network import CHANNELS, RESOLUTION, ShapesNetwork
 from entroflow.policies.shapes.tokenizer import CAPTION_LENGTH, VOCABULARY, tokenize
-from entroflow.sampling.grid import shifted_grid
+from entroflow.writing import write_bytes
 
 WEIGHTS = Path(__file__).with_name("base.safetensors")
 

@@ -28,15 +28,34 @@ from entroflow.checkpoints import (
     optimizer_tensors,
     read_state,
     read_tensors,
-    write_bytes,
     write_checkpoint,
 )
+from entroflow.contents import Contents, Count
 from entroflow.policies.base import WeightSets
 from entroflow.policies.shapes.network import ShapesNetwork
 from entroflow.policies.shapes.tokenizer import CAPTION_LENGTH, VOCABULARY, tokenize
-from entroflow.run_files import PretrainingState
 from entroflow.shapes import grammar
 from entroflow.shapes.scenes import lay_out, render
+from entroflow.writing import write_bytes
+
+
+class PhaseState(Contents):
+    """A phase of pretraining."""
+
+    steps: Count
+
+
+class PretrainingSettings(Contents):
+    """What pretraining was begun with."""
+
+    phases: list[PhaseState]
+
+
+class PretrainingState(Contents):
+    """`state.json` of pretraining."""
+
+    step: Count
+    settings: PretrainingSettings
 
 
 @dataclass(frozen=True)

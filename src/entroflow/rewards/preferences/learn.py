@@ -20,7 +20,6 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from entroflow.checkpoints import refuse_used, to_json, whole_folder, write_bytes, write_text
 from entroflow.policies.shapes.policy import ShapesPolicyConfig
 from entroflow.prompts import Prompt
 from entroflow.rewards.preferences.network import Pairwise, Pointwise, features
@@ -30,6 +29,13 @@ from entroflow.sampling.rollouts import Rollouts
 from entroflow.sampling.solver import sample
 from entroflow.shapes import grammar
 from entroflow.shapes.scoring import score
+from entroflow.writing import (
+    refuse_used,
+    to_json,
+    whole_folder,
+    write_bytes,
+    write_text,
+)
 
 KINDS: dict[str, type[Pointwise | Pairwise]] = {"pointwise": Pointwise, "pairwise": Pairwise}
 STEPS = 10
