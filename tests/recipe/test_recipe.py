@@ -502,7 +502,7 @@ class Child(ShapesReward):
 class Plain:
     """Has what the protocols of all sections ask for."""
     minibatches = epochs = 1
-    needs_old_mean = needs_reference = skips_zero_advantage = False
+    sampled_with, needs, compares, keeps, needs_stochastic_steps = "live", (), (), (), False
 
     def __init__(self, scale, offset=0):
         if scale == "bad":
@@ -510,7 +510,8 @@ class Plain:
         self.scale, self.offset = scale, offset
 
     def build(self): ...
-    batch = sizes = plan = std = mean = score = complete = advantages = clip = terms = run = build
+    batch = sizes = plan = std = mean = score = complete = advantages = run = build
+    examples = terms = clip = diagnostics = faults = build
 
 def function(images, prompts, metadata):
     return [0.0] * len(images)
