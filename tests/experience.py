@@ -21,7 +21,8 @@ from entroflow.ledger import Ledger
 from entroflow.objectives.base import Objective
 from entroflow.objectives.update import UpdateStatistics, update
 from entroflow.prompts import Prompt
-from entroflow.rewards.base import FunctionReward, Scores
+from entroflow.rewards.base import Scores
+from entroflow.rewards.combined import as_rewards
 from entroflow.rewards.scoring import score
 from entroflow.sampling import rollouts, solver
 from entroflow.sampling.kernels import FlowSDE
@@ -102,7 +103,7 @@ def experience(
     finished = solver.sample(
         policy, KERNEL, collected, cond, seed=0, iteration=0, batch_size=batch_size
     )
-    scores = score({"reward": FunctionReward(reward)}, collected, finished)["reward"]
+    scores = score(as_rewards(reward).parts, collected, finished)["reward"]
     advantages = (credit or Terminal()).advantages(collected, scores)
     transitions = rollouts.transitions_of(collected, advantages)
     return Experience(policy, collected, scores, transitions)

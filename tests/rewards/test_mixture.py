@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from entroflow.credit.mixed import mixed_advantages
 from entroflow.credit.normalise import group_advantages
 from entroflow.credit.terminal import Terminal
 from entroflow.errors import RecipeError
@@ -16,7 +15,8 @@ from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
 from entroflow.recipe.load import build_recipe, load_recipe
 from entroflow.rewards.base import Scores, Status
-from entroflow.rewards.mixture import Mixture, rewards_of
+from entroflow.rewards.combined import as_rewards
+from entroflow.rewards.mixture import Mixture
 from entroflow.sampling.plan import fresh_rows
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.training.trainer import Trainer
@@ -47,7 +47,7 @@ class Rounded:
 def mixture(names=("a", "b"), **settings):
     made = Mixture(**settings).model_copy(update={"rewards": {n: Brightness() for n in names}})
     made.check_parts()
-    return made
+    return as_rewards(made)
 
 
 def rollouts_of(groups, size):
@@ -66,12 +66,12 @@ def combined(mixed, groups=1, credit=CREDIT, **values):
         name: Scores(torch.as_tensor(v, dtype=torch.float64), (Status.OK,) * len(v))
         for name, v in values.items()
     }
-    return mixed_advantages(credit, mixed, rollouts_of(groups, size), scores)[:, 0]
+    return mixed.advantages(credit.advantages, rollouts_of(groups, size), scores)[:, 0]
 
 
 def test_a_mixture_of_one_is_the_reward_itself():
     values = [0.1, 0.4, 0.2, 0.9]
-    alone = combined(Brightness(), reward=values)
+    alone = combined(as_rewards(Brightness()), reward=values)
     for how in ("normalise_then_sum", "sum_then_normalise"):
         torch.testing.assert_close(combined(mixture("a", combine=how), a=values), alone)
 
@@ -149,7 +149,7 @@ def test_what_one_could_not_score_is_masked_for_all(how):
     a, b = [0.1, 0.2, 0.3, 0.5], [0.4, NAN, 0.1, 0.5]
     found = combined(mixture(combine=how), a=a, b=b)
     assert found.isnan().tolist() == [False, True, False, False]
-    summed = mixture().summed(
+    summed = mixture().total(
         {n: Scores(torch.tensor(v), (Status.OK, s, Status.OK, Status.OK))
          for n, v, s in (("a", a, Status.OK), ("b", b, Status.TIMEOUT))}
     )  # fmt: skip
@@ -209,7 +209,7 @@ def test_weight_0_is_as_if_it_were_not_there():
     first, second = one.step(), other.step()
     assert torch.equal(one.policy.shift, other.policy.shift)
     assert second["ledger/reward_calls"] == first["ledger/reward_calls"] == ROLLOUTS
-    assert list(rewards_of(other.reward)) == ["bright"]
+    assert list(other.reward.parts) == ["bright"]
 
 
 def test_the_order_of_the_names_changes_nothing():
@@ -282,6 +282,5 @@ def test_a_mixture_is_written_out_read_back_and_overridden(tmp_path):
     path.write_text(made.to_yaml())
     assert load_recipe(path).hash == made.hash
     changed = load_recipe(path, ["reward.rewards.graded.value=strict", "reward.weights.strict=3"])
-    assert changed.reward.rewards["graded"].value == "strict"
-    assert changed.reward.weight("strict") == 3
-    assert changed.reward.weight("graded") == 1
+    assert changed.reward.parts["graded"].reward.value == "strict"
+    assert changed.reward.weights == {"graded": 1.0, "strict": 3.0}
