@@ -426,7 +426,8 @@ def test_a_run_folder_elsewhere_needs_trust_for_its_server(stranger):
         load_recipe(recipe)
     with pytest.raises(UntrustedError):
         _part(Opened(None, (), recipe), "reward")
-    assert _part(Opened(None, (), recipe, trust=True), "reward").model == "m"
+    rewards = _part(Opened(None, (), recipe, trust=True), "reward")
+    assert rewards.parts["reward"].reward.model == "m"
 
 
 def test_a_variable_that_is_no_name_is_not_shown(stranger):

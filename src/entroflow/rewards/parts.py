@@ -48,17 +48,17 @@ def as_part(given: Any, key: str) -> Part:
         raise InputError(
             f"{key}: {given.__name__} is a class; give an instance: {given.__name__}(...)."
         )
-    compares = isinstance(given, GroupReward)
-    if not compares and not isinstance(given, Reward) and not callable(given):
+    is_object = isinstance(given, Reward | GroupReward)
+    if not is_object and not callable(given):
         raise InputError(
             f"{key}: {type(given).__name__} is no reward: it has neither score nor both "
             "score_group and score_against, and can't be called."
         )
     return Part(
-        reward=given if compares or isinstance(given, Reward) else FunctionReward(given),
+        reward=given if is_object else FunctionReward(given),
         key=key,
         name=called(given),
-        compares=compares,
+        compares=isinstance(given, GroupReward),
         waits=bool(getattr(given, "waits", False)),
         cancel=given.cancel if isinstance(given, Cancellable) else _nothing,
     )

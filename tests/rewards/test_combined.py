@@ -1,4 +1,4 @@
-"""Mixtures: what each way of combining does, in numbers that follow from the definitions."""
+"""Rewards of any kind as one type, and what each way of combining several does, in numbers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,27 @@ import torch
 
 from entroflow.credit.normalise import group_advantages
 from entroflow.credit.terminal import Terminal
-from entroflow.errors import RecipeError
+from entroflow.errors import InputError, RecipeError
 from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
-from entroflow.recipe.load import build_recipe, load_recipe
+from entroflow.recipe.load import build_recipe, described, load_recipe
 from entroflow.rewards.base import Scores, Status
 from entroflow.rewards.combined import as_rewards
 from entroflow.rewards.mixture import Mixture
+from entroflow.rewards.pairwise import Pairwise
+from entroflow.rewards.parts import as_part
 from entroflow.sampling.plan import fresh_rows
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.training.trainer import Trainer
-from tiny_run import HERE, PROMPTS, ROLLOUTS, Brightness, PixelPolicy, recipe
+from tiny_run import (
+    HERE,
+    PROMPTS,
+    ROLLOUTS,
+    Brightness,
+    ByBrightness,
+    PixelPolicy,
+    recipe,
+)
 
 MINE = __name__
 NAN = math.nan
@@ -183,6 +193,47 @@ def test_normalised_advantages_do_not_know_the_scale(sigma):
     assert found.square().mean().sqrt().item() == pytest.approx(0.935, abs=0.001)
 
 
+# --- one type -------------------------------------------------------------------------------------
+
+
+class Waiting(Brightness):
+    waits = True
+
+    def __init__(self):
+        self.cancelled = False
+
+    def cancel(self):
+        self.cancelled = True
+
+
+def test_a_reward_of_any_kind_becomes_the_same_type():
+    judge = Pairwise(judge=ByBrightness())
+    for given, name, compares in ((red, "red", False), (judge, "Pairwise", True)):
+        made = as_rewards(given)
+        (part,) = made.parts.values()
+        assert (part.key, part.name, part.compares, part.waits) == ("reward", name, compares, False)
+        assert list(made.parts) == ["reward"]
+        assert made.names == (), "metrics have its name already"
+        assert bool(made.comparing) == compares != bool(made.pointwise)
+        assert as_rewards(made) is made
+    rewards = {"wins": judge, "red": red, "slow": Waiting(), "out": Brightness()}
+    mixed = as_rewards(Mixture(rewards=rewards, weights={"red": 2.0, "out": 0.0}))
+    assert mixed.names == ("wins", "red", "slow")
+    assert mixed.weights == {"wins": 1.0, "red": 2.0, "slow": 1.0}
+    assert (list(mixed.comparing), list(mixed.pointwise)) == (["wins"], ["red", "slow"])
+    slow = mixed.parts["slow"]
+    assert (slow.key, slow.waits) == ("reward.rewards.slow", True)
+    for part in mixed.parts.values():
+        part.cancel()
+    assert slow.reward.cancelled
+
+
+def test_a_part_is_one_reward():
+    for given in (Mixture(rewards={"a": red}), Brightness, 3):
+        with pytest.raises(InputError, match=r"^monitors\.rewards\.a"):
+            as_part(given, "monitors.rewards.a")
+
+
 # --- in a run -------------------------------------------------------------------------------------
 
 TWO = {
@@ -200,6 +251,44 @@ def test_both_are_scored_once_and_written_down():
     assert metrics["reward/mean"] == pytest.approx(bright + 2 * level)
     assert metrics["reward/red/failed"] == metrics["reward/failed"] == 0
     assert metrics["reward/bright/std"] > 0
+
+
+def test_only_a_reward_with_a_name_has_metrics_of_its_own():
+    """A mixture of one has; a reward that stands alone does not."""
+    bright = TWO["rewards"]["bright"]
+    for fields, names in ((bright, set()), ({"type": "mixture", "rewards": {"a": bright}}, {"a"})):
+        metrics = Trainer(recipe(reward=fields), PixelPolicy()).step()
+        keys = {key.split("/")[1] for key in metrics if key.startswith("reward/")}
+        assert keys == {"mean", "std", "failed", "tied_groups"} | names
+
+
+class Counting(Brightness):
+    """Remembers how many images it has seen."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def score(self, images, prompts):
+        self.seen += len(images)
+        return super().score(images, prompts)
+
+    def state(self):
+        return {"seen": self.seen}
+
+    def load_state(self, state):
+        self.seen = state["seen"]
+
+
+def test_a_part_with_memory_is_in_the_state_of_a_run():
+    part = {"type": f"{MINE}.Counting"}
+    for reward, keys in (
+        ({"type": "mixture", "rewards": {"one": part, "other": part}},
+         {"reward.rewards.one", "reward.rewards.other"}),
+        (part, {"reward"}),
+    ):  # fmt: skip
+        trainer = Trainer(recipe(reward=reward), PixelPolicy())
+        trainer.step()
+        assert trainer.state()["components"] == {key: {"seen": ROLLOUTS} for key in keys}
 
 
 def test_weight_0_is_as_if_it_were_not_there():
@@ -284,3 +373,9 @@ def test_a_mixture_is_written_out_read_back_and_overridden(tmp_path):
     changed = load_recipe(path, ["reward.rewards.graded.value=strict", "reward.weights.strict=3"])
     assert changed.reward.parts["graded"].reward.value == "strict"
     assert changed.reward.weights == {"graded": 1.0, "strict": 3.0}
+
+
+def test_a_mixture_with_parts_of_ones_own_is_described_without_them(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("reward: {type: mixture, rewards: {a: {type: nobody.knows}}}")
+    assert "type: nobody.knows" in described(path)
