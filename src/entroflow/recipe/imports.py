@@ -135,11 +135,10 @@ def refuse_shadowed(module_name: str, folder: Path | None, where: str) -> None:
 
 
 def home_of(part: Any) -> str:
-    """The dotted path of the class or function an object comes from."""
-    named = part.function if hasattr(part, "function") else type(part)
-    while isinstance(named, functools.partial):
-        named = named.func
-    named = named if hasattr(named, "__qualname__") else type(named)
+    """The dotted path of a function, of what a partial is of, or of an object's class."""
+    while isinstance(part, functools.partial):
+        part = part.func
+    named = part if hasattr(part, "__qualname__") else type(part)
     return f"{named.__module__}.{named.__qualname__}"
 
 

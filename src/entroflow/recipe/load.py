@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from pydantic import BaseModel, ValidationError
 
 from entroflow.component import Component, placed
-from entroflow.errors import RecipeError, UntrustedError, quoted
+from entroflow.errors import InputError, RecipeError, UntrustedError, quoted
 from entroflow.places import Places, with_override, without_folders
 from entroflow.recipe.imports import (
     home_of,
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from entroflow.objectives.base import Objective
     from entroflow.policies.base import PolicyConfig
     from entroflow.prompts import PromptSource
-    from entroflow.rewards.base import AnyReward
+    from entroflow.rewards.combined import Rewards
     from entroflow.sampling.kernels import Kernel
 
 COMPONENTS: dict[str, dict[str, str]] = {
@@ -190,7 +190,7 @@ class Recipe:
     attention: Attention
     exploration: Exploration
     kernel: Kernel
-    reward: AnyReward
+    reward: Rewards
     scoring: Scoring
     credit: Credit
     objective: Objective
@@ -457,7 +457,8 @@ def load_component(name_or_path: str | Path, section: str, *, trust: bool = Fals
     opened.refuse_sent_keys([section])
     where = f"{opened.name}: {section}"
     fields = fields_of(opened.mapping.get(section), where)
-    return _build(section, fields, where, _Source(opened.places))[0]
+    component, _ = _build(section, fields, where, _Source(opened.places))
+    return _prepared(section, component, opened.name)
 
 
 def changed(component: ComponentT, fields: Mapping[str, Any], where: str) -> ComponentT:
@@ -513,14 +514,31 @@ def _assembled(
     resolved: dict[str, Any] = {key: value for key, value in texts.items() if value}
     for section in SECTIONS:
         if section in given:
-            parts[section], resolved[section] = given[section], {"type": home_of(given[section])}
-            continue
-        where = f"{name}: {section}"
-        parts[section], resolved[section] = _build(
-            section, fields_of(mapping.get(section), where), where, source.within(section)
-        )
+            component, resolved[section] = given[section], {"type": home_of(given[section])}
+        else:
+            where = f"{name}: {section}"
+            component, resolved[section] = _build(
+                section, fields_of(mapping.get(section), where), where, source.within(section)
+            )
+        parts[section] = _prepared(section, component, name) if source.is_built else component
     _refuse_doubled(name, parts["monitors"], parts["evaluation"])
     return Recipe(name=name, **parts, resolved=resolved)
+
+
+def _prepared(section: str, component: Any, recipe: str) -> Any:
+    """The component of a section, of which rewards of any kind have become `Rewards` or parts."""
+    if section not in ("reward", "monitors"):
+        return component
+    from entroflow.rewards.combined import as_rewards
+    from entroflow.rewards.parts import as_parts
+
+    try:
+        if section == "reward":
+            return as_rewards(component)
+        rewards = as_parts(component.rewards, "monitors.rewards")
+    except InputError as error:
+        raise RecipeError(f"{recipe}: {error}") from None
+    return component.model_copy(update={"rewards": rewards})
 
 
 def _refuse_doubled(recipe: str, monitors: Monitors, evaluation: Any) -> None:
@@ -586,14 +604,19 @@ def _users(
     refuse_shadowed(kind, source.places.folder, f"{where}.type")
     if not callable(chosen) and all(_lacking(chosen, protocol) for protocol in protocols):
         raise RecipeError(f"{where}.type: {kind} is neither a class nor a function.")
-    if inspect.isclass(chosen):
-        component, resolved = _instance(section, kind, chosen, fields, where, source)
-    else:
-        component, resolved = _as_it_is(section, kind, chosen, fields, where), {"type": kind}
+    if not inspect.isclass(chosen):
+        return _as_it_is(section, kind, chosen, fields, where), {"type": kind}
+    component, resolved = _instance(section, kind, chosen, fields, where, source)
+    _refuse_missing(section, kind, component, where)
+    return component, resolved
+
+
+def _refuse_missing(section: str, kind: str, component: Any, where: str) -> None:
+    """Refuse an object that lacks something of every protocol of its section."""
+    protocols = [imported(path, where) for path in PROTOCOLS[section]]
     lacking = [_missing(component, protocol) for protocol in protocols]
     if all(lacking):
         raise _unfit(section, kind, where, lacking[0])
-    return component, resolved
 
 
 def _unfit(
@@ -660,15 +683,14 @@ def _as_it_is(section: str, kind: str, chosen: Any, fields: Mapping[str, Any], w
         what = "a function" if is_function else "an object"
         raise RecipeError(f"{where}: {what} takes no keys, but {quoted(sorted(fields))} are given.")
     if not is_function:
+        _refuse_missing(section, kind, chosen, where)
         return chosen
     if section != "reward":
         why = "a function is none; name a class or an object"
         raise _unfit(section, kind, where, _methods(protocols[0]), why)
-    from entroflow.rewards.base import FunctionReward
-
     with users_errors(f"{where}: {kind}"):
         _refuse_arguments(chosen, ("images", "prompts", "metadata"), {}, f"{where}: {kind}")
-    return FunctionReward(chosen)
+    return chosen
 
 
 def _refuse_arguments(
