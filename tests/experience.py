@@ -112,7 +112,7 @@ def experience(
         policy, KERNEL, collected, cond, address=Address(0), batch_size=batch_size
     )
     scores = score(as_rewards(reward).parts, collected, finished)["reward"]
-    advantages = (credit or Terminal()).advantages(collected, scores)
+    advantages = (credit or Terminal()).advantages(collected.plan, scores)
     table = transitions.transitions_of(collected, advantages)
     return Experience(policy, collected, scores, table)
 

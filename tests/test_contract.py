@@ -76,8 +76,7 @@ class BranchCredit:
         first = (plan.role == Role.ROLLOUT).nonzero()[:1, 0]
         return with_children(plan, first, torch.ones(1, dtype=torch.long), role=Role.COMPLETION)
 
-    def advantages(self, rollouts, scores):
-        plan = rollouts.plan
+    def advantages(self, plan, scores):
         rollout = plan.role == Role.ROLLOUT
         per_row = torch.zeros(plan.rows, dtype=torch.float64)
         per_row[rollout] = group_advantages(scores.values[rollout], plan.group[rollout])
@@ -115,7 +114,7 @@ def run():
     prompts = recipe.prompts.batch(0, 0)
     rollouts, found = trainer._roll_out(prompts, trainer._encode(prompts))
     scores = found["reward"]
-    transitions = transitions_of(rollouts, recipe.credit.advantages(rollouts, scores))
+    transitions = transitions_of(rollouts, recipe.credit.advantages(rollouts.plan, scores))
     return trainer, policy, prompts, rollouts, scores, transitions
 
 

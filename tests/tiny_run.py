@@ -61,9 +61,9 @@ class RunningScale:
     def complete(self, plan):
         return plan
 
-    def advantages(self, rollouts, scores):
+    def advantages(self, plan, scores):
         self.mean = 0.7 * self.mean + 0.3 * scores.values.abs().mean().item()
-        return Terminal(scale="none").advantages(rollouts, scores) / self.mean
+        return Terminal(scale="none").advantages(plan, scores) / self.mean
 
     def state(self):
         return {"mean": self.mean}

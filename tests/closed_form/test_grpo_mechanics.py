@@ -566,8 +566,8 @@ def check_scale_is_local(scale: str, local: bool) -> None:
     seen = experience(credit=Terminal(scale=scale))
     larger = torch.where(seen.rollouts.plan.group == 0, 10.0, 1.0) * seen.scores.values
     credit = Terminal(scale=scale)
-    before = credit.advantages(seen.rollouts, seen.scores)
-    after = credit.advantages(seen.rollouts, replace(seen.scores, values=larger))
+    before = credit.advantages(seen.rollouts.plan, seen.scores)
+    after = credit.advantages(seen.rollouts.plan, replace(seen.scores, values=larger))
     elsewhere = seen.rollouts.plan.group == 1
     assert torch.equal(before[elsewhere], after[elsewhere]) == local
 

@@ -27,8 +27,7 @@ from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
 from entroflow.recipe.load import load_recipe, shipped_recipes
 from entroflow.rewards.base import Scores
-from entroflow.sampling.plan import fresh_rows
-from entroflow.sampling.rollouts import Rollouts
+from entroflow.sampling.plan import Plan, fresh_rows
 from entroflow.training.metrics import Metrics
 from entroflow.training.trainer import Trainer
 from gaussian_policy import GaussianPolicy
@@ -163,8 +162,7 @@ def check_expected_gradient(component: Terminal, is_zero: bool) -> None:
         shifted_grid(1), torch.full((1,), 0.5),
     )  # fmt: skip
     values = torch.from_numpy(np.random.default_rng(0).standard_normal(plan.rows))
-    rollouts = Rollouts.empty(plan, (1,), torch.float64)
-    advantages = component.advantages(rollouts, Scores(values, ("ok",) * plan.rows))[:, 0]
+    advantages = component.advantages(plan, Scores(values, ("ok",) * plan.rows))[:, 0]
     gradients = (advantages * values).reshape(groups, size).sum(dim=1)
     error = (gradients.std() / groups**0.5).item()
     assert advantages.abs().mean() > 0.5
@@ -201,12 +199,12 @@ def with_rewards_that_stay(monkeypatch) -> None:
 
 
 def with_every_reward_handed_on(monkeypatch) -> None:
-    def wrong(self: Shuffled, rollouts: Rollouts, scores: Scores) -> Tensor:
+    def wrong(self: Shuffled, plan: Plan, scores: Scores) -> Tensor:
         values = scores.values.clone()
-        for group in rollouts.plan.group.unique():
-            mine = (rollouts.plan.group == group).nonzero()[:, 0]
+        for group in plan.group.unique():
+            mine = (plan.group == group).nonzero()[:, 0]
             values[mine] = scores.values[mine.roll(1)]
-        return Terminal.advantages(self, rollouts, Scores(values, scores.statuses))
+        return Terminal.advantages(self, plan, Scores(values, scores.statuses))
 
     monkeypatch.setattr(Shuffled, "advantages", wrong)
 

@@ -405,7 +405,7 @@ def test_a_branch_without_noise_ends_as_its_anchor():
     rewards = rollouts.images[rollouts.image_of(torch.arange(plan.rows))].double().flatten(1).sum(1)
     values = torch.where(plan.role == Role.ROLLOUT, rewards, torch.nan)
     scores = Scores(values, (Status.OK,) * plan.rows)
-    assert (Terminal().advantages(rollouts, scores) == 0).all()
+    assert (Terminal().advantages(rollouts.plan, scores) == 0).all()
     for row in range(plan.rows):
         anchor = row if plan.parent[row] == FRESH else int(plan.parent[row])
         images = rollouts.images[rollouts.image_of(torch.tensor([row, anchor]))]
@@ -489,7 +489,7 @@ def check_groups() -> None:
     credit = Terminal(ddof=1, epsilon=1e-8)
 
     def advantages():
-        return credit.advantages(seen.rollouts, Scores(values, seen.scores.statuses))[:, 0]
+        return credit.advantages(seen.rollouts.plan, Scores(values, seen.scores.statuses))[:, 0]
 
     before = advantages()
     for prompt in (0, 1):

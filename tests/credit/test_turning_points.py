@@ -329,7 +329,7 @@ def test_without_noise_all_completions_are_the_image_itself():
     assert R.shape == (5, 6)
     assert (R[:, :1] == R).all()
     assert not turning_points(R, "plain").any()
-    advantages = TurningPoints().advantages(collected, scores)
+    advantages = TurningPoints().advantages(collected.plan, scores)
     assert (advantages == 0).all()
     assert len(set(R[:, 0].tolist())) == 5
 
@@ -463,7 +463,7 @@ def test_every_step_is_compared_with_the_same_step_of_its_group(failing):
     credit = TurningPoints()
     collected, scores, R = run(plan, policy, credit=credit, reward=reward)
     assert bool(R.isnan().any()) == failing
-    found_ = credit.advantages(collected, scores)
+    found_ = credit.advantages(collected.plan, scores)
     rows = torch.arange(plan.rows)
     wanted = advantages_by_hand(R, plan.group.numpy(), plan.prompt[rows], credit)
     np.testing.assert_allclose(found_[: plan.rows, :5].numpy(), wanted, atol=1e-12)
@@ -485,8 +485,8 @@ def test_with_the_final_reward_for_every_step_it_is_flow_grpo(monkeypatch):
         return replace(own(self, row, step, R, prompt), earned=R[:, -1:].expand(step.shape))
 
     monkeypatch.setattr(TurningPoints, "traced", final)
-    found_ = credit.advantages(collected, scores)[: plan.rows, :5]
-    terminal = Terminal().advantages(collected, scores)[: plan.rows, :5]
+    found_ = credit.advantages(collected.plan, scores)[: plan.rows, :5]
+    terminal = Terminal().advantages(collected.plan, scores)[: plan.rows, :5]
     assert torch.equal(found_, terminal)
 
 
@@ -507,10 +507,10 @@ def test_increments_single_out_the_step_that_carries_the_variance():
         values[child] = R[parent, k]
     scores = Scores(values, (Status.OK,) * whole.rows)
     collected = Rollouts.empty(whole, policy.latent_shape)
-    A = credit.advantages(collected, scores)[:64]
+    A = credit.advantages(collected.plan, scores)[:64]
     assert A[:, 1].abs().mean() > 0.7
     assert (A[:, [0, 2]] == 0).all()
-    assert (Terminal().advantages(collected, scores)[:64, 0].abs() > 0).all()
+    assert (Terminal().advantages(collected.plan, scores)[:64, 0].abs() > 0).all()
 
 
 def test_a_recipe_chooses_it():

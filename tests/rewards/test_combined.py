@@ -20,7 +20,6 @@ from entroflow.rewards.mixture import Mixture
 from entroflow.rewards.pairwise import Pairwise
 from entroflow.rewards.parts import as_part
 from entroflow.sampling.plan import fresh_rows
-from entroflow.sampling.rollouts import Rollouts
 from entroflow.training.trainer import Trainer
 from tiny_run import (
     HERE,
@@ -60,13 +59,12 @@ def mixture(names=("a", "b"), **settings):
     return as_rewards(made)
 
 
-def rollouts_of(groups, size):
+def plan_of(groups, size):
     prompts = [Prompt(str(g)) for g in range(groups)]
-    plan = fresh_rows(
+    return fresh_rows(
         prompts, torch.full((groups,), size), torch.zeros(groups, dtype=torch.long),
         shifted_grid(1), torch.full((1,), 0.5),
     )  # fmt: skip
-    return Rollouts.empty(plan, (1,))
 
 
 def combined(mixed, groups=1, credit=CREDIT, **values):
@@ -76,7 +74,7 @@ def combined(mixed, groups=1, credit=CREDIT, **values):
         name: Scores(torch.as_tensor(v, dtype=torch.float64), (Status.OK,) * len(v))
         for name, v in values.items()
     }
-    return mixed.advantages(credit.advantages, rollouts_of(groups, size), scores)[:, 0]
+    return mixed.advantages(credit.advantages, plan_of(groups, size), scores)[:, 0]
 
 
 def test_a_mixture_of_one_is_the_reward_itself():

@@ -108,15 +108,15 @@ def test_what_has_moved_more_gets_more(weights, monkeypatch):
     seen = {}
     own = Terminal.advantages
 
-    def advantages_of(credit, rollouts, scores):
-        seen["rollouts"], seen["scores"] = rollouts, scores
-        seen["table"] = own(credit, rollouts, scores)
+    def advantages_of(credit, plan, scores):
+        seen["plan"], seen["scores"] = plan, scores
+        seen["table"] = own(credit, plan, scores)
         return seen["table"]
 
     monkeypatch.setattr(Terminal, "advantages", advantages_of)
     metrics = trainer.step()
     found = metrics["attention"]
-    plan, scores = seen["rollouts"].plan, seen["scores"]
+    plan, scores = seen["plan"], seen["scores"]
     order = sorted(range(3), key=lambda p: -found["shift"][p])
     assert len({*found["shift"]}) == 3
     assert [found["size"][p] for p in order] == [6, 4, 2]
@@ -290,7 +290,7 @@ def test_how_unequal_groups_share_the_loss(weights, weighting):
     prompts = trainer.recipe.prompts.batch(0, 1)
     rollouts, found = trainer._roll_out(prompts, trainer._encode(prompts))
     (scores,) = found.values()
-    advantages = trainer.recipe.credit.advantages(rollouts, scores).clone()
+    advantages = trainer.recipe.credit.advantages(rollouts.plan, scores).clone()
     sizes = torch.bincount(rollouts.plan.prompt)
     assert sorted(sizes.tolist()) == [2, 4, 6]
     advantages[(rollouts.plan.prompt == sizes.argmax()).nonzero()[0]] = torch.nan

@@ -37,7 +37,7 @@ def sampled(reward, **sections):
     prompts = trainer.recipe.prompts.batch(0, 0)
     rollouts, found = trainer._roll_out(prompts, trainer._encode(prompts))
     (scores,) = found.values()
-    return trainer, scores, trainer.recipe.credit.advantages(rollouts, scores)[:, 0]
+    return trainer, scores, trainer.recipe.credit.advantages(rollouts.plan, scores)[:, 0]
 
 
 def test_a_function_is_a_reward(tmp_path):

@@ -9,7 +9,6 @@ from torch import Tensor
 from entroflow.credit.trace import Trace
 from entroflow.rewards.base import Scores
 from entroflow.sampling.plan import Plan
-from entroflow.sampling.rollouts import Rollouts
 
 
 class Credit(Protocol):
@@ -19,7 +18,7 @@ class Credit(Protocol):
         """The plan with the completions this credit needs to see scored."""
         ...
 
-    def advantages(self, rollouts: Rollouts, scores: Scores) -> Tensor:
+    def advantages(self, plan: Plan, scores: Scores) -> Tensor:
         """[B, S] advantage of every step; NaN where the reward it hangs on failed."""
         ...
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from entroflow.credit.terminal import Terminal
 from entroflow.rewards.base import Scores
-from entroflow.sampling.plan import Role
-from entroflow.sampling.rollouts import Rollouts
+from entroflow.sampling.plan import Plan, Role
 
 
 class Shuffled(Terminal):
@@ -23,13 +22,12 @@ class Shuffled(Terminal):
 
     type: Literal["shuffled"] = "shuffled"  # type: ignore[assignment]
 
-    def advantages(self, rollouts: Rollouts, scores: Scores) -> Tensor:
+    def advantages(self, plan: Plan, scores: Scores) -> Tensor:
         """[B, S]; see `Credit.advantages`."""
-        plan = rollouts.plan
         values = scores.values.clone()
         for group in plan.group.unique():
             mine = ((plan.group == group) & (plan.role == Role.ROLLOUT)).nonzero()[:, 0]
             # The first keeps its own. A group's advantages sum to 0: if none were its own, those of
             # the others would lean against each image, and the policy would learn the opposite.
             values[mine[1:]] = scores.values[torch.roll(mine[1:], 1)]
-        return super().advantages(rollouts, replace(scores, values=values))
+        return super().advantages(plan, replace(scores, values=values))

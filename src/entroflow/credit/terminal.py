@@ -12,7 +12,6 @@ from entroflow.component import Component
 from entroflow.credit.normalise import Scale, group_advantages
 from entroflow.rewards.base import Scores
 from entroflow.sampling.plan import Plan, Role
-from entroflow.sampling.rollouts import Rollouts
 
 
 class Terminal(Component):
@@ -30,9 +29,8 @@ class Terminal(Component):
         """The plan itself: rollouts end in the images that are scored."""
         return plan
 
-    def advantages(self, rollouts: Rollouts, scores: Scores) -> Tensor:
+    def advantages(self, plan: Plan, scores: Scores) -> Tensor:
         """[B, S]; see `Credit.advantages`."""
-        plan = rollouts.plan
         rollout = plan.role == Role.ROLLOUT
         per_row = torch.zeros(plan.rows, dtype=torch.float64)
         per_row[rollout] = group_advantages(

@@ -19,7 +19,6 @@ from entroflow.credit.trace import Trace
 from entroflow.errors import InputError
 from entroflow.rewards.base import Scores
 from entroflow.sampling.plan import Plan, Role, with_children
-from entroflow.sampling.rollouts import Rollouts
 
 Constraint = Literal["plain", "consistent"]
 Balance = Literal["batch", "prompt", "off"]
@@ -158,13 +157,12 @@ class TurningPoints(Component):
         group = -1 - (plan.group[row] * T + _ordinal(plan, row, step))
         return with_children(plan, row, step, role=Role.COMPLETION, group=group)
 
-    def advantages(self, rollouts: Rollouts, scores: Scores) -> Tensor:
+    def advantages(self, plan: Plan, scores: Scores) -> Tensor:
         """[B, S]; see `Credit.advantages`.
 
         NaN for a step whose increment is not known, and for all steps of a rollout where R_0 or R_n
         is not.
         """
-        plan = rollouts.plan
         table = torch.zeros(plan.std.shape, dtype=torch.float64)
         row, step = _stochastic(plan)
         if not len(row):

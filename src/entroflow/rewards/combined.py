@@ -14,7 +14,6 @@ from entroflow.rewards.base import GroupReward, Reward, RewardFunction, Scores, 
 from entroflow.rewards.mixture import Combine, Mixture
 from entroflow.rewards.parts import Part, as_part, as_parts
 from entroflow.sampling.plan import Plan, Role
-from entroflow.sampling.rollouts import Rollouts
 
 ALONE = "reward"
 """Name of the part where there is one that a recipe gives no name."""
@@ -62,8 +61,8 @@ class Rewards:
 
     def advantages(
         self,
-        credit: Callable[[Rollouts, Scores], Tensor],
-        rollouts: Rollouts,
+        credit: Callable[[Plan, Scores], Tensor],
+        plan: Plan,
         scores: Mapping[str, Scores],
     ) -> Tensor:
         """[B, S] advantages: of the parts, which are combined, or of their total.
@@ -77,10 +76,10 @@ class Rewards:
             for name, each in scores.items()
         }
         if self.combine in (None, "sum_then_normalise"):
-            return credit(rollouts, self.total(floored))
-        weighted = [self.weights[name] * credit(rollouts, each) for name, each in floored.items()]
+            return credit(plan, self.total(floored))
+        weighted = [self.weights[name] * credit(plan, each) for name, each in floored.items()]
         advantages = torch.stack(weighted).sum(dim=0)
-        return _standardised(advantages, rollouts.plan) if self.combine == "gdpo" else advantages
+        return _standardised(advantages, plan) if self.combine == "gdpo" else advantages
 
 
 def as_rewards(given: Any, key: str = "reward") -> Rewards:

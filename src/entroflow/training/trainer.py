@@ -273,7 +273,7 @@ class Trainer:
         summed = self.reward.total(scores)
         failed = summed.values.isnan()
         missing, all_missing = failed[plan.scored], failed[rated_rollouts(plan)].all()
-        advantages = self.reward.advantages(self.recipe.credit.advantages, rollouts, scores)
+        advantages = self.reward.advantages(self.recipe.credit.advantages, plan, scores)
         if not missing.any():
             return advantages
         if all_missing and self.iteration == 0:
