@@ -18,7 +18,7 @@ from time import perf_counter
 
 import torch
 
-from entroflow.attention.probe import compared_states, probe_of, probed_velocity
+from entroflow.attention.probe import AttentionProbe, compared_states, probed_velocity
 from entroflow.exploration.base import Request
 from entroflow.noise import Address
 from entroflow.recipe.load import load_recipe
@@ -70,9 +70,14 @@ def main() -> None:
             kept = None if settings is None else compared_states(plan, settings.states)
             into = Rollouts.empty(plan, policy.latent_shape, keep_states=kept)
             for _ in sample(
-                policy, recipe.kernel, into, cond, address=Address(0),
-                 batch_size=recipe.sampling.batch_size, probe=probe_of(settings),
-            ):  # fmt: skip
+                policy,
+                recipe.kernel,
+                into,
+                cond,
+                address=Address(0),
+                batch_size=recipe.sampling.batch_size,
+                probe=settings and AttentionProbe(settings),
+            ):
                 pass
 
         return run

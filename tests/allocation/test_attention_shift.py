@@ -95,7 +95,9 @@ def test_two_rounds_the_second_by_what_the_first_showed(split):
     assert (allocation.rounds, allocation.needs_attention) == (2, True)
     assert [sizes.sum() for sizes in allocation.typical(4)] == [8, 8]
     assert allocation.sizes(4, []).tolist() == [2] * 4
-    first = SimpleNamespace(attention_shift=torch.tensor([0.0, 0.9, 0.0, 0.8]))
+    first = SimpleNamespace(
+        prompt_measurements={"attention_shift": torch.tensor([0.0, 0.9, 0.0, 0.8])}
+    )
     more = allocation.sizes(4, [first])
     assert more.sum() == 8
     assert more[1] == more.max()
@@ -115,7 +117,9 @@ def test_equal_bounds_are_one_round_of_that_size():
 def test_a_shift_that_overflowed_gets_least_and_breaks_no_budget(split):
     allocation = AttentionShift(low=2, high=6, split=split)
     for shift in ([math.nan, 0.9, 0.1, 0.8], [math.inf, math.nan, 0.1, 0.8], [math.nan] * 4):
-        more = allocation.sizes(4, [SimpleNamespace(attention_shift=torch.tensor(shift))])
+        more = allocation.sizes(
+            4, [SimpleNamespace(prompt_measurements={"attention_shift": torch.tensor(shift)})]
+        )
         assert more.sum() == 8
         assert (more >= 0).all()
         assert (more <= 4).all()

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from entroflow.attention.probe import (
+    ENTROPY,
+    SHIFT,
+    AttentionProbe,
     attention_shift,
     compared_states,
     entropy_by_step,
-    probe_of,
     probed_velocity,
     stratified,
 )
@@ -237,7 +239,7 @@ def rolled_out(policy, plan, settings=EVERY, **options):
     kept = compared_states(plan, settings.states)
     rollouts = Rollouts.empty(plan, policy.latent_shape, keep_states=kept)
     for _ in sample(policy, FlowSDE(noise_level=0.7), rollouts, policy.encode(plan.texts),
-                    address=Address(0), probe=probe_of(settings), **options):  # fmt: skip
+                    address=Address(0), probe=settings and AttentionProbe(settings), **options):  # fmt: skip
         pass
     return rollouts
 
@@ -253,7 +255,7 @@ def planned(policy, sizes=(2, 3), steps=5, first=(0, 0)):
 def test_one_row_of_every_prompt_is_measured_at_all_its_steps(policy):
     plan = planned(policy)
     rollouts = rolled_out(policy, plan, batch_size=2)
-    measured = ~rollouts.attention_entropy.isnan()
+    measured = ~rollouts.measurement(ENTROPY).isnan()
     assert measured.all(dim=1).tolist() == [True, False, True, False, False]
     assert measured.any(dim=1).tolist() == [True, False, True, False, False]
     with torch.no_grad():
@@ -265,9 +267,9 @@ def test_one_row_of_every_prompt_is_measured_at_all_its_steps(policy):
                 _, found = probed_velocity(
                     policy, state, sigma, cond, 1.0, torch.ones(1) > 0, EVERY
                 )
-                own = rollouts.attention_entropy[row, step]
+                own = rollouts.measurement(ENTROPY)[row, step]
                 torch.testing.assert_close(own, found[0], rtol=1e-5, atol=0)
-    expected = rollouts.attention_entropy[[0, 2]].double().mean(dim=0)
+    expected = rollouts.measurement(ENTROPY)[[0, 2]].double().mean(dim=0)
     torch.testing.assert_close(entropy_by_step(rollouts), expected)
 
 
@@ -279,7 +281,7 @@ def test_of_an_anchor_and_its_branches_the_anchor_is_measured(policy):
                          role=Role.ANCHOR, scored=False)  # fmt: skip
     plan = with_children(anchors, torch.tensor([0, 1]), torch.tensor([1, 2]), role=Role.COMPLETION)
     rollouts = rolled_out(policy, plan)
-    assert (~rollouts.attention_entropy.isnan()).sum(dim=1).tolist() == [4, 4, 0, 0]
+    assert (~rollouts.measurement(ENTROPY).isnan()).sum(dim=1).tolist() == [4, 4, 0, 0]
 
 
 @pytest.mark.parametrize(("steps", "count", "chosen"), [
@@ -296,23 +298,30 @@ def test_measuring_changes_no_rollout(policy):
     measured, plain = rolled_out(policy, plan), rolled_out(policy, plan, settings=EVERY)
     bare = Rollouts.empty(plan, policy.latent_shape)
     for _ in sample(policy, FlowSDE(noise_level=0.7), bare, policy.encode(plan.texts),
-                    address=Address(0), ):  # fmt: skip
+                    address=Address(0)):  # fmt: skip
         pass
     assert torch.equal(measured.images, bare.images)
     assert torch.equal(measured.log_prob, bare.log_prob)
     torch.testing.assert_close(
-        measured.attention_entropy, plain.attention_entropy, rtol=0, atol=0, equal_nan=True
+        measured.measurement(ENTROPY),
+        plain.measurement(ENTROPY),
+        rtol=0,
+        atol=0,
+        equal_nan=True,
     )
-    assert bare.attention_entropy.isnan().all()
+    assert bare.measurement(ENTROPY).isnan().all()
 
 
 def test_rounds_are_joined_with_what_was_measured(policy):
     first = rolled_out(policy, planned(policy, sizes=(2, 2)))
-    first.attention_shift = torch.tensor([0.1, 0.2])
+    first.prompt_measurements[SHIFT] = torch.tensor([0.1, 0.2])
     second = Rollouts.empty(planned(policy, sizes=(0, 1), first=(2, 2)), policy.latent_shape)
     joined = join_rollouts([first, second])
-    assert (~joined.attention_entropy.isnan()).all(dim=1).tolist() == [True, False] * 2 + [False]
-    assert joined.attention_shift is first.attention_shift
+    assert (~joined.measurement(ENTROPY).isnan()).all(dim=1).tolist() == [
+        True,
+        False,
+    ] * 2 + [False]
+    assert joined.prompt_measurements == first.prompt_measurements
 
 
 # --- the shift ------------------------------------------------------------------------------------
@@ -378,7 +387,7 @@ def test_the_absolute_shift_is_that_of_either_from_the_other(policy):
     there, _ = shift_of(policy, rollouts)
     row, step = compared_states(rollouts.plan, 4).nonzero(as_tuple=True)
     with torch.no_grad(), policy.weights("reference"):
-        _, rollouts.attention_entropy[row, step] = probed_velocity(
+        _, rollouts.measurement(ENTROPY)[row, step] = probed_velocity(
             policy, rollouts.states[rollouts.state_index[row, step]],
             rollouts.plan.sigmas[row, step].float(),
             policy.encode(rollouts.plan.texts).take(rollouts.plan.prompt[row]), 1.0,

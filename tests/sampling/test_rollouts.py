@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entroflow.noise import Address
 from entroflow.objectives.transitions import transitions_of
+from entroflow.prompts import Prompt
 from entroflow.sampling.kernels import FlowSDE
-from entroflow.sampling.plan import Role
-from entroflow.sampling.rollouts import Rollouts
+from entroflow.sampling.plan import Role, fresh_rows
+from entroflow.sampling.rollouts import Rollouts, join_rollouts
 from entroflow.sampling.solver import sample
 from gaussian_policy import GaussianPolicy
 from random_plans import OFFSETS, random_plan
@@ -67,3 +69,45 @@ def test_the_table_holds_every_trained_step_of_the_rollouts_with_its_own_advanta
         assert table.weight[i] == (0 if failed else 1 / valid)
     if valid:
         assert math.isclose(table.weight.sum(), 1, rel_tol=1e-12)
+
+
+class VelocityNorm:
+    """A probe of another kind: the size of the velocity at every row of the first prompt."""
+
+    def rows(self, plan):
+        return plan.prompt == 0
+
+    def __call__(self, policy, x, sigma, cond, guidance, rows):
+        velocity = policy.velocity(x, sigma, cond, guidance)
+        norm = velocity.flatten(1).norm(dim=1)
+        return velocity, {"velocity_norm": torch.where(rows, norm, torch.nan).float()}
+
+
+def test_a_probe_of_ones_own_measures_without_a_line_changed():
+    """Its values land at rows and steps, and stay there when rounds are joined."""
+    policy = GaussianPolicy(0.3, 0.5, offsets=OFFSETS)
+    grid, none = policy.sigmas(4), torch.zeros(2, dtype=torch.long)
+    std = torch.full((4,), 0.1, dtype=torch.float64)
+    rounds = []
+    for sizes, probe in (((2, 1), VelocityNorm()), ((1, 1), None)):
+        plan = fresh_rows([Prompt("a"), Prompt("b")], torch.tensor(sizes), none, grid, std)
+        rollouts = Rollouts.empty(plan, policy.latent_shape, torch.float64)
+        cond = policy.encode(plan.texts)
+        for _ in sample(
+            policy, KERNEL, rollouts, cond, address=Address(0), batch_size=2, probe=probe
+        ):
+            pass
+        rounds.append(rollouts)
+    measured = join_rollouts(rounds).measurements["velocity_norm"]
+    first = rounds[0]
+    assert list(first.measurements) == ["velocity_norm"]
+    assert measured.isnan().all(dim=1).tolist() == [False, False, True, True, True]
+    for row in range(2):
+        for step in range(4):
+            x = first.states[first.state_index[row, step]][None]
+            v = policy.velocity(x, grid[step][None], first_condition(policy), 1.0)
+            assert measured[row, step].item() == pytest.approx(v.norm().item(), rel=1e-6)
+
+
+def first_condition(policy):
+    return policy.encode(["a"])

@@ -129,8 +129,7 @@ class AttentionShift(Component):
             return torch.full((prompts,), self.low)
         if len(rounds) == self.rounds:
             return None
-        shift = rounds[0].attention_shift
-        assert shift is not None
+        shift = rounds[0].prompt_measurements["attention_shift"]
         # Where a network's numbers overflow, nothing is known of the prompt.
         return self._split(shift.nan_to_num(nan=0.0)) - self.low
 

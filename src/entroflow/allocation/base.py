@@ -16,7 +16,7 @@ class Allocation(Protocol):
     Attributes that it may have: `rounds`, how many there are, lets groups be compared while the
     last one is still being sampled; `typical(prompts)` are sizes of every round that are to be
     expected, where there is more than the first; with a true `needs_attention`, the rollouts of the
-    first round hold `attention_shift`.
+    first round hold the prompt measurement `attention_shift`.
     """
 
     def sizes(self, prompts: int, rounds: Sequence[Rollouts]) -> Tensor | None:

@@ -7,9 +7,12 @@ from torch import Tensor
 
 from entroflow.attention.curve import EntropyCurve
 from entroflow.attention.probe import (
+    ENTROPY,
+    SHIFT,
+    AttentionProbe,
     attention_shift,
+    compared_states,
     entropy_by_step,
-    probe_of,
     probed_velocity,
 )
 from entroflow.ledger import Ledger
@@ -17,7 +20,7 @@ from entroflow.noise import Address, Stream
 from entroflow.policies.base import Condition, Policy
 from entroflow.prompts import Prompt
 from entroflow.sampling.kernels import ODE
-from entroflow.sampling.plan import fresh_rows
+from entroflow.sampling.plan import Plan, fresh_rows
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.sampling.solver import sample
 from entroflow.settings import Attention
@@ -36,10 +39,15 @@ class AttentionMeter:
         self._of_exploration = bool(getattr(exploration, "needs_attention", False))
         self.curve = EntropyCurve(settings.curve_ema)
 
-    def in_round(self, number: int) -> Attention | None:
-        """What is measured in a round, from 0: nothing after the first."""
+    def probe(self, number: int) -> AttentionProbe | None:
+        """What measures in a round, from 0: nothing after the first."""
         on = self.settings.measure or self._of_allocation or self._of_exploration
-        return self.settings if on and number == 0 else None
+        return AttentionProbe(self.settings) if on and number == 0 else None
+
+    def kept_states(self, plan: Plan, number: int) -> Tensor | None:
+        """[B, S] bool, steps of a round before which the state is kept to be measured again."""
+        probe = self.probe(number)
+        return None if probe is None else compared_states(plan, probe.settings.states)
 
     def try_out(
         self, policy: Policy, prompts: list[Prompt], sigma: Tensor, guidance: float
@@ -51,13 +59,13 @@ class AttentionMeter:
         Raises:
             InputError: the policy shows no attention, or it can't be looked at.
         """
-        settings = self.in_round(0)
-        if settings is None:
+        probe = self.probe(0)
+        if probe is None:
             return
         cond = policy.encode([prompts[0].text])
         x = torch.zeros(1, *policy.latent_shape)
         with torch.no_grad():
-            probed_velocity(policy, x, sigma, cond, guidance, torch.ones(1).bool(), settings)
+            probed_velocity(policy, x, sigma, cond, guidance, torch.ones(1).bool(), probe.settings)
 
     def entropy_for_plans(
         self,
@@ -84,14 +92,14 @@ class AttentionMeter:
             with ledger.timed("attention"), policy.weights("reference"):
                 for _ in sample(
                     policy, ODE(), rollouts, cond, address=Address(seed), guidance=guidance,
-                    batch_size=batch_size, initial=Stream.PROBE, probe=probe_of(self.settings),
+                    batch_size=batch_size, initial=Stream.PROBE, probe=AttentionProbe(self.settings),
                     ledger=ledger,
                 ):  # fmt: skip
                     pass
             self.curve.follow(entropy_by_step(rollouts))
         return self.curve.values
 
-    def shift(
+    def compare(
         self,
         policy: Policy,
         rollouts: Rollouts,
@@ -100,20 +108,26 @@ class AttentionMeter:
         guidance: float,
         batch_size: int,
         ledger: Ledger,
-    ) -> Tensor:
-        """[P] how far attention has moved; see `attention_shift`.
+    ) -> None:
+        """Measure how far attention has moved in probed rollouts; see `attention_shift`.
 
         Passes of the reference that serve the report alone are counted apart.
         """
+        if ENTROPY not in rollouts.measurements:
+            return
         counted = ledger if self._of_allocation else Ledger()
         with ledger.timed("attention"):
-            found = attention_shift(
+            rollouts.prompt_measurements[SHIFT] = attention_shift(
                 policy, rollouts, cond, self.settings,
                 guidance=guidance, batch_size=batch_size, ledger=counted,
             )  # fmt: skip
         if counted is not ledger:
             ledger.check_evaluations += counted.network_evaluations
-        return found
+
+    def follow(self, rollouts: Rollouts) -> None:
+        """Let the curve follow what was measured in an iteration, if anything was."""
+        if SHIFT in rollouts.prompt_measurements:
+            self.curve.follow(entropy_by_step(rollouts))
 
     def passes(self, prompts: int, steps: int) -> int:
         """States at which an iteration evaluates the reference to allocate."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -15,11 +15,12 @@ from entroflow.ledger import Ledger
 from entroflow.noise import Stream, generator
 from entroflow.policies.attention import watched_by
 from entroflow.policies.base import Condition, Policy
-from entroflow.sampling.plan import Plan, probed_rows
+from entroflow.sampling.plan import FRESH, Plan
 from entroflow.sampling.rollouts import Rollouts
-from entroflow.sampling.solver import Probe
 from entroflow.settings import Attention
 
+ENTROPY, SHIFT = "attention_entropy", "attention_shift"
+"""Names of the measurements: of steps, and of prompts."""
 TOKENS = -1
 """Where the choice of tokens has its random numbers: a step that no state has."""
 
@@ -72,9 +73,38 @@ def probed_velocity(
     return velocity, entropy
 
 
-def probe_of(settings: Attention | None) -> Probe | None:
-    """`probed_velocity` by some settings; None without."""
-    return None if settings is None else partial(probed_velocity, settings=settings)
+def probed_rows(plan: Plan) -> Tensor:
+    """[B] bool: one row of every prompt, the first from fresh noise, to measure attention on."""
+    probed = torch.zeros(plan.rows, dtype=torch.bool)
+    fresh = (plan.parent == FRESH).nonzero()[:, 0]
+    first = torch.full((len(plan.prompts),), plan.rows)
+    first.scatter_reduce_(0, plan.prompt[fresh], fresh, "amin")
+    probed[first[first < plan.rows]] = True
+    return probed
+
+
+@dataclass(frozen=True)
+class AttentionProbe:
+    """Measures `attention_entropy` at one row of every prompt; see `Probe`."""
+
+    settings: Attention
+
+    def rows(self, plan: Plan) -> Tensor:
+        """See `probed_rows`."""
+        return probed_rows(plan)
+
+    def __call__(
+        self,
+        policy: Policy,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Condition,
+        guidance: float,
+        rows: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `probed_velocity`."""
+        velocity, entropy = probed_velocity(policy, x, sigma, cond, guidance, rows, self.settings)
+        return velocity, {ENTROPY: entropy}
 
 
 def compared_states(plan: Plan, count: int) -> Tensor:
@@ -112,7 +142,7 @@ def attention_shift(
     """
     plan = rollouts.plan
     row, step = compared_states(plan, settings.states).nonzero(as_tuple=True)
-    ours = rollouts.attention_entropy[row, step]
+    ours = rollouts.measurement(ENTROPY)[row, step]
     theirs = ours.clone()
     if len(row) and not policy.weights.equal("live", "reference"):
         # Only conditional rows are looked at: where guidance takes a second pass, there is none.
@@ -136,10 +166,10 @@ def attention_shift(
 
 def entropy_by_step(rollouts: Rollouts) -> Tensor:
     """[T] mean attention entropy before every step of the base grid; NaN where none is known."""
-    plan, found = rollouts.plan, rollouts.attention_entropy
+    plan, entropy = rollouts.plan, rollouts.measurement(ENTROPY)
     at = plan.points[:, :-1]
     steps = range(len(plan.base_grid) - 1)
-    return torch.stack([found[at == step].double().nanmean() for step in steps])
+    return torch.stack([entropy[at == step].double().nanmean() for step in steps])
 
 
 @dataclass

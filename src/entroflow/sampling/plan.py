@@ -235,16 +235,6 @@ def _stacked(plans: Sequence[Plan], parent_offsets: Sequence[int]) -> Plan:
     return replace(plans[0], **stacked)
 
 
-def probed_rows(plan: Plan) -> Tensor:
-    """[B] bool: one row of every prompt, the first from fresh noise, to measure attention on."""
-    probed = torch.zeros(plan.rows, dtype=torch.bool)
-    fresh = (plan.parent == FRESH).nonzero()[:, 0]
-    first = torch.full((len(plan.prompts),), plan.rows)
-    first.scatter_reduce_(0, plan.prompt[fresh], fresh, "amin")
-    probed[first[first < plan.rows]] = True
-    return probed
-
-
 def padded(table: Tensor, width: int, fill: float) -> Tensor:
     """The table [B, n] widened to [B, width] with `fill` on the right."""
     return torch.nn.functional.pad(table, (0, width - table.shape[1]), value=fill)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -38,8 +38,8 @@ class Rollouts:
         means: [K, *latent] pool of the means of trained steps; empty unless they were asked for.
         mean_index: [B, S] position in that pool, or `ABSENT`.
         images: [number of scored rows, 3, H, W] in [0, 1].
-        attention_entropy: [B, S] before each step, NaN where it was not measured.
-        attention_shift: [P] how far it has moved from the reference's, if that was measured.
+        measurements: by name, [B, S] before each step, NaN where it was not measured.
+        prompt_measurements: by name, [P].
     """
 
     plan: Plan
@@ -50,11 +50,11 @@ class Rollouts:
     log_prob: Tensor
     means: Tensor
     mean_index: Tensor
-    attention_entropy: Tensor
     kernel: Kernel | None = None
     address: Address | None = None
     images: Tensor | None = None
-    attention_shift: Tensor | None = None
+    measurements: dict[str, Tensor] = field(default_factory=dict)
+    prompt_measurements: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def empty(
@@ -99,8 +99,12 @@ class Rollouts:
         log_prob = torch.zeros(plan.std.shape, dtype=exact)
         return cls(
             plan, states, state_index, velocities, velocity_index, log_prob, means, mean_index,
-            attention_entropy=torch.full(plan.std.shape, torch.nan),
         )  # fmt: skip
+
+    def measurement(self, name: str) -> Tensor:
+        """[B, S] the measurement of a name; NaN where nothing was measured."""
+        missing = torch.full(self.plan.std.shape, torch.nan)
+        return self.measurements.setdefault(name, missing)
 
     def latents_of(self, rows: Tensor) -> Tensor:
         """[n, *latent] the final latents of rollouts, where they were kept."""
@@ -152,7 +156,10 @@ def join_rollouts(rounds: Sequence[Rollouts]) -> Rollouts:
         log_prob=torch.cat([padded(r.log_prob, S, 0) for r in rounds]),
         means=torch.cat(means),
         mean_index=moved([r.mean_index for r in rounds], means, S),
-        attention_entropy=torch.cat([padded(r.attention_entropy, S, torch.nan) for r in rounds]),
         images=torch.cat(images) if images else None,
-        attention_shift=rounds[0].attention_shift,
+        measurements={
+            name: torch.cat([padded(r.measurement(name), S, torch.nan) for r in rounds])
+            for name in {name: None for r in rounds for name in r.measurements}
+        },
+        prompt_measurements=rounds[0].prompt_measurements,
     )

@@ -18,12 +18,16 @@ from entroflow.ledger import Ledger
 from entroflow.noise import Address, Stream, gaussian
 from entroflow.policies.base import Condition, Policy
 from entroflow.sampling.kernels import Kernel, log_prob
-from entroflow.sampling.plan import FRESH, probed_rows
+from entroflow.sampling.plan import FRESH, Plan
 from entroflow.sampling.rollouts import ABSENT, Rollouts
 
 
 class Probe(Protocol):
-    """A measurement of the network while it computes velocities, which it does not change."""
+    """Measures the network while it computes velocities, which it does not change."""
+
+    def rows(self, plan: Plan) -> Tensor:
+        """[B] bool, which rows of a plan are measured."""
+        ...
 
     def __call__(
         self,
@@ -33,8 +37,8 @@ class Probe(Protocol):
         cond: Condition,
         guidance: float,
         rows: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The velocity [B, ...], and [B] a number for those of the rows [B] bool, NaN elsewhere."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The velocity [B, ...], and measurements by name: [B], NaN but for the rows [B] bool."""
         ...
 
 
@@ -47,7 +51,7 @@ class Moves:
         velocity, mean, state: [n, *latent] before, mean of and after the step.
         log_prob: [n] of the step; 0 where it is deterministic.
         finished: [n] bool, whether this was the row's last step.
-        attention_entropy: [n] before the step, NaN where it was not measured.
+        measurements: by name, [n] before the step, NaN where it was not measured.
     """
 
     row: Tensor
@@ -57,7 +61,7 @@ class Moves:
     state: Tensor
     log_prob: Tensor
     finished: Tensor
-    attention_entropy: Tensor
+    measurements: dict[str, Tensor]
 
 
 def integrate(
@@ -91,15 +95,15 @@ def integrate(
         guidance: guidance scale handed to the policy.
         batch_size: most rows in one network call.
         velocity: [B, *latent] known velocity at the first state; NaN rows are not known.
-        probe: measures attention entropy, if anything does.
-        probed: [B] bool, of which rows.
+        probe: measures the network, if anything does.
+        probed: [B] bool, at which rows.
         ledger: counts the network evaluations.
     """
     x = x.clone()
     length = (sigmas[:, :-1] > sigmas[:, 1:]).sum(dim=1)
     position = torch.zeros(len(x), dtype=torch.long)
 
-    def advance(row: Tensor, v: Tensor, entropy: Tensor) -> Moves:
+    def advance(row: Tensor, v: Tensor, measured: dict[str, Tensor]) -> Moves:
         step = position[row]
         sigma, sigma_next, spread = sigmas[row, step], sigmas[row, step + 1], std[row, step]
         # Kernel arithmetic is float32 at least, whatever states and velocities are stored in.
@@ -116,23 +120,24 @@ def integrate(
             density[random] = log_prob(state[random].to(exact), mean[random], spread[random])
         x[row] = state
         position[row] += 1
-        return Moves(row, step, v, mean, state, density, position[row] == length[row], entropy)
+        return Moves(row, step, v, mean, state, density, position[row] == length[row], measured)
 
     if velocity is not None:
         known = ~velocity.flatten(1).isnan().any(dim=1)
         for row in known.nonzero()[:, 0].split(batch_size):
-            yield advance(row, velocity[row], torch.full((len(row),), torch.nan))
+            yield advance(row, velocity[row], {})
     while len(waiting := (position < length).nonzero()[:, 0]):
         row = waiting[:batch_size]
         sigma = sigmas[row, position[row]].to(torch.promote_types(x.dtype, torch.float32))
         given = x[row], sigma, cond.take(prompt[row]), guidance
         if probe is None or probed is None:
-            v, entropy = policy.velocity(*given), torch.full((len(row),), torch.nan)
+            measured: dict[str, Tensor] = {}
+            v = policy.velocity(*given)
         else:
-            v, entropy = probe(policy, *given, probed[row])
+            v, measured = probe(policy, *given, probed[row])
         if ledger is not None:
             ledger.forward(len(row) * policy.evaluations(guidance))
-        yield advance(row, v, entropy)
+        yield advance(row, v, measured)
 
 
 @torch.no_grad()
@@ -159,12 +164,12 @@ def sample(
         guidance: guidance scale.
         batch_size: most rows in one network call.
         initial: stream of the initial noise.
-        probe: measures attention entropy, if anything does, of the rows of `probed_rows`.
+        probe: measures the network, if anything does.
         ledger: counts network evaluations and decodes.
     """
     plan, sigmas, latent_shape = rollouts.plan, rollouts.plan.sigmas, policy.latent_shape
     rollouts.kernel, rollouts.address = kernel, address
-    probed = probed_rows(plan)
+    probed = None if probe is None else probe.rows(plan)
     for wave in plan.waves():
 
         def step_noise(row: Tensor, step: Tensor, wave: Tensor = wave) -> Tensor:
@@ -178,7 +183,8 @@ def sample(
         moves = integrate(
             policy, kernel, x, cond, plan.prompt[wave], sigmas[wave], plan.std[wave],
             noise=step_noise, guidance=guidance, batch_size=batch_size,
-            velocity=velocity, probe=probe, probed=probed[wave], ledger=ledger,
+            velocity=velocity, probe=probe, probed=None if probed is None else probed[wave],
+            ledger=ledger,
         )  # fmt: skip
         for move in moves:
             _remember(rollouts, wave, move)
@@ -228,7 +234,8 @@ def _remember(rollouts: Rollouts, wave: Tensor, move: Moves) -> None:
     wanted = before != ABSENT
     rollouts.velocities[before[wanted]] = move.velocity[wanted].to(rollouts.velocities.dtype)
     rollouts.log_prob[row, move.step] = move.log_prob.to(rollouts.log_prob.dtype)
-    rollouts.attention_entropy[row, move.step] = move.attention_entropy
+    for name, values in move.measurements.items():
+        rollouts.measurement(name)[row, move.step] = values
     place = rollouts.mean_index[row, move.step]
     kept = place != ABSENT
     rollouts.means[place[kept]] = move.mean[kept].to(rollouts.means.dtype)

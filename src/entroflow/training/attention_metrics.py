@@ -10,6 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from entroflow.attention.probe import (
+    SHIFT,
     entropy_by_step,
 )
 from entroflow.rewards.base import Scores
@@ -32,7 +33,7 @@ def attention_metrics(
         steps that were stochastic; and of every `prompt` the `shift`, its number of rollouts as
         `size`, and the `spread` of their rewards, see `reward_spread`.
     """
-    plan, shift = rollouts.plan, rollouts.attention_shift
+    plan, shift = rollouts.plan, rollouts.prompt_measurements.get(SHIFT)
     if shift is None:
         return {}
     rollout = plan.role == Role.ROLLOUT

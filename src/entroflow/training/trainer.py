@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from entroflow.attention.meter import AttentionMeter
-from entroflow.attention.probe import compared_states, entropy_by_step, probe_of
 from entroflow.checkpoints import (
     CheckpointError,
     check_reference,
@@ -189,8 +188,7 @@ class Trainer:
             statistics = self._update(examples, cond, share_done)
         trace = self._trace(rollouts.plan, self.reward.total(scores))
         self.trajectories = None if trace is None else trajectories_of(rollouts, trace)
-        if rollouts.attention_shift is not None:
-            self.attention.curve.follow(entropy_by_step(rollouts))
+        self.attention.follow(rollouts)
         self.iteration += 1
         self.seconds += perf_counter() - start
         metrics = iteration_metrics(self.reward, rollouts, scores, advantages, statistics, trace)
@@ -212,29 +210,27 @@ class Trainer:
         spent = torch.zeros(len(prompts), dtype=torch.long)
         while (sizes := recipe.allocation.sizes(len(prompts), rounds)) is not None:
             plan = self._plan(prompts, sizes, spent)
-            attention = self.attention.in_round(len(rounds))
             rollouts = Rollouts.empty(
                 plan,
                 self.policy.latent_shape,
                 getattr(torch, recipe.sampling.state_dtype),
                 recipe.objective.keeps,
-                None if attention is None else compared_states(plan, attention.states),
+                self.attention.kept_states(plan, len(rounds)),
             )
             finished = sample(
                 self.policy, recipe.kernel, rollouts, cond,
                 address=Address(recipe.run.seed, self.iteration),
                  guidance=recipe.sampling.guidance, batch_size=recipe.sampling.batch_size,
-                probe=probe_of(attention), ledger=self.ledger,
+                probe=self.attention.probe(len(rounds)), ledger=self.ledger,
             )  # fmt: skip
             rounds.append(rollouts)
             with self.ledger.timed("rollout"):
                 known = getattr(recipe.allocation, "rounds", None)
                 scoring.take(rollouts, finished, last=len(rounds) == known)
-            if attention is not None:
-                rollouts.attention_shift = self.attention.shift(
-                    self.policy, rollouts, cond, guidance=recipe.sampling.guidance,
-                    batch_size=recipe.sampling.batch_size, ledger=self.ledger,
-                )  # fmt: skip
+            self.attention.compare(
+                self.policy, rollouts, cond, guidance=recipe.sampling.guidance,
+                batch_size=recipe.sampling.batch_size, ledger=self.ledger,
+            )  # fmt: skip
             spent = spent + sizes
         return join_rollouts(rounds), scoring.scores()
 
