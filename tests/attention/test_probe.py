@@ -238,8 +238,9 @@ def test_who_shows_no_attention_is_told():
 def rolled_out(policy, plan, settings=EVERY, **options):
     kept = compared_states(plan, settings.states)
     rollouts = Rollouts.empty(plan, policy.latent_shape, keep_states=kept)
-    for _ in sample(policy, FlowSDE(noise_level=0.7), rollouts, policy.encode(plan.texts),
-                    address=Address(0), probe=settings and AttentionProbe(settings), **options):  # fmt: skip
+    cond, probe = policy.encode(plan.texts), settings and AttentionProbe(settings)
+    options |= {"address": Address(0), "probe": probe}
+    for _ in sample(policy, FlowSDE(noise_level=0.7), rollouts, cond, **options):
         pass
     return rollouts
 

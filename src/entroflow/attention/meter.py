@@ -92,8 +92,8 @@ class AttentionMeter:
             with ledger.timed("attention"), policy.weights("reference"):
                 for _ in sample(
                     policy, ODE(), rollouts, cond, address=Address(seed), guidance=guidance,
-                    batch_size=batch_size, initial=Stream.PROBE, probe=AttentionProbe(self.settings),
-                    ledger=ledger,
+                    batch_size=batch_size, initial=Stream.PROBE,
+                    probe=AttentionProbe(self.settings), ledger=ledger,
                 ):  # fmt: skip
                     pass
             self.curve.follow(entropy_by_step(rollouts))
