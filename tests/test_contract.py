@@ -112,7 +112,7 @@ def run():
     policy = GaussianPolicy(mean=0.3, variance=0.5)
     trainer = Trainer(recipe, policy, SumReward())
     prompts = recipe.prompts.batch(0, 0)
-    rollouts, found = trainer._roll_out(prompts, trainer._encode(prompts))
+    rollouts, found = trainer._roll_out(prompts, trainer.encode(prompts))
     scores = found["reward"]
     transitions = transitions_of(rollouts, recipe.credit.advantages(rollouts.plan, scores))
     return trainer, policy, prompts, rollouts, scores, transitions
@@ -170,7 +170,7 @@ def test_batch_size_changes_no_bit(run):
             trainer.recipe, sampling=settings.model_copy(update={"batch_size": batch_size})
         )
         again = Trainer(recipe, policy, SumReward())
-        other, _ = again._roll_out(prompts, again._encode(prompts))
+        other, _ = again._roll_out(prompts, again.encode(prompts))
         assert torch.equal(other.states, rollouts.states)
         assert torch.equal(other.log_prob, rollouts.log_prob)
 
@@ -226,7 +226,7 @@ def test_update_follows_the_policy_gradient_with_one_pass_per_state(run):
     step = trainer.optimizer.step
     trainer.optimizer.step = lambda: (gradients.append(policy.shift.grad.clone()), step())
     before = trainer.ledger.network_evaluations
-    statistics = trainer._update(t, trainer._encode(prompts), share_done=0.0)
+    statistics = trainer._update(t, trainer.encode(prompts), share_done=0.0)
     norm = statistics.gradient_norm[0]
     limit = trainer.recipe.optimizer.max_grad_norm
     clipped = expected * min(1.0, limit / (norm + 1e-6))

@@ -21,6 +21,7 @@ from entroflow.runs.folder import RunFolder
 from entroflow.runs.sample import open_policy
 from entroflow.sampling.kernels import ODE
 from entroflow.sampling.solver import integrate
+from entroflow.training.forecast import expected_of, rehearse
 from entroflow.training.trainer import Trainer
 
 pytest.importorskip("diffusers")
@@ -299,7 +300,7 @@ def test_recipes_run_unchanged_but_for_the_policy(folders, kind, name, caplog):
         # Of noise the judge contradicts itself, which would make ties of all.
         other += ["reward.on_disagree=average", "reward.judge.answer=probability"]
     trainer = Trainer(load_recipe(name, [*other, *SMALL, *groups_of(name, 4)]))
-    trainer.try_inputs()
+    rehearse(trainer)
     first = trainer.step()
     assert first["policy/kl"] == 0
     assert first["policy/ratio_max_deviation"] < 0.1 * trainer.recipe.objective.clip(
@@ -307,7 +308,7 @@ def test_recipes_run_unchanged_but_for_the_policy(folders, kind, name, caplog):
     )
     assert first["policy/gradient_norm"] > 0
     # Of the second iteration: in the first there is nothing to compare with the reference yet.
-    expected = trainer.expected()
+    expected = expected_of(trainer)
     second = trainer.step()
     assert second["policy/kl"] > 0
     if second["policy/skipped"] == 0:
@@ -344,7 +345,7 @@ def test_the_transformer_runs_as_often_as_predicted(folders, name, evaluations):
     trainer.policy.pipeline.transformer.register_forward_pre_hook(
         lambda _, __, kwargs: images.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
-    expected = trainer.expected()["network_evaluations"]
+    expected = expected_of(trainer)["network_evaluations"]
     line = trainer.step()
     assert line["policy/skipped"] == 0
     assert evaluations == expected == line["ledger/network_evaluations"]

@@ -184,9 +184,9 @@ def test_the_best_checkpoint_is_that_of_the_best_score_where_nothing_can_be_comp
     line = {"eval/reward": 0.2, "eval/score": 0.3}
     for reward, expected in ((compares, 0.3), (both, 0.2), ({"type": f"{HERE}.brightness"}, 0.2)):
         trainer = Trainer(recipe(reward=reward), PixelPolicy())
-        assert trainer.standing(line) == expected
-        assert trainer.standing({**line, "eval/win_rate": 0.2}) == 0.2
-        assert trainer.standing({"eval/reward": None, "eval/score": None}) == -math.inf
+        assert trainer.held_out.standing(line) == expected
+        assert trainer.held_out.standing({**line, "eval/win_rate": 0.2}) == 0.2
+        assert trainer.held_out.standing({"eval/reward": None, "eval/score": None}) == -math.inf
 
 
 def test_win_rates_raise_what_the_judge_prefers():

@@ -22,6 +22,7 @@ from entroflow.objectives.transitions import transitions_of
 from entroflow.recipe.load import load_recipe
 from entroflow.sampling.plan import Role
 from entroflow.settings import Attention
+from entroflow.training.forecast import expected_of, first_plan, rehearse
 from entroflow.training.launch import resume
 from entroflow.training.trainer import Trainer
 from random_network import random_weights
@@ -139,7 +140,7 @@ def test_what_has_moved_more_gets_more(weights, monkeypatch):
 
 def test_the_budget_is_what_was_expected(weights):
     trainer = trainer_of("flow_grpo", weights, *SPLIT, *PEAKS)
-    expected = trainer.expected()
+    expected = expected_of(trainer)
     # The reference's curve: one ODE of 4 steps for each of 3 prompts, before anything else.
     assert trainer.ledger.network_evaluations == 3 * 4
     before = trainer.ledger.counts()
@@ -160,7 +161,7 @@ def test_only_the_peaks_explore_and_they_move_with_the_curve(weights):
     for _ in range(3):
         if curve is not None:
             high = sorted(range(1, 3), key=lambda step: -curve[step])[:2]
-            assert trainer.first_plan().std[0].nonzero()[:, 0].tolist() == sorted(high)
+            assert first_plan(trainer).std[0].nonzero()[:, 0].tolist() == sorted(high)
         metrics = trainer.step()
         curve = metrics["attention"]["entropy"]
         assert metrics["attention"]["explored"] == [1, 2]
@@ -204,7 +205,7 @@ def test_a_resumed_run_chooses_by_the_curve_of_the_checkpoint(weights, tmp_path)
 
 def test_the_curve_is_a_moving_average_that_begins_with_the_references(weights):
     trainer = trainer_of("flow_grpo", weights, *UNIFORM, *PEAKS, "attention.curve_ema=0.75")
-    trainer.first_plan()
+    first_plan(trainer)
     expected = trainer.attention.curve.values.clone()
     for _ in range(2):
         found = torch.tensor(trainer.step()["attention"]["entropy"], dtype=torch.float64)
@@ -249,7 +250,7 @@ def test_it_composes(weights, changes):
     assert metrics["policy/ratio_max_deviation"] < 0.1 * clip
     assert metrics["reward/failed"] == 0
     assert math.isfinite(metrics["policy/loss"])
-    before, expected = trainer.ledger.counts(), trainer.expected()
+    before, expected = trainer.ledger.counts(), expected_of(trainer)
     assert metrics["policy/transitions"] > 0
     assert expected["reward_calls"] == metrics["ledger/reward_calls"] / 2
     line = trainer.step()
@@ -263,7 +264,7 @@ def test_completions_of_two_rounds_are_compared_with_their_own_kind(weights):
     trainer = trainer_of("flow_grpo", weights, *SPLIT, *PEAKS, "credit.type=turning_points")
     prompts = trainer.recipe.prompts.batch(0, 0)
     rounds = [
-        trainer._plan(prompts, torch.tensor(sizes), torch.tensor(spent))
+        trainer.plan(prompts, torch.tensor(sizes), torch.tensor(spent))
         for sizes, spent in (([2, 2, 2], [0, 0, 0]), ([0, 4, 0], [2, 2, 2]))
     ]
     kinds = {}
@@ -288,7 +289,7 @@ def test_how_unequal_groups_share_the_loss(weights, weighting):
     )
     trainer.step()
     prompts = trainer.recipe.prompts.batch(0, 1)
-    rollouts, found = trainer._roll_out(prompts, trainer._encode(prompts))
+    rollouts, found = trainer._roll_out(prompts, trainer.encode(prompts))
     (scores,) = found.values()
     advantages = trainer.recipe.credit.advantages(rollouts.plan, scores).clone()
     sizes = torch.bincount(rollouts.plan.prompt)
@@ -327,5 +328,5 @@ def test_by_prompt_the_loss_does_not_know_how_often_a_group_is_counted():
 def test_a_policy_that_shows_no_attention_is_refused_before_the_first_iteration(part):
     trainer = Trainer(replace(recipe(), **part), PixelPolicy())
     with pytest.raises(InputError, match="the policy shows none"):
-        trainer.try_inputs()
+        rehearse(trainer)
     assert trainer.ledger.counts() == Trainer(recipe(), PixelPolicy()).ledger.counts()

@@ -35,7 +35,7 @@ def sampled(reward, **sections):
     """One iteration up to the advantages: scores, advantages of the rows, and the trainer."""
     trainer = Trainer(recipe(**sections), PixelPolicy(), as_rewards(reward))
     prompts = trainer.recipe.prompts.batch(0, 0)
-    rollouts, found = trainer._roll_out(prompts, trainer._encode(prompts))
+    rollouts, found = trainer._roll_out(prompts, trainer.encode(prompts))
     (scores,) = found.values()
     return trainer, scores, trainer.recipe.credit.advantages(rollouts.plan, scores)[:, 0]
 

@@ -11,6 +11,7 @@ from entroflow.policies.attention import show
 from entroflow.recipe.load import chosen_type, load_recipe, shipped_recipes
 from entroflow.rewards.combined import as_rewards
 from entroflow.sampling.plan import Role
+from entroflow.training.forecast import expected_of
 from entroflow.training.trainer import Trainer
 from tiny_run import ROLLOUTS, PixelPolicy, groups_of, recipe
 
@@ -49,7 +50,7 @@ def test_every_recipe_costs_what_was_expected(name, changes):
     if chosen_type(name, "allocation") == "attention_shift":
         # While the weights are the reference's, nothing is compared.
         trainer.step()
-    expected, before = trainer.expected(), trainer.ledger.counts()
+    expected, before = expected_of(trainer), trainer.ledger.counts()
     metrics = trainer.step()
     assert metrics["policy/skipped"] == 0
     for count in COUNTS:
@@ -59,7 +60,7 @@ def test_every_recipe_costs_what_was_expected(name, changes):
 
 def test_the_expectation_by_hand():
     """Four steps of eight rollouts; two of each trained: forward and backward, and reference."""
-    expected = Trainer(recipe(), PixelPolicy()).expected()
+    expected = expected_of(Trainer(recipe(), PixelPolicy()))
     forward, trained = 4 * ROLLOUTS, 2 * ROLLOUTS
     assert expected["network_evaluations"] == forward + 2 * trained
     assert expected["weighted_evaluations"] == forward + 4 * trained
@@ -73,7 +74,7 @@ def test_the_steps_and_rows_of_a_plan_in_numbers():
         objective={"clip_range": 0.2},
     )
     trainer = Trainer(settings, PixelPolicy())
-    expected = trainer.expected()
+    expected = expected_of(trainer)
     grid = trainer.base_grid
     assert expected["grid"] == pytest.approx(grid.tolist(), abs=1e-6)
     found = [
@@ -93,7 +94,7 @@ def test_the_steps_and_rows_of_a_plan_in_numbers():
     assert (first["points"], first["count"]) == ([0, 1, 2, 3, 4], 4)
     assert (second["points"], second["stochastic"]) == ([1, 3, 4], [0])
     assert (
-        trainer._plan(
+        trainer.plan(
             settings.prompts.batch(0, 0), torch.tensor([4, 4]), torch.zeros(2, dtype=torch.long)
         ).trained_states()
         == 2 * 2

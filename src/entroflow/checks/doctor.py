@@ -33,6 +33,7 @@ from entroflow.rewards.parts import Part
 from entroflow.sampling.kernels import ODE
 from entroflow.sampling.solver import integrate
 from entroflow.settings import ENDS
+from entroflow.training.forecast import expected_of, first_plan, rehearse
 from entroflow.training.trainer import Trainer
 
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -138,9 +139,9 @@ class _Patient:
     def plan(self) -> str:
         """The first iteration can be planned, and all parts can read what they need."""
         trainer = Trainer(self.recipe, self._built())
-        trainer.try_inputs()
+        rehearse(trainer)
         self.trainer = trainer
-        steps = ", ".join(f"{s['start']}-{s['end']}" for s in trainer.expected()["steps"])
+        steps = ", ".join(f"{s['start']}-{s['end']}" for s in expected_of(trainer)["steps"])
         return f"stochastic steps {steps} of {self.recipe.sampling.steps}"
 
     def parity(self) -> str:
@@ -207,7 +208,7 @@ class _Patient:
         """Rollouts and trained states fill their batches, and groups the devices."""
         objective, micro = self.recipe.objective, self.recipe.optimizer.micro_batch
         batch = self.recipe.sampling.batch_size
-        plan = self._planned().first_plan()
+        plan = first_plan(self._planned())
         groups = len(plan.group[plan.scored].unique())
         asked = getattr(objective, "minibatches", 1)
         updates = asked if isinstance(asked, int) else len(summary_of(plan)["steps"])
@@ -292,7 +293,7 @@ class _Patient:
 
     def cost(self) -> str:
         """Of an iteration and of the run, by the plan of the first."""
-        expected, run = self._planned().expected(), self.recipe.run
+        expected, run = expected_of(self._planned()), self.recipe.run
         weighted, calls = expected["weighted_evaluations"], expected["reward_calls"]
         said = (
             f"an iteration: {expected['network_evaluations']:,} network evaluations, "

@@ -36,6 +36,7 @@ from entroflow.runs.folder import EVALUATION, METRICS, RunFolder, folder_name
 from entroflow.runs.inputs import digest_of_records
 from entroflow.settings import ENDS
 from entroflow.signals import end_group, interrupted
+from entroflow.training.forecast import expected_of, rehearse
 from entroflow.training.trainer import Trainer
 from entroflow.writing import to_json, write_text
 
@@ -125,17 +126,17 @@ def planned(
                     "entroflow.evaluation.base.HeldOutEvaluation."
                 )
             trainer = Trainer(recipe)
-            for remark in trainer.try_inputs():
+            for remark in rehearse(trainer):
                 log.warning("%s: %s.", arm.name, remark)
-            cost = trainer.expected()["weighted_evaluations"]
+            cost = expected_of(trainer)["weighted_evaluations"]
             if recipe.run.budget is not None and cost > recipe.run.budget:
                 raise InputError(
                     f"one iteration costs {cost:,} weighted evaluations, more than all."
                 )
             base = trainer.policy.weights.digest("reference")
-            named = {**trainer.inputs, **trainer.code}
+            named = {**trainer.named.inputs, **trainer.named.code}
             contents: dict[str, Any] = {key: each["digest"] for key, each in named.items()}
-            for key, path in trainer.unverified:
+            for key, path in trainer.named.unverified:
                 contents.setdefault(key, []).append(path)
             if contents:
                 # The hash has names of files alone, but a result is of what they held.

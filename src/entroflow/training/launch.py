@@ -26,6 +26,8 @@ from entroflow.runs.folder import (
     folder_name,
 )
 from entroflow.signals import asked_to_stop, interrupted
+from entroflow.training.checkpoint import load
+from entroflow.training.forecast import rehearse
 from entroflow.training.loop import train_in
 from entroflow.training.metrics import Metrics
 from entroflow.training.trainer import Trainer
@@ -71,7 +73,7 @@ def train(
     """
     loaded = load_recipe(recipe, overrides, _given(policy, reward), trust=trust)
     trainer = Trainer(loaded, policy)
-    for remark in trainer.try_inputs():
+    for remark in rehearse(trainer):
         log.warning("%s.", remark)
     folder = RunFolder.create(
         Path(run).expanduser() if run else new_folder(loaded), loaded.to_yaml()
@@ -123,10 +125,10 @@ def resume(
     with folder.held():
         with hinting_at_moved(there):
             trainer = Trainer(recipe, policy)
-            trainer.check_parts()
+            trainer.named.check()
             checkpoint = folder.latest()
-            trainer.load(checkpoint)
-        for key, path in trainer.unverified:
+            load(trainer, checkpoint)
+        for key, path in trainer.named.unverified:
             if any(f"{key}.".startswith(f"{each}.") for each in paths):
                 log.warning(
                     "%s: whether %s holds what the run was trained with can't be told; the run "

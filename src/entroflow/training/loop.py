@@ -8,6 +8,8 @@ from collections.abc import Generator, Iterator
 
 from entroflow.evaluation.base import Evaluated
 from entroflow.runs.folder import RunFolder
+from entroflow.training.checkpoint import state_of, tensors_of
+from entroflow.training.forecast import start_metrics
 from entroflow.training.metrics import Metrics, evaluation_metrics
 from entroflow.training.trainer import Trainer
 
@@ -35,7 +37,7 @@ def train_in(
         nonlocal saved
         if saved != trainer.iteration:
             folder.save_checkpoint(
-                trainer.iteration, trainer.tensors(), trainer.state(), settings.keep_checkpoints
+                trainer.iteration, tensors_of(trainer), state_of(trainer), settings.keep_checkpoints
             )
             saved = trainer.iteration
 
@@ -43,7 +45,7 @@ def train_in(
         """Save where it is due."""
         n = trainer.iteration
         by = trainer.recipe.monitors.best or "reward"
-        standing = trainer.standing(line)
+        standing = trainer.held_out.standing(line)
         if standing > -math.inf and standing > folder.best_score(by):
             save()
             folder.mark_best(n, standing, by)
@@ -53,7 +55,7 @@ def train_in(
 
     def to_come() -> Iterator[Metrics]:
         if trainer.iteration == 0 and not lines:
-            yield trainer.start_metrics()
+            yield start_metrics(trainer)
         while not at_end():
             yield trainer.step()
 
@@ -84,13 +86,13 @@ def _evaluated(trainer: Trainer, line: Metrics) -> Evaluated | None:
     n = trainer.iteration
     if n % trainer.recipe.run.evaluate_every and trainer.share_done < 1:
         return None
-    found = trainer.evaluate()
-    line |= {**evaluation_metrics(found), **trainer.watch(found)}
-    line["selected_by"] = trainer.criterion(line)
-    spent = trainer.evaluation_ledger
+    found = trainer.held_out.evaluate()
+    line |= {**evaluation_metrics(found), **trainer.held_out.watch(found, n)}
+    line["selected_by"] = trainer.held_out.criterion(line)
+    spent = trainer.held_out.ledger
     line["ledger/held_out_network_evaluations"] = spent.network_evaluations
     line["ledger/held_out_reward_calls"] = spent.reward_calls
-    if trainer.standing(line) == -math.inf:
+    if trainer.held_out.standing(line) == -math.inf:
         log.warning(
             "iteration %d: no held-out image has a %s, so this checkpoint can't be the best.",
             n,
