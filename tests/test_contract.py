@@ -18,6 +18,7 @@ from entroflow.errors import InputError
 from entroflow.objectives.transitions import transitions_of
 from entroflow.recipe.load import build_recipe
 from entroflow.rewards.base import Scores, Status
+from entroflow.rewards.combined import as_rewards
 from entroflow.sampling.plan import Role, fresh_rows, with_children
 from entroflow.training.trainer import Trainer
 from gaussian_policy import GaussianPolicy
@@ -110,7 +111,7 @@ def run():
     )
     recipe = replace(recipe, allocation=TwoRounds(), exploration=Branches(), credit=BranchCredit())
     policy = GaussianPolicy(mean=0.3, variance=0.5)
-    trainer = Trainer(recipe, policy, SumReward())
+    trainer = Trainer(recipe, policy, as_rewards(SumReward()))
     prompts = recipe.prompts.batch(0, 0)
     rollouts, found = trainer._roll_out(prompts, trainer.encode(prompts))
     scores = found["reward"]
@@ -169,7 +170,7 @@ def test_batch_size_changes_no_bit(run):
         recipe = replace(
             trainer.recipe, sampling=settings.model_copy(update={"batch_size": batch_size})
         )
-        again = Trainer(recipe, policy, SumReward())
+        again = Trainer(recipe, policy, as_rewards(SumReward()))
         other, _ = again._roll_out(prompts, again.encode(prompts))
         assert torch.equal(other.states, rollouts.states)
         assert torch.equal(other.log_prob, rollouts.log_prob)
@@ -245,7 +246,9 @@ def test_update_follows_the_policy_gradient_with_one_pass_per_state(run):
 def test_a_whole_step_counts_the_rewards_of_rollouts_alone(run):
     """Completions are images too, but of another kind."""
     trainer, _, _, rollouts, scores, _ = run
-    metrics = Trainer(trainer.recipe, GaussianPolicy(mean=0.3, variance=0.5), SumReward()).step()
+    metrics = Trainer(
+        trainer.recipe, GaussianPolicy(mean=0.3, variance=0.5), as_rewards(SumReward())
+    ).step()
     values = scores.values[rollouts.plan.role == Role.ROLLOUT]
     assert metrics["reward/mean"] == pytest.approx(values.nanmean().item(), rel=1e-12)
     assert metrics["reward/failed"] == 1

@@ -318,7 +318,7 @@ def test_batches_change_no_bit_with_an_elementwise_policy(batch_size):
 
 def test_batches_change_nothing_but_rounding_through_the_network():
     policy = ShapesPolicy(random_weights(), precision="fp32")
-    settings = {"images": 2, "prompts_per_skill": 1, "reward": ShapesReward()}
+    settings = {"images": 2, "prompts_per_skill": 1, "reward": as_rewards(ShapesReward())}
     one, other = (evaluated(policy, batch_size=size, **settings) for size in (12, 5))
     torch.testing.assert_close(other.images, one.images, rtol=0, atol=1e-4)
     assert other.captions == one.captions

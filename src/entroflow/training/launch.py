@@ -157,6 +157,9 @@ def _refuse_another_run(keys: Sequence[str], recipe: Recipe) -> None:
 
 
 def _is_path(recipe: Recipe, key: str) -> bool:
+    for part in (*recipe.reward.parts.values(), *recipe.monitors.rewards.values()):
+        if key.startswith(f"{part.key}."):
+            return is_path(part.reward, key.removeprefix(f"{part.key}.").split("."))
     section, *keys = key.split(".")
     return section in SECTIONS and is_path(getattr(recipe, section), keys)
 

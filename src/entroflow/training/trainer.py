@@ -23,7 +23,7 @@ from entroflow.policies.base import Condition, Policy
 from entroflow.prompts import Prompt
 from entroflow.recipe.load import Recipe
 from entroflow.rewards.base import Scores, failures
-from entroflow.rewards.combined import AnyReward, as_rewards
+from entroflow.rewards.combined import Rewards
 from entroflow.rewards.scoring import Scoring
 from entroflow.runs.folder import spent
 from entroflow.sampling.plan import Plan
@@ -43,11 +43,11 @@ class Trainer:
     """One run: a recipe, the policy it changes, and how far it has come."""
 
     def __init__(
-        self, recipe: Recipe, policy: Policy | None = None, reward: AnyReward | None = None
+        self, recipe: Recipe, policy: Policy | None = None, reward: Rewards | None = None
     ) -> None:
         self.recipe = recipe
         self.policy: Policy = recipe.policy.build() if policy is None else policy
-        self.reward = as_rewards(recipe.reward if reward is None else reward)
+        self.reward: Rewards = recipe.reward if reward is None else reward
         self.dimensions = math.prod(self.policy.latent_shape)
         self.base_grid = self.policy.sigmas(recipe.sampling.steps)
         self.iteration = 0
