@@ -289,7 +289,7 @@ def test_a_reward_that_fails_is_said_in_one_line(tmp_path, name, said):
 # --- recipes and wrong input ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*recipes.shipped()])
+@pytest.mark.parametrize("name", [*recipes.LAYOUT.recipes])
 def test_shipped_recipes_can_be_read_and_written(name, tmp_path):
     recipe = recipes.load(name)
     path = tmp_path / "again.yaml"
@@ -371,7 +371,7 @@ def test_wrong_input_is_one_line(arguments, said, monkeypatch, capsys, tmp_path)
 def test_recipes_are_listed_and_printed(monkeypatch, capsys):
     code, out, _ = entroflow(monkeypatch, capsys, "llm", "recipes")
     assert code == 0
-    assert {line.split()[0] for line in out.splitlines()} == {*recipes.shipped()}
+    assert {line.split()[0] for line in out.splitlines()} == {*recipes.LAYOUT.recipes}
     code, out, _ = entroflow(monkeypatch, capsys, "llm", "recipes", "countdown")
     assert code == 0
     assert "learning_rate" in out

@@ -15,15 +15,13 @@ from ruamel.yaml import YAML
 
 from entroflow.errors import RecipeError
 from entroflow.recipe.load import (
-    COMPONENTS,
-    PLAIN,
-    SECTIONS,
     build_recipe,
     load_component,
     load_recipe,
     recipe_titles,
     shipped_recipes,
 )
+from entroflow.recipe.registry import COMPONENTS, PLAIN, SECTIONS
 from entroflow.rewards.base import FunctionReward
 
 SHIPPED = sorted(shipped_recipes())

@@ -19,8 +19,10 @@ from entroflow.comparison import runner as compare
 from entroflow.errors import InputError, RecipeError, UntrustedError
 from entroflow.recipe import imports as users_code
 from entroflow.recipe.load import described, load_component, load_recipe
+from entroflow.recipe.read import read
+from entroflow.recipe.registry import IMAGES
 from entroflow.runs.evaluate import _part
-from entroflow.runs.sample import Opened
+from entroflow.runs.open import Opened
 
 PLACES = {
     "policy": "policy: {{type: {0}}}",
@@ -324,9 +326,9 @@ def test_an_evaluation_does_not_go_on_without_a_reward_that_is_not_trusted(stran
     folder, module, ran = stranger
     recipe = written(folder, f"reward: {{type: {module}.score}}")
     with pytest.raises(UntrustedError):
-        _part(Opened(None, (), recipe), "reward")
+        _part(Opened(None, (), read(recipe, (), IMAGES)), "reward")
     assert not ran.exists()
-    assert _part(Opened(None, (), recipe, trust=True), "reward") is not None
+    assert _part(Opened(None, (), read(recipe, (), IMAGES), trust=True), "reward") is not None
 
 
 def test_nobody_is_asked_where_several_processes_run(monkeypatch):
@@ -424,8 +426,8 @@ def test_a_run_folder_elsewhere_needs_trust_for_its_server(stranger):
     with pytest.raises(UntrustedError):
         load_recipe(recipe)
     with pytest.raises(UntrustedError):
-        _part(Opened(None, (), recipe), "reward")
-    assert _part(Opened(None, (), recipe, trust=True), "reward").model == "m"
+        _part(Opened(None, (), read(recipe, (), IMAGES)), "reward")
+    assert _part(Opened(None, (), read(recipe, (), IMAGES), trust=True), "reward").model == "m"
 
 
 def test_a_variable_that_is_no_name_is_not_shown(stranger):

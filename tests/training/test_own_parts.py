@@ -11,7 +11,7 @@ import torch
 
 import entroflow
 from entroflow.errors import InputError, UntrustedError
-from entroflow.runs.sample import open_policy
+from entroflow.runs.open import open_policy
 from entroflow.training.trainer import Trainer
 from tiny_run import HERE, Brightness, PixelPolicy, brightness, recipe, train
 

@@ -451,7 +451,8 @@ def calibrate(
 
 def _recipe_with(arguments: list[str], trust: bool) -> Recipe:
     """The recipe that is named; of a reward, quickstart with it."""
-    from entroflow.recipe.load import COMPONENTS, load_recipe, shipped_recipes
+    from entroflow.recipe.load import load_recipe, shipped_recipes
+    from entroflow.recipe.registry import COMPONENTS
 
     name, changes = _one_name(arguments, "name one reward, or a recipe.")
     own = "." in name and not os.path.exists(name) and not name.endswith((".yaml", ".yml"))

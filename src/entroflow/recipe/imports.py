@@ -136,7 +136,9 @@ def refuse_shadowed(module_name: str, folder: Path | None, where: str) -> None:
 
 def home_of(part: Any) -> str:
     """The dotted path of the class or function an object comes from."""
-    named = part.function if hasattr(part, "function") else type(part)
+    from entroflow.rewards.base import FunctionReward
+
+    named = part.function if isinstance(part, FunctionReward) else type(part)
     while isinstance(named, functools.partial):
         named = named.func
     named = named if hasattr(named, "__qualname__") else type(named)

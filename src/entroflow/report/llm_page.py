@@ -19,7 +19,8 @@ from entroflow.contents import (
     read_text,
 )
 from entroflow.errors import InputError
-from entroflow.recipe.kinds import RECIPE, language_model_identity
+from entroflow.recipe.identity import language_model_identity
+from entroflow.recipe.kinds import RECIPE
 from entroflow.recipe.text import parse_yaml
 from entroflow.report.figures import (
     BLUE,

@@ -42,7 +42,9 @@ from entroflow.objectives.update import UpdateStatistics, update
 from entroflow.places import paths_in
 from entroflow.policies.base import Condition, Policy
 from entroflow.prompts import ListedSource, Prompt
-from entroflow.recipe.load import SECTIONS, Recipe, identity_of, warn_of_another_recipe
+from entroflow.recipe.identity import identity_of, warn_of_another_recipe
+from entroflow.recipe.load import Recipe
+from entroflow.recipe.registry import SECTIONS
 from entroflow.rewards.base import AnyReward, FunctionReward, Scores, failures
 from entroflow.rewards.mixture import Mixture, rewards_of, total
 from entroflow.rewards.scoring import Scoring
