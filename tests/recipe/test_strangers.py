@@ -16,6 +16,7 @@ import entroflow
 from entroflow.cli import main as cli
 from entroflow.cli import trust
 from entroflow.comparison import runner as compare
+from entroflow.comparison.jobs import Arm, Job
 from entroflow.errors import InputError, RecipeError, UntrustedError
 from entroflow.recipe import imports as users_code
 from entroflow.recipe.load import described, load_component, load_recipe
@@ -316,7 +317,7 @@ def test_the_runs_of_a_comparison_are_trusted_as_it_is(stranger, monkeypatch):
         asked.append(command)
 
     monkeypatch.setattr(compare._Children, "run", run)
-    job = compare.Job(compare.Arm("quickstart"), (), "hash", 0, "base")
+    job = Job(Arm("quickstart"), (), "hash", 0, "base")
     for trusted in (False, True):
         compare._run(job, Path("out"), compare._Children(), trusted)
     assert ["--trust" in command for command in asked] == [False, True]

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from entroflow.checks.findings import Finding, Verdict
 from entroflow.checks.noise_floors import Floor
-from entroflow.comparison.runner import Job
+from entroflow.comparison.jobs import Job
 from entroflow.comparison.table import Row, smallest_difference
 from entroflow.contents import read_object
 from entroflow.errors import one_line, printable

@@ -99,15 +99,6 @@ def shipped_recipes(policy: str | None = None) -> dict[str, Path]:
     return {name: path for name, path in shipped.items() if chosen_type(name, "policy") == policy}
 
 
-def recipe_titles() -> dict[str, str]:
-    """Name -> title (and paper) of the shipped recipes."""
-    texts = {name: texts_of(read(name, (), IMAGES).mapping, name) for name in IMAGES.recipes}
-    return {
-        name: each["title"] + (f" [{each['paper']}]" if each["paper"] else "")
-        for name, each in texts.items()
-    }
-
-
 def load_recipe(
     name_or_path: str | Path,
     overrides: Sequence[str] = (),

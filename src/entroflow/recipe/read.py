@@ -17,7 +17,7 @@ from entroflow.recipe.imports import is_working_tree, refuse_untrusted, search_b
 from entroflow.recipe.kinds import RECIPE, TRAIN, Kind, other_recipe, other_run
 from entroflow.recipe.messages import hint
 from entroflow.recipe.registry import Layout
-from entroflow.recipe.text import fields_of, holder_of, override_of, parse_yaml
+from entroflow.recipe.text import fields_of, holder_of, override_of, parse_yaml, texts_of
 from entroflow.rewards.access import sent_keys
 
 LARGEST = 2**20
@@ -119,6 +119,12 @@ def read(name_or_path: str | Path, overrides: Sequence[str], layout: Layout) -> 
         raise RecipeError(f"{name}: {FOUND_IN} must be a folder, not {quoted(folder)}.")
     home = (beside or layout.shipped) if folder is None else Path(folder)
     return Written(layout, name, mapping, Places(home, overridden), beside)
+
+
+def titles(layout: Layout) -> dict[str, tuple[str, str]]:
+    """Name -> title and paper of the recipes in the package."""
+    texts = {name: texts_of(read(name, (), layout).mapping, name) for name in layout.recipes}
+    return {name: (each["title"], each["paper"]) for name, each in texts.items()}
 
 
 def _file(name: str, layout: Layout) -> tuple[str, dict[str, Any], Path | None]:
