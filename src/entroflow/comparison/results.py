@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from entroflow.comparison.jobs import Job
 from entroflow.contents import Contents, Count, Number, read_object, require
 from entroflow.errors import InputError
-from entroflow.runs.files import Measured, RunsComparison
-from entroflow.runs.folder import EVALUATION, METRICS, RunFolder
+from entroflow.runs.files import METRICS, Measured, RunsComparison
+from entroflow.runs.folder import EVALUATION, RunFolder
 
 RESULTS = "results.json"
 OTHERWISE = "; restore it from a copy, or remove it: the runs beside it tell it anew."

@@ -40,12 +40,8 @@ from entroflow.report.figures import (
 from entroflow.report.rendering import rendered
 from entroflow.report.thinning import thinned_metrics, thinning
 from entroflow.report.wording import Interval
-from entroflow.runs.folder import (
-    EVALUATION,
-    METRICS,
-    REPORT,
-    RunFolder,
-)
+from entroflow.runs.files import METRICS
+from entroflow.runs.folder import EVALUATION, REPORT, RunFolder
 from entroflow.runs.llm_files import LLMRecipeText, PassingComparison, logged_at, read_progress
 from entroflow.writing import write_text
 

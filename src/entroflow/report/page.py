@@ -31,14 +31,8 @@ from entroflow.report import attention, curves, examples, judging, outcome, traj
 from entroflow.report.rendering import rendered
 from entroflow.report.thinning import thinned_metrics, thinning
 from entroflow.report.wording import count
-from entroflow.runs.files import Comparison
-from entroflow.runs.folder import (
-    EVALUATION,
-    METRICS,
-    REPORT,
-    RunFolder,
-    spent,
-)
+from entroflow.runs.files import METRICS, Comparison
+from entroflow.runs.folder import EVALUATION, REPORT, RunFolder, spent
 from entroflow.settings import ENDS, Monitors, Run
 from entroflow.writing import write_text
 
