@@ -53,15 +53,15 @@ def train(
     from entroflow.runs.folder import REPORT, RunFolder
     from entroflow.training import launch
 
-    before = None if resume is None else RunFolder.open(resume, Kind.IMAGES)
-    place = name if before is None else before.path / RECIPE
+    begun = None if resume is None else RunFolder.open(resume, Kind.IMAGES)
+    place = name if begun is None else begun.path / RECIPE
     recipe, trust = loaded(trust, place, overrides)
     with TrainingProgress(recipe) as progress:
-        if before is not None:
-            if (start := before.start()) is not None:
+        if begun is not None:
+            if (start := begun.start()) is not None:
                 progress.begin(start)
             folder = launch.resume(
-                before.path, overrides, stop_after=stop_after, watch=progress.watch, trust=trust
+                begun.path, overrides, stop_after=stop_after, watch=progress.watch, trust=trust
             )
         else:
             folder = launch.train(
@@ -73,7 +73,7 @@ def train(
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Images:
     """Which images are drawn of a prompt."""
 
     count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 8
@@ -97,7 +97,7 @@ def sample(
         Path | None, typer.Option(help="A run; its images are shown below the base model's.")
     ] = None,
     weights: Annotated[Weights, typer.Option(help="Which weights of the run.")] = Weights.EMA,
-    images: Drawn = Drawn(),
+    images: Images = Images(),
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("samples.png"),
     trust: Trust = False,
 ) -> None:
