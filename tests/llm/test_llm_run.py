@@ -398,7 +398,8 @@ main()
 
     assert run("recipes").returncode == 0
     assert run("llm", "--help").returncode == 0
-    for command in (("train",), ("recipes",), ("evaluate",), ("pretrain",)):
+    assert "countdown" in run("llm", "recipes").stdout
+    for command in (("train",), ("recipes", "countdown"), ("evaluate",), ("pretrain",)):
         found = run("llm", *command)
         assert found.returncode == 2, command
         assert "pip install 'entroflow[llm]'" in found.stderr

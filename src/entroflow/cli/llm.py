@@ -134,13 +134,13 @@ def evaluate(
 
         trust = is_trusted(trust, lambda: recipe_of(model).refuse_strangers())
     with _extra(), working("evaluating", quiet=as_json):
-        found = evaluate_model(
+        passing = evaluate_model(
             model, problems=problems, each=each, temperature=temperature, seed=seed, trust=trust
         )
     if as_json:
-        print(to_json(found, indent=1))
+        print(to_json(passing, indent=1))
     else:
-        print_table(pass_table(found))
+        print_table(pass_table(passing))
 
 
 @app.command()

@@ -139,9 +139,9 @@ def curve_of(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def attention_of(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of every iteration that measured attention, what chose and whether it was right to."""
-    found = [line for line in metrics if line.get("attention")]
-    if not found:
+    measured = [line for line in metrics if line.get("attention")]
+    if not measured:
         return {}
-    correlations = [line["attention/rank_correlation"] for line in found]
-    explored = [line["attention"]["explored"] for line in found]
+    correlations = [line["attention/rank_correlation"] for line in measured]
+    explored = [line["attention"]["explored"] for line in measured]
     return {"attention": {"rank_correlation": correlations, "explored": explored}}

@@ -143,16 +143,16 @@ def _run(job: Job, out: Path, children: _Children, trust: bool) -> dict[str, Any
     folder = job.folder(out)
     if not (folder / EVALUATION).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        asked = ["--resume", str(folder)]
+        arguments = ["--resume", str(folder)]
         if not RunFolder(folder).all_checkpoints():
             # What was killed before its first checkpoint begins anew.
             shutil.rmtree(folder, ignore_errors=True)
-            asked = [job.arm.recipe, *job.overrides, "--run", str(folder)]
+            arguments = [job.arm.recipe, *job.overrides, "--run", str(folder)]
         if trust:
-            asked.append("--trust")
+            arguments.append("--trust")
         with folder.with_suffix(".log").open("ab") as output:
             children.run(
-                [sys.executable, "-m", "entroflow.cli.child", "train", *asked],
+                [sys.executable, "-m", "entroflow.cli.child", "train", *arguments],
                 stdout=output,
                 stderr=output,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},

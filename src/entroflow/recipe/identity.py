@@ -73,21 +73,21 @@ def warn_of_another_recipe(
 
 def _changed(section: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The type of a resolved section, and the keys whose value is not the default."""
-    known: Any = PLAIN.get(section)
-    if known is None and (path := COMPONENTS[section].get(fields.get("type", ""))):
-        known = imported(path, section)
+    component: Any = PLAIN.get(section)
+    if component is None and (path := COMPONENTS[section].get(fields.get("type", ""))):
+        component = imported(path, section)
     # Of a component of the user's, which a report does not import, every key counts.
-    if known is None:
+    if component is None:
         return dict(fields)
-    nested = known.parts
-    defaults = known.model_construct().model_dump(mode="json", exclude={*nested})
+    nested = component.parts
+    defaults = component.model_construct().model_dump(mode="json", exclude={*nested})
     chosen = {
         key: value
         for key, value in fields.items()
         if key not in nested and (key == "type" or key not in defaults or defaults[key] != value)
     }
     for key, kind in nested.items():
-        if holds_several(known, key):
+        if holds_several(component, key):
             named = fields.get(key) or {}
             chosen[key] = {name: _changed(kind, part) for name, part in named.items()}
         else:

@@ -65,7 +65,7 @@ def folder_name(name: str) -> str:
 
 
 def spent(line: Mapping[str, Any]) -> dict[str, float]:
-    """What a run had taken at one line of its metrics, for `Run.share_done`."""
+    """What a run has spent at one line of its metrics, for `Run.share_done`."""
     return {
         "iterations": line["iteration"],
         "budget": line.get("ledger/weighted_evaluations", 0),
@@ -215,20 +215,20 @@ class RunFolder:
         numbers = [line["iteration"] for line in lines]
         end = max([*numbers, *(int(path.name) for path in self.all_checkpoints()[-1:])], default=-1)
         if lacking := end + 1 - len({*numbers}):
-            known = {*numbers}
-            first = next(n for n in count() if n not in known)
+            there = {*numbers}
+            first = next(n for n in count() if n not in there)
             return f"lacks {lacking} of {end + 1} iterations, the first of them {first}"
         if len(numbers) > end + 1:
             return "has an iteration twice"
         return "" if numbers == sorted(numbers) else "is out of order"
 
     def metrics_until(
-        self, iteration: int, taken: Mapping[str, Any] | None = None
+        self, iteration: int, state: Mapping[str, Any] | None = None
     ) -> list[dict[str, Any]]:
         """The lines up to an iteration, in order and each once.
 
         Args:
-            taken: what the line of the iteration must hold, as the checkpoint knows it.
+            state: what the line of the iteration must hold, by the checkpoint.
 
         Raises:
             RunError: lines are torn or missing, contradict each other, or are of another run.
@@ -249,7 +249,7 @@ class RunFolder:
                 f"{iteration}, where the latest checkpoint is, the first of them {whole}"
                 f"{self._without_metrics(whole)}"
             )
-        for key, value in (taken or {}).items():
+        for key, value in (state or {}).items():
             if (written := by_iteration[iteration].get(key, value)) != value:
                 raise RunError(
                     f"{path} is of another run, or was changed: {key} of iteration {iteration} is "
@@ -309,21 +309,21 @@ class RunFolder:
         strip = torch.cat(list(evaluated.images), dim=-1)
         picture = pictures.to_png(strip)
         write_bytes(self.examples / f"{name}.png", picture)
-        known = {
+        content = {
             "captions": list(evaluated.captions),
             "passed": list(evaluated.passed),
             "picture": pictures.digest_of(picture),
         }
-        write_text(self.examples / f"{name}.json", to_json(known) + "\n")
+        write_text(self.examples / f"{name}.json", to_json(content) + "\n")
 
     def save_trajectories(self, iteration: int, shown: Trajectories) -> None:
-        """Rollouts to look at: a sheet with a row of images for each, and what is known of them."""
+        """Rollouts to look at: a sheet with a row of images for each, and what steps earned."""
         sheet = torch.cat([torch.cat(list(row), dim=-1) for row in shown.images], dim=-2)
         name = f"{iteration:08d}"
         picture = pictures.to_png(sheet / 255)
         write_bytes(self.trajectories / f"{name}.png", picture)
-        known = {**shown.known, "picture": pictures.digest_of(picture)}
-        write_text(self.trajectories / f"{name}.json", to_json(known) + "\n")
+        content = {**shown.known, "picture": pictures.digest_of(picture)}
+        write_text(self.trajectories / f"{name}.json", to_json(content) + "\n")
 
     # --- checkpoints ---------------------------------------------------------------------------
 
@@ -391,9 +391,9 @@ class RunFolder:
         Raises:
             CheckpointError: there is none.
         """
-        found = self.all_checkpoints()
-        if not found:
+        saved = self.all_checkpoints()
+        if not saved:
             raise CheckpointError(
                 f"{self.path} has no checkpoint to go on from; remove it and start anew."
             )
-        return found[-1]
+        return saved[-1]

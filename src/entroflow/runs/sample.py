@@ -51,14 +51,14 @@ def draw(
     usual = evaluation if isinstance(evaluation, HeldOutEvaluation) else HeldOutEvaluation()
     steps = usual.steps if steps is None else steps
     guidance = usual.guidance if guidance is None else guidance
-    asked = [Prompt(text) for text in prompts]
+    listed = [Prompt(text) for text in prompts]
     images: list[Tensor] = []
     captions: list[str] = []
     passed: list[bool | None] = []
     for name in models:
         with policy.weights("reference" if name == "base" else "ema"):
             drawn = sample_images(
-                policy, asked, torch.full((len(asked),), count), steps=steps, guidance=guidance,
+                policy, listed, torch.full((len(listed),), count), steps=steps, guidance=guidance,
                 seed=seed, batch_size=opened.part("sampling").batch_size,
             )  # fmt: skip
         images.append(drawn.images)
