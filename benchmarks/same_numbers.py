@@ -1,12 +1,14 @@
 """Does a change of the code leave every number as it is?
 
-    python benchmarks/same_numbers.py write FILE [--only NAME ...]
+    python benchmarks/same_numbers.py write FILE --pipelines FOLDER [--only NAME ...]
     python benchmarks/same_numbers.py compare BEFORE AFTER [--renamed OLD=NEW ...]
 
 `write` trains by every shipped recipe, cut to two iterations of four prompts (groups as in the recipe):
 on the embedded model, and for SD3.5 and FLUX on tiny random pipelines of the same classes; then small
 language models with each clip. Of each it keeps the metrics without seconds, and a digest of the live
-and the EMA weights: minutes on one core. `compare` holds two such files against each other to the bit.
+and the EMA weights: minutes on one core. The pipelines are made in the folder where it lacks them, and
+must be the same for both files: their tokenizers come out differently in every process. `compare` holds
+two such files against each other to the bit.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from entroflow.policies.base import Policy
 from entroflow.recipe.load import chosen_type, shipped_recipes
 from entroflow.rewards.base import Status
 from entroflow.rewards.preferences.models import Answers
@@ -101,19 +102,24 @@ def numbers_of(folder: RunFolder) -> dict[str, Any]:
     return {"metrics": lines, "weights": weights}
 
 
-def runs(scratch: Path, only: Sequence[str]) -> Iterator[tuple[str, RunFolder]]:
-    """Every run, by its name."""
+def runs(scratch: Path, made: Path, only: Sequence[str]) -> Iterator[tuple[str, RunFolder]]:
+    """Every run, by its name.
+
+    Args:
+        scratch: folder for the runs.
+        made: folder of the tiny pipelines.
+    """
     from entroflow.llm import recipe as llm_recipe
     from entroflow.llm.run import train as train_llm
     from entroflow.policies.diffusers.stand_ins import STAND_INS
 
-    pipelines = {kind: scratch / kind for kind in STAND_INS}
+    pipelines = {kind: made / kind for kind in STAND_INS}
     for kind, place in pipelines.items():
-        STAND_INS[kind]().save_pretrained(place)
-    policies: dict[str, Policy] = {}
+        if not place.exists():
+            STAND_INS[kind]().save_pretrained(place)
     for name in sorted(shipped_recipes()):
         if not only or name in only:
-            yield name, train(name, changes(name, pipelines), run=scratch / name, **policies)
+            yield name, train(name, changes(name, pipelines), run=scratch / name)
     for clip in CLIPS:
         if not only or f"countdown_{clip}" in only:
             recipe = llm_recipe.load("countdown", [
@@ -145,11 +151,11 @@ def _both_nan(one: Any, other: Any) -> bool:
     return all(isinstance(value, float) and math.isnan(value) for value in (one, other))
 
 
-def write(out: Path, only: Sequence[str]) -> None:
+def write(out: Path, made: Path, only: Sequence[str]) -> None:
     """Make the runs, and keep their numbers."""
     kept: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name, folder in runs(Path(scratch), only):
+        for name, folder in runs(Path(scratch), made, only):
             kept[name] = numbers_of(folder)
             print(name, *kept[name]["weights"].values(), flush=True)
             write_text(out, json.dumps(kept, indent=1) + "\n")
@@ -181,6 +187,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     writing = commands.add_parser("write")
     writing.add_argument("out", type=Path)
+    writing.add_argument("--pipelines", type=Path, required=True)
     writing.add_argument("--only", nargs="*", default=[])
     comparing = commands.add_parser("compare")
     comparing.add_argument("before", type=Path)
@@ -188,7 +195,7 @@ def main() -> None:
     comparing.add_argument("--renamed", nargs="*", default=[])
     options = parser.parse_args()
     if options.command == "write":
-        write(options.out, options.only)
+        write(options.out, options.pipelines, options.only)
     else:
         renamed = dict(each.split("=", 1) for each in options.renamed)
         sys.exit(compare(options.before, options.after, renamed))
