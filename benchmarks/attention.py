@@ -20,6 +20,7 @@ import torch
 
 from entroflow.attention.probe import compared_states, probe_of, probed_velocity
 from entroflow.exploration.base import Request
+from entroflow.noise import Address
 from entroflow.recipe.load import load_recipe
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.sampling.solver import sample
@@ -69,8 +70,8 @@ def main() -> None:
             kept = None if settings is None else compared_states(plan, settings.states)
             into = Rollouts.empty(plan, policy.latent_shape, keep_states=kept)
             for _ in sample(
-                policy, recipe.kernel, into, cond, seed=0, iteration=0,
-                batch_size=recipe.sampling.batch_size, probe=probe_of(settings),
+                policy, recipe.kernel, into, cond, address=Address(0),
+                 batch_size=recipe.sampling.batch_size, probe=probe_of(settings),
             ):  # fmt: skip
                 pass
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entroflow.noise import Address
 from entroflow.policies.shapes.policy import ShapesPolicyConfig
 from entroflow.prompts import Prompt
 from entroflow.rewards.shapes import ShapesReward
@@ -42,7 +43,13 @@ def samples(specs: list[Spec]) -> Tensor:
     plan = fresh_rows(prompts, ones, zeros, policy.sigmas(STEPS), torch.zeros(STEPS))
     rollouts = Rollouts.empty(plan, policy.latent_shape)
     cond = policy.encode(rollouts.plan.texts)
-    for _ in sample(policy, ODE(), rollouts, cond, seed=0, iteration=0):
+    for _ in sample(
+        policy,
+        ODE(),
+        rollouts,
+        cond,
+        address=Address(0),
+    ):
         pass
     assert rollouts.images is not None
     return rollouts.images

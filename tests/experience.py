@@ -7,7 +7,7 @@ elementwise float64 policy, so bits can be compared. t and t' are sigma before a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.stats
@@ -18,15 +18,18 @@ from entroflow.credit.terminal import Terminal
 from entroflow.exploration.base import Request
 from entroflow.exploration.every_step import EveryStep
 from entroflow.ledger import Ledger
+from entroflow.noise import Address
+from entroflow.objectives import transitions
 from entroflow.objectives.base import Objective
+from entroflow.objectives.transitions import Transitions
 from entroflow.objectives.update import UpdateStatistics, update
 from entroflow.prompts import Prompt
 from entroflow.rewards.base import FunctionReward, Scores
 from entroflow.rewards.scoring import score
-from entroflow.sampling import rollouts, solver
+from entroflow.sampling import solver
 from entroflow.sampling.kernels import FlowSDE
 from entroflow.sampling.plan import Plan, Role, fresh_rows, with_children
-from entroflow.sampling.rollouts import Rollouts, Transitions
+from entroflow.sampling.rollouts import Rollouts
 from gaussian_policy import GaussianPolicy
 
 KERNEL = FlowSDE(noise_level=0.7)
@@ -84,6 +87,11 @@ class Experience:
     scores: Scores
     transitions: Transitions
 
+    def examples(self, objective: Objective) -> Transitions:
+        """Those of an objective: without KL, transitions of advantage 0 are idle."""
+        idle = (self.transitions.advantage == 0) & (not objective.needs)
+        return replace(self.transitions, idle=idle)
+
 
 def experience(
     policy: GaussianPolicy | None = None,
@@ -97,15 +105,15 @@ def experience(
     """Sample, score, credit."""
     policy = policy or different_prompts_policy()
     plan = plan or every_step_plan(policy)
-    collected = Rollouts.empty(plan, policy.latent_shape, dtype, keep_means=True)
+    collected = Rollouts.empty(plan, policy.latent_shape, dtype, keeps=("means",))
     cond = policy.encode(collected.plan.texts)
     finished = solver.sample(
-        policy, KERNEL, collected, cond, seed=0, iteration=0, batch_size=batch_size
+        policy, KERNEL, collected, cond, address=Address(0), batch_size=batch_size
     )
     scores = score({"reward": FunctionReward(reward)}, collected, finished)["reward"]
     advantages = (credit or Terminal()).advantages(collected, scores)
-    transitions = rollouts.transitions_of(collected, advantages)
-    return Experience(policy, collected, scores, transitions)
+    table = transitions.transitions_of(collected, advantages)
+    return Experience(policy, collected, scores, table)
 
 
 def updated(
@@ -118,10 +126,13 @@ def updated(
     max_grad_norm: float = math.inf,
     ledger: Ledger | None = None,
 ) -> UpdateStatistics:
-    """One update, by plain gradient descent without gradient clipping unless told otherwise."""
+    """One update, by plain gradient descent without gradient clipping unless told otherwise.
+
+    Where no advantage is zero an objective without KL leaves nothing out; else its own examples do.
+    """
     policy, cond = seen.policy, seen.policy.encode([prompt.text for prompt in PROMPTS])
     return update(
-        policy, KERNEL, cond, seen.transitions, objective,
+        policy, cond, seen.examples(objective), objective,
         optimizer or torch.optim.SGD([policy.shift], lr=learning_rate), [policy.shift],
         seed=0, iteration=0, guidance=1.0, micro_batch=micro_batch, max_grad_norm=max_grad_norm,
         ledger=ledger or Ledger(),

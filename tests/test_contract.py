@@ -15,10 +15,10 @@ import torch
 
 from entroflow.credit.normalise import group_advantages
 from entroflow.errors import InputError
+from entroflow.objectives.transitions import transitions_of
 from entroflow.recipe.load import build_recipe
 from entroflow.rewards.base import Scores, Status
 from entroflow.sampling.plan import Role, fresh_rows, with_children
-from entroflow.sampling.rollouts import transitions_of
 from entroflow.training.trainer import Trainer
 from gaussian_policy import GaussianPolicy
 
@@ -233,8 +233,8 @@ def test_update_follows_the_policy_gradient_with_one_pass_per_state(run):
     clipped = expected * min(1.0, limit / (norm + 1e-6))
     torch.testing.assert_close(gradients[0], clipped, rtol=1e-10, atol=1e-12)
     assert norm == pytest.approx(expected.norm().item(), rel=1e-10)
-    assert statistics.ratio_deviation == 0.0
-    assert statistics.kl == 0.0
+    assert statistics.diagnostics["ratio_max_deviation"] == 0.0
+    assert statistics.diagnostics["kl"] == 0.0
     states = len(t.state.unique())
     assert states == 8
     assert trainer.ledger.network_evaluations - before == states

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from entroflow.noise import Stream, gaussian, generator
+from entroflow.noise import Address, Stream, gaussian, generator
 
 ADDRESS = {"seed": 3, "stream": Stream.STEP, "iteration": 5, "group": 7, "row": 11, "step": 2}
 BASE = tuple(ADDRESS.values())
@@ -30,7 +30,7 @@ def philox(seed, stream, iteration, group, row, step):
 def draw(shape, seed, stream, iteration, places):
     """Noise at several (group, row, step)."""
     columns = torch.tensor(places).reshape(-1, 3).unbind(1)
-    return gaussian(shape, seed, stream, iteration, *columns)
+    return gaussian(shape, Address(seed, iteration), stream, *columns)
 
 
 def test_noise_is_the_one_of_numpy_at_the_hashed_address():

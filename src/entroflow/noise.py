@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -27,6 +28,15 @@ class Stream(IntEnum):
     EVALUATION = 5
     PROMPTS = 6
     PROBE = 7
+    FORWARD = 8
+
+
+@dataclass(frozen=True)
+class Address:
+    """What the addresses of all noise of one iteration have in common."""
+
+    seed: int
+    iteration: int = 0
 
 
 def generator(
@@ -40,9 +50,8 @@ def generator(
 
 def gaussian(
     shape: Sequence[int],
-    seed: int,
+    address: Address,
     stream: Stream,
-    iteration: int,
     groups: Tensor,
     rows: Tensor,
     steps: Tensor,
@@ -51,12 +60,12 @@ def gaussian(
 
     Args:
         shape: of one entry.
-        seed, stream, iteration: shared by all entries.
+        address, stream: shared by all entries.
         groups, rows, steps: [n] each.
     """
     noise = np.empty((len(rows), *shape), dtype=np.float32)
-    addresses = zip(groups.tolist(), rows.tolist(), steps.tolist(), strict=True)
-    for entry, (group, row, step) in enumerate(addresses):
-        source = generator(seed, stream, iteration, group, row, step)
+    places = zip(groups.tolist(), rows.tolist(), steps.tolist(), strict=True)
+    for entry, (group, row, step) in enumerate(places):
+        source = generator(address.seed, stream, address.iteration, group, row, step)
         source.standard_normal(dtype=np.float32, out=noise[entry])
     return torch.from_numpy(noise)

@@ -17,6 +17,7 @@ from entroflow.attention.probe import (
 )
 from entroflow.errors import InputError
 from entroflow.ledger import Ledger
+from entroflow.noise import Address
 from entroflow.policies import attention as shown
 from entroflow.policies.shapes import network
 from entroflow.policies.shapes.policy import ShapesPolicy
@@ -236,7 +237,7 @@ def rolled_out(policy, plan, settings=EVERY, **options):
     kept = compared_states(plan, settings.states)
     rollouts = Rollouts.empty(plan, policy.latent_shape, keep_states=kept)
     for _ in sample(policy, FlowSDE(noise_level=0.7), rollouts, policy.encode(plan.texts),
-                    seed=0, iteration=0, probe=probe_of(settings), **options):  # fmt: skip
+                    address=Address(0), probe=probe_of(settings), **options):  # fmt: skip
         pass
     return rollouts
 
@@ -295,7 +296,7 @@ def test_measuring_changes_no_rollout(policy):
     measured, plain = rolled_out(policy, plan), rolled_out(policy, plan, settings=EVERY)
     bare = Rollouts.empty(plan, policy.latent_shape)
     for _ in sample(policy, FlowSDE(noise_level=0.7), bare, policy.encode(plan.texts),
-                    seed=0, iteration=0):  # fmt: skip
+                    address=Address(0), ):  # fmt: skip
         pass
     assert torch.equal(measured.images, bare.images)
     assert torch.equal(measured.log_prob, bare.log_prob)

@@ -23,10 +23,13 @@ from entroflow import noise
 from entroflow.credit import normalise, terminal
 from entroflow.credit.terminal import Terminal
 from entroflow.ledger import Ledger
-from entroflow.objectives import update
+from entroflow.noise import Address
+from entroflow.objectives import transitions, update
 from entroflow.objectives.clipped import Clipped
-from entroflow.sampling import kernels, rollouts, solver
-from entroflow.sampling.rollouts import Rollouts, Transitions
+from entroflow.objectives.transitions import Transitions
+from entroflow.sampling import kernels, solver
+from entroflow.sampling.kernels import FlowSDE
+from entroflow.sampling.rollouts import Rollouts, join_rollouts
 from experience import (
     KERNEL,
     STEPS,
@@ -61,7 +64,7 @@ def check_ratio_is_one(
     statistics = updated(seen, Clipped(clip_range=1e-4), micro_batch=micro_batch)
     assert statistics.skipped == 0
     assert statistics.terms["ratio"] == 1
-    assert statistics.ratio_deviation == 0
+    assert statistics.diagnostics["ratio_max_deviation"] == 0
 
 
 def check_log_prob_is_the_density_of_the_stored_states(dtype: torch.dtype, rtol: float) -> None:
@@ -100,14 +103,14 @@ def test_recorded_mean_is_that_of_the_step(dtype, rtol):
     """The mean kept is x + dt [v + d / 2t (x + (1 - t) v)], unrounded (Flow-GRPO, eq. 12)."""
     seen = experience(dtype=dtype)
     wanted = mean_in_numpy(seen.policy, **steps_of(seen))
-    kept = seen.transitions.mean.flatten(1)
+    kept = seen.transitions.old_mean.flatten(1)
     np.testing.assert_allclose(kept.double(), wanted, rtol=rtol, atol=rtol)
 
 
 def test_joined_rounds_keep_every_bit():
     """Two rounds joined have the means, states and log-probabilities of each, in its precision."""
     first, second = (experience().rollouts for _ in range(2))
-    joined = rollouts.join_rollouts([first, second])
+    joined = join_rollouts([first, second])
     for name in ("means", "log_prob", "states"):
         parts = torch.cat([getattr(first, name), getattr(second, name)])
         assert torch.equal(getattr(joined, name), parts)
@@ -135,7 +138,7 @@ def test_a_known_velocity_is_not_computed_again():
     plan = branching_plan(policy)
     collected = Rollouts.empty(plan, policy.latent_shape, torch.float64)
     cond = policy.encode(collected.plan.texts)
-    for _ in solver.sample(policy, KERNEL, collected, cond, seed=0, iteration=0, ledger=ledger):
+    for _ in solver.sample(policy, KERNEL, collected, cond, address=Address(0), ledger=ledger):
         pass
     anchors, from_step_1, from_step_2 = 2 * 5, 4 * (4 - 1), 4 * (3 - 1)
     assert ledger.network_evaluations == anchors + from_step_1 + from_step_2
@@ -158,13 +161,13 @@ def with_density_before_rounding(monkeypatch) -> None:
 
 
 def with_next_states_of_the_following_transition(monkeypatch) -> None:
-    right = rollouts.transitions_of
+    right = transitions.transitions_of
 
     def shifted(*arguments: object) -> Transitions:
         table = right(*arguments)
         return replace(table, next_state=table.next_state.roll(-1))
 
-    monkeypatch.setattr(rollouts, "transitions_of", shifted)
+    monkeypatch.setattr(transitions, "transitions_of", shifted)
 
 
 @pytest.mark.parametrize(
@@ -263,13 +266,13 @@ def test_kl_weighted_by_step_length_is_the_true_kl_times_the_step_length():
 def test_the_kl_before_the_first_step_does_not_depend_on_the_objective(monkeypatch):
     """From the passes of the loss, or from passes of its own: the mean of the closed form."""
     seen, difference = away_from_reference()
-    monkeypatch.setattr(update, "KL_SAMPLE", len(seen.transitions))
+    monkeypatch.setattr(update, "COMPARED", len(seen.transitions))
     steps = steps_of(seen)
     move = mean_by_shift(seen.policy, **steps) / steps["s"]
     wanted = np.mean(move**2) * np.mean(difference**2) / 2
     assert wanted > 0
     for beta in (0.0, 0.3):
-        found = updated(seen, Clipped(clip_range=1e-4, kl=beta)).kl
+        found = updated(seen, Clipped(clip_range=1e-4, kl=beta)).diagnostics["kl"]
         assert found == pytest.approx(wanted, rel=1e-10)
 
 
@@ -293,19 +296,30 @@ def check_on_policy_gradient(reward=total, plan=every_step_plan, micro_batch=64)
     assert statistics.gradient_norm == pytest.approx([norm], rel=1e-9)
 
 
+class GivenDensity(Transitions):
+    """Transitions of two values whose log-density stands in the place of the velocity."""
+
+    def mean(self, velocity):
+        return velocity[:, None].expand(-1, 2)
+
+    def density(self, mean):
+        return mean[:, 0]
+
+
 def surrogate(advantage: Tensor, log_ratio: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """The clipped loss [n] of transitions of two values each, and its gradient by log rho."""
     n = len(advantage)
     zeros, ones = torch.zeros(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
     numbers = torch.arange(n)
-    table = Transitions(
-        states=torch.zeros(2 * n, 2), state=numbers, next_state=numbers + n,
+    table = GivenDensity(
+        kernel=FlowSDE(), states=torch.zeros(2 * n, 2), state=numbers, next_state=numbers + n,
         sigma=ones, sigma_next=zeros, std=ones, log_prob=zeros - 1.25,
         row=numbers, step=numbers, prompt=numbers, group=numbers,
-        advantage=advantage, weight=ones / n, mean=None,
+        advantage=advantage, weight=ones / n, idle=torch.zeros(n, dtype=torch.bool),
+        old_mean=None,
     )  # fmt: skip
     log_prob = (log_ratio - 1.25).requires_grad_()
-    loss = Clipped(clip_range=clip).terms(table, log_prob, torch.zeros(n, 2), None)["loss"]
+    loss = Clipped(clip_range=clip).terms(table, log_prob, {})["loss"]
     (gradient,) = torch.autograd.grad(loss.sum(), log_prob)
     return loss.detach(), gradient
 

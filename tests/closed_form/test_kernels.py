@@ -15,7 +15,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from entroflow.noise import Stream, gaussian
+from entroflow.noise import Address, Stream, gaussian
 from entroflow.policies.grid import shifted_grid
 from entroflow.sampling import kernels
 from entroflow.sampling.kernels import CPS, ODE, DanceSDE, FlowSDE, VarianceMatched
@@ -342,7 +342,9 @@ def test_mean_negative_log_density_is_the_entropy(s):
     """E[-log_prob] = log(2 pi e s^2) / 2 = entropy, to 4 standard errors 1 / sqrt(2 D n)."""
     n, D = 400, 50
     numbers = torch.arange(n)
-    eps = gaussian((D,), 0, Stream.STEP, 0, torch.zeros(n, dtype=torch.long), numbers, numbers)
+    eps = gaussian(
+        (D,), Address(0), Stream.STEP, torch.zeros(n, dtype=torch.long), numbers, numbers
+    )
     mean, std = normal(n, D), torch.full((n,), s, dtype=torch.float64)
     average = -kernels.log_prob(mean + s * eps.double(), mean, std).mean().item()
     closed_form = 0.5 * math.log(2 * math.pi * math.e * s**2)

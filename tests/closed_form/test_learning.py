@@ -22,12 +22,13 @@ from entroflow.credit.terminal import Terminal
 from entroflow.credit.trace import Trace
 from entroflow.credit.turning_points import TurningPoints
 from entroflow.objectives.clipped import Clipped
+from entroflow.objectives.transitions import Transitions
 from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
 from entroflow.recipe.load import load_recipe, shipped_recipes
 from entroflow.rewards.base import FunctionReward, Scores
 from entroflow.sampling.plan import fresh_rows
-from entroflow.sampling.rollouts import Rollouts, Transitions
+from entroflow.sampling.rollouts import Rollouts
 from entroflow.training.metrics import Metrics
 from entroflow.training.trainer import Trainer
 from gaussian_policy import GaussianPolicy

@@ -21,6 +21,7 @@ from entroflow.exploration.base import Request
 from entroflow.exploration.merged_steps import MergedSteps
 from entroflow.exploration.step_entropy import merge_length, scaled_entropy
 from entroflow.ledger import Ledger
+from entroflow.noise import Address
 from entroflow.objectives.clipped import Clipped
 from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
@@ -74,7 +75,7 @@ def sampled(policy, plan, kernel=KERNEL, batch_size=64):
     rollouts = Rollouts.empty(plan, policy.latent_shape, torch.float64)
     cond = policy.encode(plan.texts)
     for _ in solver.sample(
-        policy, kernel, rollouts, cond, seed=0, iteration=0, batch_size=batch_size, ledger=ledger
+        policy, kernel, rollouts, cond, address=Address(0), batch_size=batch_size, ledger=ledger
     ):
         pass
     return rollouts, ledger
@@ -248,7 +249,7 @@ def test_branches_that_merge_nothing_take_the_plain_step_to_the_bit():
         v = policy.velocity(x, t, cond.take(plan.prompt[row : row + 1]), 1.0)
     s = KERNEL.std(t, t_next, grid)
     address = (plan.group[row : row + 1], plan.member[row : row + 1], torch.tensor([4]))
-    noise = solver.gaussian(policy.latent_shape, 0, solver.Stream.STEP, 0, *address).double()
+    noise = solver.gaussian(policy.latent_shape, Address(0), solver.Stream.STEP, *address).double()
     wanted = KERNEL.mean(x, v, t, t_next, s) + s[:, None, None] * noise
     assert torch.equal(rollouts.states[rollouts.state_index[row, 1]], wanted[0])
 

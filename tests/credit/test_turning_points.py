@@ -29,6 +29,7 @@ from entroflow.exploration.every_step import EveryStep
 from entroflow.exploration.merged_steps import MergedSteps
 from entroflow.exploration.window import Window
 from entroflow.ledger import Ledger
+from entroflow.noise import Address
 from entroflow.prompts import Prompt
 from entroflow.recipe.load import load_recipe
 from entroflow.rewards.base import FunctionReward, Scores, Status
@@ -308,8 +309,8 @@ def run(plan, policy, kernel=None, credit=None, reward=nonlinear, ledger=None):
     cond = policy.encode(whole.texts)
     with torch.no_grad():
         finished = sample(
-            policy, kernel or FlowSDE(noise_level=0.7), collected, cond, seed=0, iteration=0,
-            batch_size=7, ledger=ledger,
+            policy, kernel or FlowSDE(noise_level=0.7), collected, cond, address=Address(0),
+             batch_size=7, ledger=ledger,
         )  # fmt: skip
         rewards = {"reward": FunctionReward(reward)}
         scores = score(rewards, collected, finished, ledger)["reward"]
@@ -353,7 +354,13 @@ def test_completions_follow_the_ode_from_the_states_of_the_rollout():
     still = fresh_rows(PROMPTS, torch.tensor([3, 2]), none, grid, torch.zeros(6))
     alone = Rollouts.empty(still, policy.latent_shape, torch.float64)
     with torch.no_grad():
-        for _ in sample(policy, ODE(), alone, cond, seed=0, iteration=0):
+        for _ in sample(
+            policy,
+            ODE(),
+            alone,
+            cond,
+            address=Address(0),
+        ):
             pass
     first = (whole.role == Role.COMPLETION) & (whole.parent_step == 0)
     images = collected.images[collected.image_of(first.nonzero()[:, 0])]

@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 
-from entroflow.noise import Stream, gaussian
+from entroflow.noise import Address, Stream, gaussian
 from entroflow.objectives.update import update
 from entroflow.recipe.load import load_recipe
 from entroflow.rewards.base import FunctionReward
@@ -55,7 +55,7 @@ def sampled(tmp_path_factory):
     seen = []
 
     def kept(*arguments, **options):
-        seen.append(arguments[3])
+        seen.append(arguments[2])
         return update(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patched:
@@ -106,11 +106,11 @@ def plain_rollouts(pipe, shape):
     found = []
     for member in range(GROUP):
         own = torch.tensor([member])
-        x = gaussian(shape, 0, Stream.INITIAL, 0, none, own, none)[0]
+        x = gaussian(shape, Address(0), Stream.INITIAL, none, own, none)[0]
         states, steps = [x], []
         for i in range(STEPS - 1):
             mean, std, _ = step_of(x, velocity(pipe, x, sigmas[i]), sigmas, i)
-            drawn = gaussian(shape, 0, Stream.STEP, 0, none, own, torch.tensor([i]))[0]
+            drawn = gaussian(shape, Address(0), Stream.STEP, none, own, torch.tensor([i]))[0]
             x = (mean + std * drawn.double()).float()
             states.append(x)
             steps.append((mean, std, density(x, mean, std)))
@@ -161,7 +161,7 @@ def test_the_loss_is_the_published_one(sampled):
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     still = torch.optim.SGD(trainer.parameters, lr=0.0)
     found = update(
-        policy, trainer.recipe.kernel, policy.encode([CAPTION]), table, trainer.recipe.objective,
+        policy, policy.encode([CAPTION]), table, trainer.recipe.objective,
         still, trainer.parameters, seed=0, iteration=0, guidance=GUIDANCE, micro_batch=4,
         max_grad_norm=1.0, ledger=trainer.ledger,
     ).terms  # fmt: skip

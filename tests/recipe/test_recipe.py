@@ -14,12 +14,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from entroflow.errors import RecipeError
-from entroflow.recipe.load import (
-    build_recipe,
-    load_component,
-    load_recipe,
-    shipped_recipes,
-)
+from entroflow.recipe.load import build_recipe, load_component, load_recipe, shipped_recipes
 from entroflow.recipe.read import titles
 from entroflow.recipe.registry import COMPONENTS, IMAGES, PLAIN, SECTIONS
 from entroflow.rewards.base import FunctionReward
@@ -500,7 +495,7 @@ class Child(ShapesReward):
 class Plain:
     """Has what the protocols of all sections ask for."""
     minibatches = epochs = 1
-    needs_old_mean = needs_reference = skips_zero_advantage = False
+    sampled_with, needs, compares, keeps, needs_stochastic_steps = "live", (), (), (), False
 
     def __init__(self, scale, offset=0):
         if scale == "bad":
@@ -508,7 +503,8 @@ class Plain:
         self.scale, self.offset = scale, offset
 
     def build(self): ...
-    batch = sizes = plan = std = mean = score = complete = advantages = clip = terms = run = build
+    batch = sizes = plan = std = mean = score = complete = advantages = run = build
+    examples = terms = clip = diagnostics = faults = build
 
 def function(images, prompts, metadata):
     return [0.0] * len(images)

@@ -9,7 +9,7 @@ import torch
 
 from entroflow.errors import InputError
 from entroflow.ledger import Ledger
-from entroflow.noise import Stream, generator
+from entroflow.noise import Address, Stream, generator
 from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
 from entroflow.rewards.base import FunctionReward, Scores, Status
@@ -47,7 +47,7 @@ def scored_all(rewards, batch_size=2, **options):
     plan = fresh_rows([Prompt("a ring")], sizes, none, grid, torch.zeros(2))
     rollouts = Rollouts.empty(plan, policy.latent_shape)
     cond = policy.encode(rollouts.plan.texts)
-    finished = sample(policy, ODE(), rollouts, cond, seed=0, iteration=0, batch_size=batch_size)
+    finished = sample(policy, ODE(), rollouts, cond, address=Address(0), batch_size=batch_size)
     return score(rewards, rollouts, finished, **options)
 
 
@@ -119,7 +119,7 @@ def test_a_group_is_compared_when_it_is_whole(batch_size):
     plan = fresh_rows(prompts, torch.tensor([3, 2]), torch.tensor([0, 0]), grid, torch.zeros(2))
     rollouts = Rollouts.empty(plan, policy.latent_shape)
     cond, ledger = policy.encode(plan.texts), Ledger()
-    finished = sample(policy, ODE(), rollouts, cond, seed=0, iteration=4, batch_size=batch_size)
+    finished = sample(policy, ODE(), rollouts, cond, address=Address(0, 4), batch_size=batch_size)
     reward = Places()
     found = score({"places": reward}, rollouts, finished, ledger, seed=7, iteration=4)["places"]
     assert found.values.tolist() == [0, 1, 2, 0, 1]
@@ -139,7 +139,7 @@ def two_rounds(sizes):
         plan = fresh_rows(prompts, size, spent, grid, torch.zeros(2))
         rollouts = Rollouts.empty(plan, policy.latent_shape)
         cond = policy.encode(plan.texts)
-        yield rollouts, sample(policy, ODE(), rollouts, cond, seed=0, iteration=0, batch_size=2)
+        yield rollouts, sample(policy, ODE(), rollouts, cond, address=Address(0), batch_size=2)
         spent = spent + size
 
 

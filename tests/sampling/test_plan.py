@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entroflow.ledger import Ledger
+from entroflow.noise import Address
 from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
 from entroflow.sampling.kernels import FlowSDE
@@ -220,8 +221,8 @@ def test_evaluations_are_predicted(seed, batch_size, guided):
     rollouts = Rollouts.empty(plan, policy.latent_shape, torch.float64)
     guidance = 3.0 if guided else 1.0
     finished = sample(
-        policy, KERNEL, rollouts, policy.encode(plan.texts), seed=0, iteration=0,
-        guidance=guidance, batch_size=batch_size, ledger=ledger,
+        policy, KERNEL, rollouts, policy.encode(plan.texts), address=Address(0),
+         guidance=guidance, batch_size=batch_size, ledger=ledger,
     )  # fmt: skip
     rows = sorted(row for part in finished for row in part.tolist())
     assert sum(seen) == plan.network_evaluations()

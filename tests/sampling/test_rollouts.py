@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from entroflow.noise import Address
+from entroflow.objectives.transitions import transitions_of
 from entroflow.sampling.kernels import FlowSDE
 from entroflow.sampling.plan import Role
-from entroflow.sampling.rollouts import Rollouts, transitions_of
+from entroflow.sampling.rollouts import Rollouts
 from entroflow.sampling.solver import sample
 from gaussian_policy import GaussianPolicy
 from random_plans import OFFSETS, random_plan
@@ -29,9 +31,9 @@ def test_the_table_holds_every_trained_step_of_the_rollouts_with_its_own_advanta
     plan, policy = random_plan(rng), GaussianPolicy(0.3, 0.5, offsets=OFFSETS)
     if rng.random() < 0.5:
         plan = plan.training(torch.from_numpy(rng.random(plan.std.shape) < 0.6))
-    rollouts = Rollouts.empty(plan, policy.latent_shape, torch.float64, keep_means=True)
+    rollouts = Rollouts.empty(plan, policy.latent_shape, torch.float64, keeps=("means",))
     cond = policy.encode(plan.texts)
-    for _ in sample(policy, KERNEL, rollouts, cond, seed=0, iteration=0, batch_size=3):
+    for _ in sample(policy, KERNEL, rollouts, cond, address=Address(0), batch_size=3):
         pass
     advantages = torch.from_numpy(rng.normal(size=plan.std.shape))
     advantages[torch.from_numpy(rng.random(plan.std.shape) < 0.2)] = math.nan
@@ -56,7 +58,7 @@ def test_the_table_holds_every_trained_step_of_the_rollouts_with_its_own_advanta
         assert table.std[i] == plan.std[row, column]
         assert table.log_prob[i] == rollouts.log_prob[row, column]
         # The density of the step from one state of the table to the other.
-        mean = table.mean[i]
+        mean = table.old_mean[i]
         density = torch.distributions.Normal(mean, table.std[i])
         reached = table.states[table.next_state[i]]
         torch.testing.assert_close(density.log_prob(reached).mean(), table.log_prob[i])

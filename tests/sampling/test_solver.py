@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from entroflow.ledger import Ledger
-from entroflow.noise import Stream, gaussian
+from entroflow.noise import Address, Stream, gaussian
 from entroflow.policies.grid import shifted_grid
 from entroflow.policies.shapes.policy import ShapesPolicy
 from entroflow.prompts import Prompt
@@ -238,7 +238,7 @@ def test_states_at_rest_are_rounded_before_their_density(dtype, bits):
 def sampled(policy, plan, *, dtype=torch.float64, kernel=KERNEL, **options):
     rollouts = Rollouts.empty(plan, policy.latent_shape, dtype)
     cond = policy.encode(rollouts.plan.texts)
-    for _ in sample(policy, kernel, rollouts, cond, **{"seed": 3, "iteration": 2, **options}):
+    for _ in sample(policy, kernel, rollouts, cond, **{"address": Address(3, 2), **options}):
         pass
     return rollouts
 
@@ -250,7 +250,7 @@ def trajectory(policy, plan, row):
 
     def noise_at(stream, group, member, step):
         place = (torch.tensor([int(n)]) for n in (group, member, step))
-        return gaussian(SHAPE, 3, stream, 2, *place).double()
+        return gaussian(SHAPE, Address(3, 2), stream, *place).double()
 
     parent, step = int(plan.parent[row]), int(plan.parent_step[row])
     if parent == FRESH:
@@ -309,7 +309,9 @@ def window_plan(prompts, steps=4, rows=6, shift=1.0):
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 4}, {"iteration": 3}, {"initial": Stream.EVALUATION}], ids=str
+    "change",
+    [{"address": Address(4, 2)}, {"address": Address(3, 3)}, {"initial": Stream.EVALUATION}],
+    ids=str,
 )
 def test_another_seed_iteration_or_stream_is_other_noise(change):
     plan, policy = window_plan(PROMPTS), gaussian_policy()
@@ -345,7 +347,7 @@ def test_rows_come_as_they_finish_and_gradients_stay_off():
     seen = []
     with torch.enable_grad():
         cond = policy.encode(rollouts.plan.texts)
-        for rows in sample(policy, KERNEL, rollouts, cond, seed=0, iteration=0, batch_size=2):
+        for rows in sample(policy, KERNEL, rollouts, cond, address=Address(0), batch_size=2):
             seen.append(rows.tolist())
             assert torch.is_grad_enabled()
             assert rollouts.images[rollouts.image_of(rows)].abs().sum() > 0
@@ -363,8 +365,8 @@ def test_the_network_agrees_with_itself_in_half_the_batch_size(monkeypatch):
     policy = ShapesPolicy(random_weights(), precision="fp32")
     drawn = []
 
-    def recorded(shape, seed, stream, iteration, groups, rows, steps):
-        noise = gaussian(shape, seed, stream, iteration, groups, rows, steps)
+    def recorded(shape, address, stream, groups, rows, steps):
+        noise = gaussian(shape, address, stream, groups, rows, steps)
         places = zip(groups.tolist(), rows.tolist(), steps.tolist(), strict=True)
         drawn[-1].update({(stream, *place): n for place, n in zip(places, noise, strict=True)})
         return noise

@@ -18,9 +18,9 @@ from entroflow.credit.normalise import group_advantages
 from entroflow.credit.terminal import Terminal
 from entroflow.errors import InputError
 from entroflow.exploration.attention_peaks import AttentionPeaks
+from entroflow.objectives.transitions import transitions_of
 from entroflow.recipe.load import load_recipe
 from entroflow.sampling.plan import Role
-from entroflow.sampling.rollouts import transitions_of
 from entroflow.settings import Attention
 from entroflow.training.launch import resume
 from entroflow.training.trainer import Trainer
@@ -305,7 +305,7 @@ def test_how_unequal_groups_share_the_loss(weights, weighting):
 
 def test_by_prompt_the_loss_does_not_know_how_often_a_group_is_counted():
     """Twice the rows of a group are the same gradient; a sample's share would double."""
-    from entroflow.sampling.rollouts import _shares
+    from entroflow.objectives.transitions import _shares
 
     values = torch.tensor([1.0, 5.0, 2.0, 4.0, 6.0], dtype=torch.float64)
     prompt, valid = torch.tensor([0, 0, 1, 1, 1]), torch.ones(5, dtype=torch.bool)

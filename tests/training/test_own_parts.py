@@ -11,6 +11,8 @@ import torch
 
 import entroflow
 from entroflow.errors import InputError, UntrustedError
+from entroflow.objectives.base import Objective
+from entroflow.objectives.transitions import transitions_of
 from entroflow.runs.open import open_policy
 from entroflow.training.trainer import Trainer
 from tiny_run import HERE, Brightness, PixelPolicy, brightness, recipe, train
@@ -78,18 +80,15 @@ def test_a_run_with_a_component_beside_its_recipe_resumes(tmp_path, monkeypatch)
     assert folder.metrics()[-1]["iteration"] == 3
 
 
-class Reinforce:
-    """The least that `objectives.base.Objective` asks for."""
+class Reinforce(Objective):
+    """The least that an objective needs: examples, and a loss."""
 
-    needs_old_mean = needs_reference = False
-    skips_zero_advantage = True
-    minibatches = epochs = 1
+    def examples(self, rollouts, advantages):
+        return transitions_of(rollouts, advantages)
 
-    def clip(self, dimensions):
-        return 1e-3
-
-    def terms(self, transitions, log_prob, mean, reference_mean):
-        return {"loss": -transitions.advantage.to(log_prob) * log_prob}
+    def terms(self, part, velocity, others):
+        density = part.density(part.mean(velocity))
+        return {"loss": -part.advantage.to(density) * density}
 
 
 def test_an_objective_of_ones_own_needs_only_what_the_protocol_says(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from entroflow.errors import InputError
-from entroflow.objectives import update as update_module
+from entroflow.objectives import transitions as transitions_module
 from entroflow.sampling.kernels import log_prob
 from entroflow.training.trainer import Trainer
 from tiny_run import PixelPolicy, recipe, train
@@ -28,7 +28,9 @@ def test_a_plan_without_noise_is_wrong_input(tmp_path):
 def test_the_ratio_check_warns_beyond_a_tenth_of_the_clip_range(monkeypatch, caplog, share, warns):
     """log_prob of the update is off by a share of the clip range; a warning says what to check."""
     clip = 1e-2
-    monkeypatch.setattr(update_module, "log_prob", lambda *given: log_prob(*given) + share * clip)
+    monkeypatch.setattr(
+        transitions_module, "log_prob", lambda *given: log_prob(*given) + share * clip
+    )
     trainer = Trainer(recipe(objective={"clip_range": clip}), PixelPolicy())
     with caplog.at_level(logging.WARNING):
         metrics = trainer.step()
@@ -85,7 +87,7 @@ def test_the_checks_are_silent_where_nothing_is_wrong(caplog, dtype):
 def test_weights_that_are_not_finite_stop_the_run(monkeypatch):
     """A gradient that is not finite is not applied."""
     trainer = Trainer(recipe(), PixelPolicy())
-    monkeypatch.setattr(update_module, "log_prob", lambda *given: log_prob(*given) * torch.inf)
+    monkeypatch.setattr(transitions_module, "log_prob", lambda *given: log_prob(*given) * torch.inf)
     with pytest.raises(InputError, match=r"gradient of iteration .* is not finite"):
         trainer.step()
     assert torch.equal(trainer.policy.shift.detach(), torch.zeros(3, 2, 2, dtype=torch.float64))

@@ -13,7 +13,7 @@ from entroflow.attention.probe import (
     probed_velocity,
 )
 from entroflow.ledger import Ledger
-from entroflow.noise import Stream
+from entroflow.noise import Address, Stream
 from entroflow.policies.base import Condition, Policy
 from entroflow.prompts import Prompt
 from entroflow.sampling.kernels import ODE
@@ -83,7 +83,7 @@ class AttentionMeter:
             cond = policy.encode(plan.texts)
             with ledger.timed("attention"), policy.weights("reference"):
                 for _ in sample(
-                    policy, ODE(), rollouts, cond, seed=seed, iteration=0, guidance=guidance,
+                    policy, ODE(), rollouts, cond, address=Address(seed), guidance=guidance,
                     batch_size=batch_size, initial=Stream.PROBE, probe=probe_of(self.settings),
                     ledger=ledger,
                 ):  # fmt: skip

@@ -25,7 +25,7 @@ from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.evaluation.images import draw
 from entroflow.evaluation.prompt_checks import remarks_on_prompts
 from entroflow.exploration.summary import summary_of
-from entroflow.noise import Stream, gaussian
+from entroflow.noise import Address, Stream, gaussian
 from entroflow.policies.base import HasPipeline, OnDevice
 from entroflow.prompts import ListedSource, Prompt
 from entroflow.recipe.build import changed
@@ -154,7 +154,9 @@ class _Patient:
         prompts = [prompt.text for prompt in self._batch()[:1]]
         steps, guidance = recipe.sampling.steps, recipe.sampling.guidance
         none = torch.zeros(1, dtype=torch.long)
-        x = gaussian(policy.latent_shape, recipe.run.seed, Stream.EVALUATION, 0, none, none, none)
+        x = gaussian(
+            policy.latent_shape, Address(recipe.run.seed), Stream.EVALUATION, none, none, none
+        )
         with torch.no_grad():
             *_, last = integrate(
                 policy, ODE(), x, policy.encode(prompts), none, policy.own_sigmas(steps)[None],
@@ -278,9 +280,11 @@ class _Patient:
         line = trainer.step()
         self.seconds = trainer.seconds / trainer.ledger.weighted_evaluations
         clip = recipe.objective.clip(trainer.dimensions)
+        if line["policy/loss"] is None:
+            raise InputError("no example was trained on, so there is nothing to learn from.")
+        if clip is None:
+            return "the objective has no ratio that could show it; one step was taken"
         off, kl = line["policy/ratio_max_deviation"], line["policy/kl"]
-        if off is None:
-            raise InputError("no transition was trained, so there is nothing to learn from.")
         said = f"ratio off by {off:.1e} and KL {kl:.1e} before a step; clip range {clip:.1e}"
         if not at_reference:
             said += "; the KL is to a reference that the policy does not start from"

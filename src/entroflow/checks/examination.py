@@ -14,7 +14,7 @@ from entroflow.checks.findings import DoubtfulError, Finding, NotPossibleError, 
 from entroflow.credit.normalise import is_tied
 from entroflow.errors import InputError
 from entroflow.evaluation.images import draw
-from entroflow.noise import Stream, gaussian, generator
+from entroflow.noise import Address, Stream, gaussian, generator
 from entroflow.prompts import Prompt
 from entroflow.recipe.load import Recipe
 from entroflow.rewards.base import AnyReward, GroupReward, failures
@@ -183,7 +183,7 @@ class _Subject:
     def _over_noise(self, images: Tensor, prompt: Prompt, before: Tensor) -> Tensor:
         numbers = torch.arange(len(images))
         zeros = torch.zeros_like(numbers)
-        drawn = gaussian(images.shape[1:], 0, Stream.EVALUATION, 0, zeros, numbers, zeros)
+        drawn = gaussian(images.shape[1:], Address(0), Stream.EVALUATION, zeros, numbers, zeros)
         noise = (0.5 + 0.3 * drawn).clamp(0, 1).to(images)
         reward = self.reward
         if isinstance(reward, GroupReward):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from entroflow.evaluation.base import Drawn
 from entroflow.ledger import Ledger
-from entroflow.noise import Stream
+from entroflow.noise import Address, Stream
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
 from entroflow.rewards.base import AnyReward, GroupReward, Scores
@@ -45,7 +45,7 @@ def draw(
     rollouts = Rollouts.empty(plan, policy.latent_shape)
     finished = sample(
         policy, kernel, rollouts, policy.encode(plan.texts),
-        seed=seed, iteration=0, guidance=guidance, batch_size=batch_size,
+        address=Address(seed), guidance=guidance, batch_size=batch_size,
         initial=Stream.EVALUATION, ledger=ledger,
     )  # fmt: skip
     rewards = torch.full((plan.rows,), torch.nan, dtype=torch.float64)

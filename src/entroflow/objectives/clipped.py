@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from entroflow.component import Component
+from entroflow.objectives.transitions import LossWeighting, Transitions, transitions_of
 from entroflow.sampling.kernels import kl_divergence
-from entroflow.sampling.rollouts import LossWeighting, Transitions
+from entroflow.sampling.rollouts import Kept, Rollouts
 
 
 class Surrogate(Component):
     """What the objectives with a clipped ratio have in common."""
+
+    sampled_with: ClassVar[str] = "live"
+    keeps: ClassVar[tuple[Kept, ...]] = ()
+    needs_stochastic_steps: ClassVar[bool] = True
 
     clip_range: float | None = Field(None, gt=0, description="clip range per dimension")
     clip_total: float | None = Field(
@@ -48,48 +55,87 @@ class Surrogate(Component):
         return fields if any(given) else {**fields, "clip_total": 6.6}
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether there is a KL term."""
-        return self.kl > 0
+    def needs(self) -> tuple[str, ...]:
+        """The reference, where there is a KL term."""
+        return ("reference",) if self.kl else ()
 
     @property
-    def skips_zero_advantage(self) -> bool:
-        """Whether there is no KL term, which pulls whatever the advantage."""
-        return self.kl == 0
+    def compares(self) -> tuple[str, ...]:
+        """The reference, where there is no KL term: the KL is measured all the same."""
+        return () if self.kl else ("reference",)
 
     def clip(self, dimensions: int) -> float:
         """The clip range per dimension for latents of D values."""
         return self.clip_range or (self.clip_total or 0.0) / dimensions
 
+    def examples(self, rollouts: Rollouts, advantages: Tensor) -> Transitions:
+        """The trained transitions; without a KL term, those of advantage 0 are idle."""
+        table = transitions_of(rollouts, advantages, self.loss_weighting)
+        return table if self.kl else replace(table, idle=table.advantage == 0)
+
     def terms(
-        self,
-        transitions: Transitions,
-        log_prob: Tensor,
-        mean: Tensor,
-        reference_mean: Tensor | None,
+        self, part: Transitions, velocity: Tensor, others: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """See `Objective.terms`."""
+        mean = part.mean(velocity)
+        density = part.density(mean)
         clip = self.clip(mean[0].numel())
-        advantage = transitions.advantage.to(log_prob)
-        ratio = torch.exp(self._log_ratio(transitions, log_prob, mean))
+        advantage = part.advantage.to(density)
+        ratio = torch.exp(self._log_ratio(part, density, mean))
         clipped = ratio.clamp(1 - clip, 1 + clip)
         surrogate = torch.maximum(-advantage * ratio, -advantage * clipped)
-        surrogate = self._step_weight(transitions).to(surrogate) * surrogate
+        surrogate = self._step_weight(part).to(surrogate) * surrogate
         terms = {"loss": surrogate, "ratio": ratio, "clipped": ((ratio - 1).abs() > clip).float()}
-        if reference_mean is not None:
-            kl = kl_divergence(mean, reference_mean, transitions.std)
+        if "reference" in others:
+            kl = kl_divergence(mean, part.mean(others["reference"]), part.std)
             terms["kl"] = weighted = kl
             if self.kl_weight == "step_length":
-                step_length = (transitions.sigma - transitions.sigma_next).to(kl)
+                step_length = (part.sigma - part.sigma_next).to(kl)
                 terms["weighted_kl"] = weighted = step_length * kl
             terms["loss"] = surrogate + self.kl * weighted
         return terms
 
-    def _log_ratio(self, transitions: Transitions, log_prob: Tensor, mean: Tensor) -> Tensor:
+    def diagnostics(
+        self, first: Mapping[str, Tensor], compared: Mapping[str, Tensor]
+    ) -> dict[str, float | None]:
+        """How far the ratio is from 1, and the KL to the reference, before the first step.
+
+        Returns:
+            `ratio_max_deviation`: the largest |ratio - 1|, 0 in exact arithmetic; None where no
+            step was taken. `kl`: the mean per dimension.
+        """
+        ratio, kl = first.get("ratio"), {**compared, **first}.get("kl")
+        return {
+            "ratio_max_deviation": None if ratio is None else (ratio - 1).abs().max().item(),
+            "kl": None if kl is None else kl.mean().item(),
+        }
+
+    def faults(
+        self, diagnostics: Mapping[str, float | None], dimensions: int, at_reference: bool
+    ) -> list[str]:
+        """A ratio or a KL that is not what it must be while the weights are those that sampled."""
+        limit = 0.1 * self.clip(dimensions)
+        deviation, kl = diagnostics["ratio_max_deviation"], diagnostics["kl"]
+        faults = []
+        if deviation is not None and deviation > limit:
+            faults.append(
+                f"before the first step the policy ratio is off by {deviation:.1e}, more than a "
+                f"tenth of the clip range ({limit:.1e}). Rollout and training must agree in dtype, "
+                "guidance, grid, batch shape and grad mode"
+            )
+        if at_reference and (kl or 0.0) > limit:
+            faults.append(
+                f"the KL to the reference is {kl:.1e} before the first step, when it must be 0: "
+                "the weights that sampled are the reference's, so the policy computes otherwise "
+                "under weights('reference')"
+            )
+        return faults
+
+    def _log_ratio(self, part: Transitions, density: Tensor, mean: Tensor) -> Tensor:
         """[n] logarithm of what is clipped, as a function of the live weights."""
         raise NotImplementedError
 
-    def _step_weight(self, transitions: Transitions) -> Tensor:
+    def _step_weight(self, part: Transitions) -> Tensor:
         """[n] factor of the surrogate; the ratio, its clip range and the KL are without it."""
         raise NotImplementedError
 
@@ -108,15 +154,10 @@ class Clipped(Surrogate):
         "published density of CPS differs from the true one",
     )
 
-    @property
-    def needs_old_mean(self) -> bool:
-        """False: the ratio needs log-probabilities only."""
-        return False
+    def _log_ratio(self, part: Transitions, density: Tensor, mean: Tensor) -> Tensor:
+        return density - part.log_prob.to(density)
 
-    def _log_ratio(self, transitions: Transitions, log_prob: Tensor, mean: Tensor) -> Tensor:
-        return log_prob - transitions.log_prob.to(log_prob)
-
-    def _step_weight(self, transitions: Transitions) -> Tensor:
+    def _step_weight(self, part: Transitions) -> Tensor:
         if self.weight == "variance":
-            return 2 * transitions.std.square()
-        return torch.ones_like(transitions.std)
+            return 2 * part.std.square()
+        return torch.ones_like(part.std)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from entroflow.objectives.clipped import Surrogate
+from entroflow.objectives.transitions import Transitions
 from entroflow.sampling.kernels import kl_divergence
-from entroflow.sampling.rollouts import Transitions
+from entroflow.sampling.rollouts import Kept
 
 
 class Guard(Surrogate):
@@ -25,16 +26,13 @@ class Guard(Surrogate):
 
     type: Literal["guard"] = "guard"
 
-    @property
-    def needs_old_mean(self) -> bool:
-        """True: the centre of the ratio depends on how far the mean has moved."""
-        return True
+    keeps: ClassVar[tuple[Kept, ...]] = ("means",)
 
-    def _log_ratio(self, transitions: Transitions, log_prob: Tensor, mean: Tensor) -> Tensor:
-        assert transitions.mean is not None
-        shift = kl_divergence(mean, transitions.mean.to(mean), transitions.std)
-        centred = log_prob - transitions.log_prob.to(log_prob) + shift
-        return centred * transitions.std.to(centred)
+    def _log_ratio(self, part: Transitions, density: Tensor, mean: Tensor) -> Tensor:
+        assert part.old_mean is not None
+        shift = kl_divergence(mean, part.old_mean.to(mean), part.std)
+        centred = density - part.log_prob.to(density) + shift
+        return centred * part.std.to(centred)
 
-    def _step_weight(self, transitions: Transitions) -> Tensor:
-        return 1 / (transitions.sigma - transitions.sigma_next)
+    def _step_weight(self, part: Transitions) -> Tensor:
+        return 1 / (part.sigma - part.sigma_next)

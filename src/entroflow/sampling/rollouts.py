@@ -1,17 +1,20 @@
-"""Rollouts: what sampling a plan brings back, and the flat table of transitions made from it."""
+"""Rollouts: what sampling a plan brings back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from entroflow.noise import Address
+from entroflow.sampling.kernels import Kernel
 from entroflow.sampling.plan import FRESH, Plan, Role, join, padded
 
-LossWeighting = Literal["sample", "prompt"]
+Kept = Literal["means", "latents"]
+"""What rollouts may keep beside states: means of trained steps, final latents of rollouts."""
 
 ABSENT = -1
 """Index of a state that was not kept."""
@@ -26,6 +29,7 @@ class Rollouts:
 
     Attributes:
         plan: the plan that was sampled.
+        kernel, address: what it was sampled with; None before.
         states: [M, *latent] pool of states.
         state_index: [B, S + 1] position in the pool of the state before each step, or `ABSENT`.
         velocities: [V, *latent] pool of the velocities at states that children start from.
@@ -47,6 +51,8 @@ class Rollouts:
     means: Tensor
     mean_index: Tensor
     attention_entropy: Tensor
+    kernel: Kernel | None = None
+    address: Address | None = None
     images: Tensor | None = None
     attention_shift: Tensor | None = None
 
@@ -56,19 +62,22 @@ class Rollouts:
         plan: Plan,
         latent_shape: Sequence[int],
         dtype: torch.dtype = torch.float32,
-        keep_means: bool = False,
+        keeps: Sequence[Kept] = (),
         keep_states: Tensor | None = None,
     ) -> Rollouts:
         """Room for everything the plan's rows will leave behind.
 
         Args:
             dtype: storage type of states.
-            keep_means: also keep the means.
+            keeps: what else is kept.
             keep_states: [B, S] bool, steps before which the state is kept whatever else.
         """
         trained = plan.trained
         before = trained if keep_states is None else trained | keep_states
         keep = torch.nn.functional.pad(before, (0, 1)) | torch.nn.functional.pad(trained, (1, 0))
+        if "latents" in keeps:
+            rollout = (plan.role == Role.ROLLOUT).nonzero()[:, 0]
+            keep[rollout, plan.length[rollout]] = True
         with_velocity = torch.zeros_like(trained)
         child = (plan.parent != FRESH).nonzero()[:, 0]
         parent, parent_step = plan.parent[child], plan.parent_step[child]
@@ -85,13 +94,17 @@ class Rollouts:
         for wave in plan.waves():
             born = wave[plan.parent[wave] != FRESH]
             state_index[born, 0] = state_index[plan.parent[born], plan.parent_step[born]]
-        mean_index = numbered(trained & keep_means)
+        mean_index = numbered(trained & ("means" in keeps))
         means = torch.zeros(int((mean_index != ABSENT).sum()), *latent_shape, dtype=exact)
         log_prob = torch.zeros(plan.std.shape, dtype=exact)
         return cls(
             plan, states, state_index, velocities, velocity_index, log_prob, means, mean_index,
             attention_entropy=torch.full(plan.std.shape, torch.nan),
         )  # fmt: skip
+
+    def latents_of(self, rows: Tensor) -> Tensor:
+        """[n, *latent] the final latents of rollouts, where they were kept."""
+        return self.states[self.state_index[rows, self.plan.length[rows]]]
 
     def image_of(self, rows: Tensor) -> Tensor:
         """Position of scored rows in `images`."""
@@ -130,6 +143,8 @@ def join_rollouts(rounds: Sequence[Rollouts]) -> Rollouts:
     images = [r.images for r in rounds if r.images is not None]
     return Rollouts(
         plan=plan,
+        kernel=rounds[0].kernel,
+        address=rounds[0].address,
         states=torch.cat(states),
         state_index=moved([r.state_index for r in rounds], states, S + 1),
         velocities=torch.cat(velocities),
@@ -141,91 +156,3 @@ def join_rollouts(rounds: Sequence[Rollouts]) -> Rollouts:
         images=torch.cat(images) if images else None,
         attention_shift=rounds[0].attention_shift,
     )
-
-
-@dataclass(frozen=True)
-class Transitions:
-    """N stochastic transitions, whatever method made them: the only thing an update consumes.
-
-    Attributes:
-        states: [M, *latent] pool.
-        state, next_state: [N] positions in the pool.
-        sigma, sigma_next, std: [N].
-        log_prob: [N] log-density per dimension under the policy that sampled.
-        row, step, prompt, group: [N]; `step` is the base-grid index where the transition starts.
-        advantage: [N].
-        weight: [N]; non-negative, sums to 1.
-        mean: [N, *latent] mean under the policy that sampled, or None.
-    """
-
-    states: Tensor
-    state: Tensor
-    next_state: Tensor
-    sigma: Tensor
-    sigma_next: Tensor
-    std: Tensor
-    log_prob: Tensor
-    row: Tensor
-    step: Tensor
-    prompt: Tensor
-    group: Tensor
-    advantage: Tensor
-    weight: Tensor
-    mean: Tensor | None
-
-    def __len__(self) -> int:
-        return len(self.state)
-
-    def take(self, index: Tensor) -> Transitions:
-        """Some of the transitions; the pool stays whole."""
-        per_transition = {
-            name: value[index]
-            for name, value in vars(self).items()
-            if name != "states" and value is not None
-        }
-        return replace(self, **per_transition)
-
-
-def transitions_of(
-    rollouts: Rollouts, advantages: Tensor, loss_weighting: LossWeighting = "sample"
-) -> Transitions:
-    """The trained steps of all rollout rows as a flat table.
-
-    Args:
-        advantages: [B, S], NaN where the reward failed. Such transitions keep no weight.
-        loss_weighting: how the others share it: sample, all alike; prompt, all prompts alike, and
-            those of a prompt.
-    """
-    plan = rollouts.plan
-    trained = plan.trained & (plan.role == Role.ROLLOUT)[:, None]
-    row, column = trained.nonzero(as_tuple=True)
-    advantage = advantages[row, column]
-    valid = ~advantage.isnan()
-    weight = _shares(
-        valid, plan.prompt[row] if loss_weighting == "prompt" else torch.zeros_like(row)
-    )
-    sigmas = plan.sigmas
-    mean = rollouts.mean_index[row, column]
-    return Transitions(
-        states=rollouts.states,
-        state=rollouts.state_index[row, column],
-        next_state=rollouts.state_index[row, column + 1],
-        sigma=sigmas[row, column],
-        sigma_next=sigmas[row, column + 1],
-        std=plan.std[row, column],
-        log_prob=rollouts.log_prob[row, column],
-        row=row,
-        step=plan.points[row, column],
-        prompt=plan.prompt[row],
-        group=plan.group[row],
-        advantage=advantage.nan_to_num(0.0),
-        weight=weight,
-        mean=rollouts.means[mean] if len(rollouts.means) else None,
-    )
-
-
-def _shares(valid: Tensor, part: Tensor) -> Tensor:
-    """[N] weights that sum to 1: every part with a valid entry the same, and those within it."""
-    inside = torch.zeros(int(part.max()) + 1 if len(part) else 0, dtype=torch.float64)
-    inside.index_add_(0, part, valid.double())
-    return valid / (inside[part] * (inside > 0).sum()).clamp(min=1)

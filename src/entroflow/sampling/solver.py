@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from entroflow.ledger import Ledger
-from entroflow.noise import Stream, gaussian
+from entroflow.noise import Address, Stream, gaussian
 from entroflow.policies.base import Condition, Policy
 from entroflow.sampling.kernels import Kernel, log_prob
 from entroflow.sampling.plan import FRESH, probed_rows
@@ -142,8 +142,7 @@ def sample(
     rollouts: Rollouts,
     cond: Condition,
     *,
-    seed: int,
-    iteration: int,
+    address: Address,
     guidance: float = 1.0,
     batch_size: int = 64,
     initial: Stream = Stream.INITIAL,
@@ -156,7 +155,7 @@ def sample(
         policy: run with the weights that are active.
         rollouts: as made by `Rollouts.empty`.
         cond: the encoded prompts of its plan.
-        seed, iteration: part of the address of all noise.
+        address: of all noise.
         guidance: guidance scale.
         batch_size: most rows in one network call.
         initial: stream of the initial noise.
@@ -164,17 +163,18 @@ def sample(
         ledger: counts network evaluations and decodes.
     """
     plan, sigmas, latent_shape = rollouts.plan, rollouts.plan.sigmas, policy.latent_shape
+    rollouts.kernel, rollouts.address = kernel, address
     probed = probed_rows(plan)
     for wave in plan.waves():
 
         def step_noise(row: Tensor, step: Tensor, wave: Tensor = wave) -> Tensor:
             rows = wave[row]
             return gaussian(
-                latent_shape, seed, Stream.STEP, iteration,
+                latent_shape, address, Stream.STEP,
                 plan.group[rows], plan.member[rows], plan.points[rows, step],
             )  # fmt: skip
 
-        x, velocity = _starts(rollouts, wave, latent_shape, seed, iteration, initial)
+        x, velocity = _starts(rollouts, wave, latent_shape, address, initial)
         moves = integrate(
             policy, kernel, x, cond, plan.prompt[wave], sigmas[wave], plan.std[wave],
             noise=step_noise, guidance=guidance, batch_size=batch_size,
@@ -195,8 +195,7 @@ def _starts(
     rollouts: Rollouts,
     wave: Tensor,
     latent_shape: tuple[int, ...],
-    seed: int,
-    iteration: int,
+    address: Address,
     initial: Stream,
 ) -> tuple[Tensor, Tensor | None]:
     """First states of the rows of a wave, and their velocities where a parent knows them."""
@@ -207,7 +206,7 @@ def _starts(
     rows = wave[fresh]
     steps = torch.zeros(len(rows), dtype=torch.long)
     x[fresh] = gaussian(
-        latent_shape, seed, initial, iteration, plan.group[rows], plan.noise_member[rows], steps
+        latent_shape, address, initial, plan.group[rows], plan.noise_member[rows], steps
     ).to(x.dtype)
     kept = rollouts.state_index[rows, 0] != ABSENT
     pool[rollouts.state_index[rows[kept], 0]] = x[fresh][kept]

@@ -11,11 +11,11 @@ from entroflow.credit.normalise import is_tied
 from entroflow.credit.trace import Trace, trace_metrics
 from entroflow.evaluation.base import Evaluated
 from entroflow.evaluation.watching import compares
-from entroflow.objectives.update import UpdateStatistics
+from entroflow.objectives.update import UpdateStatistics, means_by_step
 from entroflow.rewards.base import AnyReward, Scores, failures
 from entroflow.rewards.mixture import Mixture, total
 from entroflow.sampling.plan import Plan, Role
-from entroflow.sampling.rollouts import Rollouts, Transitions
+from entroflow.sampling.rollouts import Rollouts
 from entroflow.training.attention_metrics import attention_metrics
 
 Metrics = dict[str, Any]
@@ -25,7 +25,7 @@ def iteration_metrics(
     reward: AnyReward,
     rollouts: Rollouts,
     scores: Mapping[str, Scores],
-    transitions: Transitions,
+    advantages: Tensor,
     statistics: UpdateStatistics,
     trace: Trace | None,
 ) -> Metrics:
@@ -34,17 +34,18 @@ def iteration_metrics(
     credit = {"by_step": {}} if trace is None else trace_metrics(trace)
     by_step = {
         name: {str(step): value for step, value in values.items()}
-        for name, values in statistics.by_step.items()
+        for name, values in {
+            "advantage_size": advantage_sizes(rollouts.plan, advantages),
+            **statistics.by_step,
+        }.items()
     }
     return {
         **_reward_metrics(reward, rollouts.plan, scores),
         "policy/loss": terms.get("loss"),
-        "policy/ratio_max_deviation": statistics.ratio_deviation,
         "policy/clip_fraction": terms.get("clipped"),
-        "policy/kl": statistics.kl,
+        **{f"policy/{name}": value for name, value in statistics.diagnostics.items()},
         "policy/gradient_norm": _mean(statistics.gradient_norm),
         "policy/skipped": statistics.skipped,
-        "policy/transitions": len(transitions),
         **credit,
         **attention_metrics(rollouts, summed, relative=compares(reward)),
         "by_step": by_step | credit["by_step"],
@@ -59,6 +60,15 @@ def _reward_metrics(reward: AnyReward, plan: Plan, scores: Mapping[str, Scores])
             metrics |= reward_metrics(plan, found, f"reward/{name}")
         metrics |= {f"judge/{name}/{fact}": value for fact, value in found.facts.items()}
     return metrics
+
+
+def advantage_sizes(plan: Plan, advantages: Tensor) -> dict[int, float]:
+    """Mean |advantage| of the trained steps, by base-grid step; without those that failed.
+
+    Those of a zero-variance group count: that is no signal, not a missing one.
+    """
+    trained = plan.trained & (plan.role == Role.ROLLOUT)[:, None] & ~advantages.isnan()
+    return means_by_step(advantages[trained].abs(), plan.points[:, :-1][trained])
 
 
 def rated_rollouts(plan: Plan) -> Tensor:

@@ -37,7 +37,8 @@ from entroflow.evaluation.watching import compares, watched
 from entroflow.exploration.base import Request, refuse_undefined
 from entroflow.exploration.summary import summary_of
 from entroflow.ledger import Ledger
-from entroflow.objectives.base import loss_weighting
+from entroflow.noise import Address
+from entroflow.objectives.base import Examples
 from entroflow.objectives.update import UpdateStatistics, update
 from entroflow.places import paths_in
 from entroflow.policies.base import Condition, Policy
@@ -60,7 +61,7 @@ from entroflow.runs.inputs import (
     warn_of_changed_code,
 )
 from entroflow.sampling.plan import Plan, join
-from entroflow.sampling.rollouts import Rollouts, Transitions, join_rollouts, transitions_of
+from entroflow.sampling.rollouts import Rollouts, join_rollouts
 from entroflow.sampling.solver import sample
 from entroflow.training.metrics import Metrics, iteration_metrics, rated_rollouts
 from entroflow.version import package_version
@@ -186,17 +187,17 @@ class Trainer:
         cond = self._encode(prompts)
         rollouts, scores = self._roll_out(prompts, cond)
         advantages = self._advantages(rollouts, scores)
-        transitions = transitions_of(rollouts, advantages, loss_weighting(self.recipe.objective))
+        examples = self.recipe.objective.examples(rollouts, advantages)
         with self.ledger.timed("update"):
-            statistics = self._update(transitions, cond, share_done)
+            statistics = self._update(examples, cond, share_done)
         trace = self._trace(rollouts.plan, total(self.reward, scores))
         self.trajectories = None if trace is None else trajectories_of(rollouts, trace)
         if rollouts.attention_shift is not None:
             self.attention.curve.follow(entropy_by_step(rollouts))
         self.iteration += 1
         self.seconds += perf_counter() - start
-        found = iteration_metrics(self.reward, rollouts, scores, transitions, statistics, trace)
-        return {**self.taken(), **found}
+        metrics = iteration_metrics(self.reward, rollouts, scores, advantages, statistics, trace)
+        return {**self.taken(), "policy/transitions": len(examples), **metrics}
 
     def _encode(self, prompts: list[Prompt]) -> Condition:
         return self.policy.encode([prompt.text for prompt in prompts])
@@ -219,13 +220,13 @@ class Trainer:
                 plan,
                 self.policy.latent_shape,
                 getattr(torch, recipe.sampling.state_dtype),
-                recipe.objective.needs_old_mean,
+                recipe.objective.keeps,
                 None if attention is None else compared_states(plan, attention.states),
             )
             finished = sample(
                 self.policy, recipe.kernel, rollouts, cond,
-                seed=recipe.run.seed, iteration=self.iteration,
-                guidance=recipe.sampling.guidance, batch_size=recipe.sampling.batch_size,
+                address=Address(recipe.run.seed, self.iteration),
+                 guidance=recipe.sampling.guidance, batch_size=recipe.sampling.batch_size,
                 probe=probe_of(attention), ledger=self.ledger,
             )  # fmt: skip
             rounds.append(rollouts)
@@ -253,7 +254,8 @@ class Trainer:
         )  # fmt: skip
         plan = recipe.credit.complete(recipe.exploration.plan(request))
         refuse_undefined(plan.std, plan.sigmas[:, :-1], plan.sigmas[:, 1:])
-        if plan.rows and not (plan.std > 0).any():
+        needs_noise = recipe.objective.needs_stochastic_steps
+        if needs_noise and plan.rows and not (plan.std > 0).any():
             raise InputError(
                 "no step of the plan is stochastic, so there is nothing to learn from; choose "
                 "another kernel than ode, or a wider exploration."
@@ -294,49 +296,28 @@ class Trainer:
         )  # fmt: skip
         return torch.full_like(advantages, torch.nan)
 
-    def _update(
-        self, transitions: Transitions, cond: Condition, share_done: float
-    ) -> UpdateStatistics:
+    def _update(self, examples: Examples, cond: Condition, share_done: float) -> UpdateStatistics:
         recipe, settings = self.recipe, self.recipe.optimizer
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate_at(self.iteration, share_done)
         at_reference = self.policy.weights.equal("live", "reference")
         statistics = update(
-            self.policy, recipe.kernel, cond, transitions, recipe.objective,
+            self.policy, cond, examples, recipe.objective,
             self.optimizer, self.parameters, seed=recipe.run.seed, iteration=self.iteration,
             guidance=recipe.sampling.guidance, micro_batch=settings.micro_batch,
             max_grad_norm=settings.max_grad_norm, ledger=self.ledger,
         )  # fmt: skip
         self.policy.weights.follow("ema", settings.ema)
-        self._check(statistics, at_reference)
+        faults = recipe.objective.faults(statistics.diagnostics, self.dimensions, at_reference)
+        for fault in faults:
+            log.warning(
+                "iteration %d: %s (policy precision; sampling.state_dtype %s, guidance %g, steps "
+                "%d, batch_size %d; optimizer.micro_batch %d).",
+                self.iteration + 1, fault, recipe.sampling.state_dtype, recipe.sampling.guidance,
+                recipe.sampling.steps, recipe.sampling.batch_size, settings.micro_batch,
+            )  # fmt: skip
         self._give_up(statistics)
         return statistics
-
-    def _check(self, statistics: UpdateStatistics, at_reference: bool) -> None:
-        """Warn where the first pass of the update disagrees with the rollout.
-
-        Args:
-            at_reference: whether the weights that sampled were those of the reference.
-        """
-        recipe = self.recipe
-        limit = 0.1 * recipe.objective.clip(self.dimensions)
-        if statistics.ratio_deviation is not None and statistics.ratio_deviation > limit:
-            log.warning(
-                "iteration %d: before the first step the policy ratio is off by %.1e, more than a "
-                "tenth of the clip range (%.1e). Rollout and training must agree in dtype (policy "
-                "precision, sampling.state_dtype %s), guidance (%g), grid (%d steps), batch shape "
-                "(sampling.batch_size %d, optimizer.micro_batch %d) and grad mode.",
-                self.iteration + 1, statistics.ratio_deviation, limit, recipe.sampling.state_dtype,
-                recipe.sampling.guidance, recipe.sampling.steps, recipe.sampling.batch_size,
-                recipe.optimizer.micro_batch,
-            )  # fmt: skip
-        if at_reference and (statistics.kl or 0.0) > limit:
-            log.warning(
-                "iteration %d: the KL to the reference is %.1e before the first step, when it must "
-                "be 0: the weights that sampled are the reference's, so the policy computes "
-                "otherwise under weights('reference').",
-                self.iteration + 1, statistics.kl,
-            )  # fmt: skip
 
     def _give_up(self, statistics: UpdateStatistics) -> None:
         """Refuse to go on for ever.
@@ -445,8 +426,7 @@ class Trainer:
         ledger.forward(compared * min(passes, self.policy.evaluations(1.0)))
         updates = plan.trained_states() * passes * objective.epochs
         ledger.forward_backward(updates)
-        if objective.needs_reference:
-            ledger.forward(updates)
+        ledger.forward(updates * len(objective.needs))
         return {
             "network_evaluations": ledger.network_evaluations,
             "weighted_evaluations": ledger.weighted_evaluations,

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
+from entroflow.noise import Address
 from entroflow.policies.shapes.policy import ShapesPolicyConfig
 from entroflow.prompts import Prompt
 from entroflow.rewards.preferences.network import Pairwise, Pointwise, features
@@ -131,7 +132,7 @@ def _drawn(policy: Any, specs: list[grammar.Spec], images: int, seed: int, start
     rollouts = Rollouts.empty(plan, policy.latent_shape)
     for _ in sample(
         policy, kernel, rollouts, policy.encode(plan.texts),
-        seed=seed, iteration=start, guidance=1.0, batch_size=64,
+        address=Address(seed, start), guidance=1.0, batch_size=64,
     ):  # fmt: skip
         pass
     assert rollouts.images is not None
