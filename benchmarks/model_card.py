@@ -19,6 +19,7 @@ from entroflow.evaluation.base_and_tuned import summary_of
 from entroflow.evaluation.shapes import ShapesEvaluation
 from entroflow.policies.shapes.policy import WEIGHTS, ShapesPolicyConfig
 from entroflow.policies.shapes.pretrain import Pretraining
+from entroflow.rewards.combined import as_rewards
 from entroflow.rewards.shapes import ShapesReward
 from entroflow.shapes.grammar import SKILLS
 
@@ -34,7 +35,7 @@ def measure(images: int) -> dict:
     settings += [("test", steps, 1.0) for steps in STEPS]
     for split, steps, guidance in settings:
         evaluation = ShapesEvaluation(split=split, steps=steps, guidance=guidance, images=images)
-        found = evaluation.run(policy, seed=1, batch_size=64, reward=ShapesReward())
+        found = evaluation.run(policy, seed=1, batch_size=64, reward=as_rewards(ShapesReward()))
         results.append({"split": split, "steps": steps, "guidance": guidance, **summary_of(found)})
         print(split, steps, guidance, found.scores["overall"], flush=True)
         if split == "test" and steps == STEPS[0]:

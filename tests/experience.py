@@ -24,7 +24,8 @@ from entroflow.objectives.base import Objective
 from entroflow.objectives.transitions import Transitions
 from entroflow.objectives.update import UpdateStatistics, update
 from entroflow.prompts import Prompt
-from entroflow.rewards.base import FunctionReward, Scores
+from entroflow.rewards.base import Scores
+from entroflow.rewards.combined import as_rewards
 from entroflow.rewards.scoring import score
 from entroflow.sampling import solver
 from entroflow.sampling.kernels import FlowSDE
@@ -110,7 +111,7 @@ def experience(
     finished = solver.sample(
         policy, KERNEL, collected, cond, address=Address(0), batch_size=batch_size
     )
-    scores = score({"reward": FunctionReward(reward)}, collected, finished)["reward"]
+    scores = score(as_rewards(reward).parts, collected, finished)["reward"]
     advantages = (credit or Terminal()).advantages(collected, scores)
     table = transitions.transitions_of(collected, advantages)
     return Experience(policy, collected, scores, table)

@@ -22,7 +22,7 @@ from entroflow.prompts import Prompt
 from entroflow.recipe.imports import raised
 from entroflow.recipe.load import build_recipe
 from entroflow.redaction import SHORTEST, without_secrets
-from entroflow.rewards.base import FunctionReward
+from entroflow.rewards.parts import as_part
 from entroflow.rewards.scoring import score_images
 from entroflow.rewards.served_score import ServedScore
 from raw_server import RawServer, chat, http
@@ -126,7 +126,7 @@ def test_no_message_quotes_a_secret(monkeypatch, caplog):
         build_recipe({"reward": {"type": f"{__name__}.{Failing.__name__}"}})
     assert KEY not in str(refused.value)
     assert "MY_JUDGE_API_KEY" in str(refused.value)
-    score_images(FunctionReward(fail), IMAGES, Prompt("a ring"))
+    score_images(as_part(fail, "reward"), IMAGES, Prompt("a ring"))
     assert "<MY_JUDGE_API_KEY>" in caplog.text
     assert KEY not in caplog.text
     with pytest.raises(ConnectionError) as caught:

@@ -13,6 +13,7 @@ from entroflow.evaluation.base import Evaluated, Score
 from entroflow.recipe.load import build_recipe, chosen_type
 from entroflow.rewards.base import Scores, Status
 from entroflow.rewards.pairwise import Answers
+from entroflow.rewards.parts import as_part
 from entroflow.runs.folder import RunFolder
 from gaussian_policy import GaussianPolicy
 
@@ -99,6 +100,16 @@ class ByBrightness:
         for i in range(self.fails):
             points[i], statuses[i] = math.nan, self.status
         return Answers(points, tuple(statuses))
+
+
+def only(recipe):
+    """The reward of a recipe that has one."""
+    (part,) = recipe.reward.parts.values()
+    return part.reward
+
+
+def part(given):
+    return as_part(given, "reward")
 
 
 def groups_of(name: str, mean: int) -> list[str]:

@@ -88,15 +88,12 @@ class Monitors(Component):
         """Refuse what does not fit together.
 
         Raises:
-            ValueError: a mixture, a name that is taken, or `best` names nothing.
+            ValueError: a name that is taken, or `best` names nothing.
         """
         # Win rates of a mixture's rewards are `win_rate/...`, and looked for by that beginning.
         win_rates = [name for name in self.rewards if name.startswith("win_rate")]
         taken = ("reward", "score", "score_low", "score_high", *win_rates)
         refuse_names(self.rewards, taken, "rewards")
-        for name, reward in self.rewards.items():
-            if hasattr(reward, "rewards"):
-                raise ValueError(f"rewards.{name} is a mixture; name its rewards here")
         known = ["score", *self.rewards]
         if self.best is not None and self.best not in known:
             raise ValueError(f"best is {self.best!r}, which is none of: {', '.join(known)}")

@@ -11,9 +11,8 @@ from entroflow.checks.examination import examine_reward
 from entroflow.checks.findings import Verdict
 from entroflow.cli import main as cli
 from entroflow.prompts import Prompt
-from entroflow.rewards.base import FunctionReward
 from entroflow.rewards.pairwise import Pairwise
-from tiny_run import ByBrightness
+from tiny_run import ByBrightness, part
 
 CHECKS = ["values", "repeated", "batches", "noise", "spread", "cost"]
 PROMPTS = [Prompt("a ring"), Prompt("a cross")]
@@ -30,8 +29,7 @@ def brightness(images, prompts, metadata):
 
 
 def examined(reward, size=4):
-    reward = FunctionReward(reward) if callable(reward) else reward
-    found = {f.check: f for f in examine_reward(reward, groups(size), PROMPTS)}
+    found = {f.check: f for f in examine_reward(part(reward), groups(size), PROMPTS)}
     assert list(found) == CHECKS
     return found
 

@@ -12,9 +12,8 @@ from entroflow.checks.noise_floors import Floor, as_yaml, floor_of, harmless
 from entroflow.cli import main as cli
 from entroflow.errors import InputError
 from entroflow.prompts import Prompt
-from entroflow.rewards.base import FunctionReward
 from entroflow.rewards.pairwise import Pairwise
-from tiny_run import ByBrightness, brightness
+from tiny_run import ByBrightness, brightness, part
 
 PROMPTS = [Prompt(f"word {n}") for n in range(3)]
 
@@ -49,16 +48,16 @@ def test_a_shift_moves_every_pixel_and_keeps_the_border():
 def test_the_noise_of_a_reward_is_found(groups):
     """A reward that is nothing but noise, of a known size, beside one that has none."""
     source = np.random.default_rng(0)
-    noisy = floor_of(FunctionReward(lambda i, *_: source.normal(0, 0.2, len(i))), groups, PROMPTS)
+    noisy = floor_of(part(lambda i, *_: source.normal(0, 0.2, len(i))), groups, PROMPTS)
     assert noisy.noise == pytest.approx(0.2, rel=0.15)
     assert noisy.floor == 2 * noisy.noise
     assert noisy.signal < 0.35
-    still = floor_of(FunctionReward(lambda i, *_: [1.0] * len(i)), groups, PROMPTS)
+    still = floor_of(part(lambda i, *_: [1.0] * len(i)), groups, PROMPTS)
     assert (still.noise, still.spread, still.signal, still.failed) == (0, 0, 0, 0)
 
 
 def test_brightness_hardly_changes(groups):
-    found = floor_of(FunctionReward(brightness), groups, PROMPTS)
+    found = floor_of(part(brightness), groups, PROMPTS)
     variances = [group.flatten(1).mean(dim=1).double().var() for group in groups]
     assert found.spread == pytest.approx(math.sqrt(torch.stack(variances).mean()), rel=1e-5)
     assert found.noise < 0.1 * found.spread
@@ -67,14 +66,14 @@ def test_brightness_hardly_changes(groups):
 
 def test_a_judge_of_pairs_is_calibrated_too(groups):
     judge = Pairwise().model_copy(update={"judge": ByBrightness()})
-    found = floor_of(judge, groups, PROMPTS)
+    found = floor_of(part(judge), groups, PROMPTS)
     # Of a strict ranking of eight: sqrt(G (G + 1) / (12 (G - 1)^2)), over n - 1.
     assert found.spread == pytest.approx(math.sqrt(8 * 9 / (12 * 49)), rel=1e-6)
     assert found.noise < 0.2 * found.spread
 
 
 def test_what_failed_is_left_out_and_counted(groups):
-    first = FunctionReward(lambda i, *_: [math.nan, *i.flatten(1).mean(dim=1)[1:].tolist()])
+    first = part(lambda i, *_: [math.nan, *i.flatten(1).mean(dim=1)[1:].tolist()])
     found = floor_of(first, groups, PROMPTS)
     assert found.failed == pytest.approx(1 / 8)
     assert math.isfinite(found.noise)
@@ -99,4 +98,4 @@ def test_as_yaml():
 
 def test_a_reward_that_is_down_has_no_floor(groups):
     with pytest.raises(InputError, match="scored too few images to say"):
-        floor_of(FunctionReward(lambda i, *_: [math.nan] * len(i)), groups, PROMPTS)
+        floor_of(part(lambda i, *_: [math.nan] * len(i)), groups, PROMPTS)

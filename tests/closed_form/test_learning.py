@@ -26,7 +26,7 @@ from entroflow.objectives.transitions import Transitions
 from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
 from entroflow.recipe.load import load_recipe, shipped_recipes
-from entroflow.rewards.base import FunctionReward, Scores
+from entroflow.rewards.base import Scores
 from entroflow.sampling.plan import fresh_rows
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.training.metrics import Metrics
@@ -50,7 +50,7 @@ def linear(images: Tensor, prompts: object, metadata: object) -> list[float]:
 
 def toy(name: str, *overrides: str, seed: int = 0) -> Trainer:
     """A trainer by a shipped recipe, on the toy policy and its reward."""
-    given = {"policy": GaussianPolicy(0.3, 0.5), "reward": FunctionReward(linear)}
+    given = {"policy": GaussianPolicy(0.3, 0.5), "reward": linear}
     budget = [*BUDGET, *groups_of(name, 16), f"run.seed={seed}"]
     recipe = load_recipe(name, [*budget, *overrides], given)
     return Trainer(recipe, given["policy"])

@@ -12,7 +12,7 @@ import entroflow
 from entroflow.credit.terminal import Terminal
 from entroflow.credit.trace import trace_metrics
 from entroflow.credit.turning_points import TurningPoints
-from entroflow.rewards.base import FunctionReward
+from entroflow.rewards.combined import as_rewards
 from entroflow.runs.folder import RunFolder
 from entroflow.training.trainer import Trainer
 from tiny_run import HERE, PROMPTS, ROLLOUTS, PixelPolicy, assert_same_run, recipe, train
@@ -138,7 +138,7 @@ def test_failed_completions_are_counted():
         first = sum(calls) - len(images) < ROLLOUTS <= sum(calls)
         return [NAN, *values[1:]] if not first and len(calls) == 6 else values
 
-    trainer = Trainer(recipe(**TURNING), PixelPolicy(), FunctionReward(failing))
+    trainer = Trainer(recipe(**TURNING), PixelPolicy(), as_rewards(failing))
     metrics = trainer.step()
     assert sum(calls) == ROLLOUTS * 6
     assert metrics["reward/failed"] == 1

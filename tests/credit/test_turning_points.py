@@ -32,7 +32,8 @@ from entroflow.ledger import Ledger
 from entroflow.noise import Address
 from entroflow.prompts import Prompt
 from entroflow.recipe.load import load_recipe
-from entroflow.rewards.base import FunctionReward, Scores, Status
+from entroflow.rewards.base import Scores, Status
+from entroflow.rewards.combined import as_rewards
 from entroflow.rewards.scoring import score
 from entroflow.sampling.kernels import ODE, FlowSDE
 from entroflow.sampling.plan import Role, fresh_rows
@@ -312,8 +313,7 @@ def run(plan, policy, kernel=None, credit=None, reward=nonlinear, ledger=None):
             policy, kernel or FlowSDE(noise_level=0.7), collected, cond, address=Address(0),
              batch_size=7, ledger=ledger,
         )  # fmt: skip
-        rewards = {"reward": FunctionReward(reward)}
-        scores = score(rewards, collected, finished, ledger)["reward"]
+        scores = score(as_rewards(reward).parts, collected, finished, ledger)["reward"]
     return collected, scores, credit.trace(whole, scores).rewards
 
 

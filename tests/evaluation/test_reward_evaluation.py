@@ -16,7 +16,7 @@ from entroflow.evaluation.image_statistics import statistics
 from entroflow.evaluation.reward import EXAMPLES, RewardEvaluation
 from entroflow.ledger import Ledger
 from entroflow.recipe.load import load_recipe
-from entroflow.rewards.base import FunctionReward
+from entroflow.rewards.combined import as_rewards
 from tiny_run import PixelPolicy
 
 WORDS = [f"word {number}" for number in range(10)]
@@ -31,7 +31,7 @@ def prompts(tmp_path):
 
 def run(evaluation, reward, policy=None, **options):
     policy = policy or PixelPolicy()
-    return evaluation.run(policy, seed=0, batch_size=64, reward=FunctionReward(reward), **options)
+    return evaluation.run(policy, seed=0, batch_size=64, reward=as_rewards(reward), **options)
 
 
 def number(images, prompts, metadata):
@@ -134,7 +134,7 @@ def test_a_gain_is_judged_prompt_by_prompt(prompts):
         return [100 * n + n * mean for n, mean in zip(numbers, means, strict=True)]
 
     summary, found = compare_with_base(
-        policy, evaluation.on_test_prompts(), seed=0, batch_size=64, reward=FunctionReward(reward)
+        policy, evaluation.on_test_prompts(), seed=0, batch_size=64, reward=as_rewards(reward)
     )
     change = (found["tuned"].by_prompt - found["base"].by_prompt).numpy()
     assert change == pytest.approx([0.01, 0.03, 0.05, 0.07, 0.09], rel=1e-4)

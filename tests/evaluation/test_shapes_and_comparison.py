@@ -23,7 +23,7 @@ from entroflow.ledger import Ledger
 from entroflow.policies.base import Condition, WeightSets
 from entroflow.policies.grid import shifted_grid
 from entroflow.policies.shapes.policy import ShapesPolicy
-from entroflow.rewards.base import FunctionReward
+from entroflow.rewards.combined import as_rewards
 from entroflow.rewards.shapes import ShapesReward
 from entroflow.runs.evaluate import evaluate
 from entroflow.shapes import grammar
@@ -87,7 +87,7 @@ def evaluated(policy, *, seed=0, batch_size=64, reward=None, ledger=None, **sett
 @torch.no_grad()
 def test_a_perfect_policy_scores_1():
     ledger = Ledger()
-    found = evaluated(DrawnPolicy(), reward=ShapesReward(value="strict"), ledger=ledger)
+    found = evaluated(DrawnPolicy(), reward=as_rewards(ShapesReward(value="strict")), ledger=ledger)
     assert set(found.scores) == {*grammar.SKILLS, "overall"}
     for skill, score in found.scores.items():
         assert score.value == 1
@@ -148,7 +148,7 @@ def test_the_reward_reported_is_the_mean_without_failures():
         values.extend(value for value in returned if not math.isnan(value))
         return returned
 
-    found = evaluated(DrawnPolicy(), reward=FunctionReward(reward))
+    found = evaluated(DrawnPolicy(), reward=as_rewards(reward))
     assert len(values) == 47
     assert found.reward == pytest.approx(np.mean(values), rel=1e-12)
 
@@ -280,7 +280,7 @@ def test_images_are_shared_evenly_by_the_prompts(images):
         asked.extend(prompts)
         return [0.0] * len(prompts)
 
-    found = evaluated(policy, reward=FunctionReward(reward), images=images)
+    found = evaluated(policy, reward=as_rewards(reward), images=images)
     assert len(asked) == 6 * images
     for skill in grammar.SKILLS:
         mine = [prompt for prompt in asked if grammar.parse(prompt).skill == skill]
@@ -308,7 +308,8 @@ def plain(found):
 def test_batches_change_no_bit_with_an_elementwise_policy(batch_size):
     policy = DrawnPolicy(skill=0.8)
     one, other = (
-        evaluated(policy, batch_size=size, reward=ShapesReward()) for size in (64, batch_size)
+        evaluated(policy, batch_size=size, reward=as_rewards(ShapesReward()))
+        for size in (64, batch_size)
     )
     assert plain(other) == plain(one)
     assert torch.equal(other.images, one.images)

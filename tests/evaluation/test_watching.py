@@ -11,10 +11,12 @@ from entroflow.evaluation.base_and_tuned import compare_with_base
 from entroflow.evaluation.reward import RewardEvaluation
 from entroflow.evaluation.watching import watched
 from entroflow.ledger import Ledger
-from entroflow.rewards.base import FunctionReward, Scores, Status
+from entroflow.rewards.base import Scores, Status
+from entroflow.rewards.combined import as_rewards
 from entroflow.rewards.mixture import Mixture
 from entroflow.rewards.pairwise import Pairwise
-from tiny_run import Brightness, ByBrightness, PixelPolicy, brightness
+from entroflow.rewards.parts import as_parts
+from tiny_run import Brightness, ByBrightness, PixelPolicy, brightness, part
 
 
 class Failing:
@@ -35,9 +37,10 @@ def pairwise(judge=None):
 
 def look(evaluation, shift, reward, monitors=None, base=None, **options):
     """The evaluation of a policy whose images are brighter by `shift`, with what it leaves out."""
-    found = evaluation.run(PixelPolicy(shift), seed=0, batch_size=5, reward=reward)
+    rewards, watching = as_rewards(reward), as_parts(monitors or {}, "monitors.rewards")
+    found = evaluation.run(PixelPolicy(shift), seed=0, batch_size=5, reward=rewards)
     base = base or found.drawn
-    return watched(evaluation, found, reward, monitors or {}, base, seed=0, batch_size=5, **options)
+    return watched(evaluation, found, rewards, watching, base, seed=0, batch_size=5, **options)
 
 
 @pytest.mark.parametrize(("shift", "rate"), [(0.2, 1.0), (-0.2, 0.0), (0.0, 0.5)])
@@ -69,19 +72,19 @@ def test_a_mixture_counts_what_compares_and_what_does_not_with_their_weights(eva
 
 def test_monitors_are_scored_beside_the_statistics(evaluation):
     monitors = {"light": Brightness(), "wins": pairwise(), "gone": Failing()}
-    base = look(evaluation, 0.0, FunctionReward(brightness), monitors)
-    found = look(evaluation, 0.2, FunctionReward(brightness), monitors, base.drawn)
+    base = look(evaluation, 0.0, brightness, monitors)
+    found = look(evaluation, 0.2, brightness, monitors, base.drawn)
     means = found.monitor_means()
     assert means["light"] == pytest.approx(found.reward)
     assert means["wins"] == 1.0
     assert means["gone"] != means["gone"], "NaN: it failed"
-    assert found.scores == look(evaluation, 0.2, FunctionReward(brightness)).scores
+    assert found.scores == look(evaluation, 0.2, brightness).scores
     assert not found.win_rates
     assert {"brightness", "diversity"} <= means.keys()
 
 
 def test_the_names_of_what_is_measured_are_known_before(evaluation):
-    found = evaluation.run(PixelPolicy(), seed=0, batch_size=5, reward=Brightness())
+    found = evaluation.run(PixelPolicy(), seed=0, batch_size=5, reward=as_rewards(Brightness()))
     assert {*found.monitors} == {*evaluation.monitor_names}
 
 
@@ -90,16 +93,18 @@ def test_what_can_not_be_watched_is_said(evaluation):
         look(evaluation, 0.0, Brightness(), {"brightness": Brightness()})
     blind = Evaluated({"overall": Score(0.5, 0.4, 0.6, 2)}, 0.5, {}, torch.zeros(0), [], [])
     with pytest.raises(InputError, match="does not return what it has drawn, so that light can't"):
-        watched(evaluation, blind, None, {"light": Brightness()}, None, seed=0, batch_size=5)
-    assert watched(evaluation, blind, pairwise(), {}, None, seed=0, batch_size=5) is blind
+        watched(evaluation, blind, None, {"light": part(Brightness())}, None, seed=0, batch_size=5)
+    assert (
+        watched(evaluation, blind, as_rewards(pairwise()), {}, None, seed=0, batch_size=5) is blind
+    )
 
 
 def test_the_comparison_says_how_often_the_tuned_weights_win(evaluation):
     policy = PixelPolicy()
     policy.weights.keep("ema", {"shift": policy.shift + 0.2})
     summary, _ = compare_with_base(
-        policy, evaluation, seed=0, batch_size=64, reward=pairwise(),
-        monitors={"light": Brightness()},
+        policy, evaluation, seed=0, batch_size=64, reward=as_rewards(pairwise()),
+        monitors={"light": part(Brightness())},
     )  # fmt: skip
     models = summary["models"]
     assert models["base"]["win_rates"]["reward"]["value"] == 0.5
@@ -142,6 +147,11 @@ def test_a_value_beside_a_failure_is_never_used(evaluation):
 
 def test_a_win_rate_is_not_measured_at_other_guidance_scales(evaluation):
     summary, _ = compare_with_base(
-        PixelPolicy(), evaluation, seed=0, batch_size=64, reward=pairwise(), with_tuned=False
+        PixelPolicy(),
+        evaluation,
+        seed=0,
+        batch_size=64,
+        reward=as_rewards(pairwise()),
+        with_tuned=False,
     )
     assert [tried["guidance"] for tried in summary["guidance_tried"]] == [1.0]

@@ -20,7 +20,7 @@ from entroflow.recipe.load import load_recipe
 from entroflow.sampling.kernels import CPS, FlowSDE
 from entroflow.sampling.plan import FRESH
 from entroflow.training.trainer import Trainer
-from tiny_run import ROLLOUTS, PixelPolicy, brightness, recipe
+from tiny_run import ROLLOUTS, PixelPolicy, brightness, only, recipe
 
 KERNEL = FlowSDE(noise_level=0.7)
 
@@ -119,7 +119,7 @@ def test_only_the_trained_steps_are_transitions_and_cost_a_pass():
     assert metrics["ledger/network_evaluations"] == (4 + 2) * ROLLOUTS
     assert metrics["policy/ratio_max_deviation"] == 0
     assert set(metrics["by_step"]["ratio"]) == {"0", "1", "2"}
-    assert settings.reward.function is brightness
+    assert only(settings).function is brightness
 
 
 # --- a window -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from entroflow.noise import Address, Stream, gaussian
 from entroflow.objectives.update import update
 from entroflow.recipe.load import load_recipe
-from entroflow.rewards.base import FunctionReward
+from entroflow.rewards.combined import as_rewards
 from entroflow.training import trainer as trainer_module
 from entroflow.training.trainer import Trainer
 
@@ -49,9 +49,7 @@ def sampled(tmp_path_factory):
         for parameter in policy.weights.live.values():
             parameter.normal_(std=0.1)
     values = iter(REWARDS)
-    made = Trainer(
-        recipe, policy, FunctionReward(lambda images, *_: [next(values) for _ in images])
-    )
+    made = Trainer(recipe, policy, as_rewards(lambda images, *_: [next(values) for _ in images]))
     seen = []
 
     def kept(*arguments, **options):

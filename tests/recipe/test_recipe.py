@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from entroflow.errors import RecipeError
+from entroflow.recipe.imports import imported
 from entroflow.recipe.load import build_recipe, load_component, load_recipe, shipped_recipes
 from entroflow.recipe.read import titles
 from entroflow.recipe.registry import COMPONENTS, IMAGES, PLAIN, SECTIONS
 from entroflow.rewards.base import FunctionReward
+from tiny_run import only
 
 SHIPPED = sorted(shipped_recipes())
 REQUIRED = {
@@ -99,6 +101,10 @@ def assert_same(one, other):
         assert type(getattr(other, section)) is type(getattr(one, section))
 
 
+def component_of(recipe, section):
+    return only(recipe) if section == "reward" else getattr(recipe, section)
+
+
 def changed(**sections):
     """The recipe of `BASE` with some keys changed; another `type` starts from nothing."""
     mapping = dict(BASE)
@@ -142,8 +148,9 @@ def test_every_key_of_a_shipped_file_arrives(name):
         else:
             assert recipe.resolved[section] == getattr(recipe, section) == fields
     for section in SECTIONS:
-        component = getattr(recipe, section)
-        assert set(recipe.resolved[section]) == set(type(component).model_fields)
+        written = recipe.resolved[section]
+        kind = PLAIN.get(section) or imported(COMPONENTS[section][written["type"]], section)
+        assert set(written) == set(kind.model_fields)
 
 
 def test_titles_name_every_shipped_recipe():
@@ -159,8 +166,9 @@ def test_titles_name_every_shipped_recipe():
 def test_every_listed_type_can_be_chosen(section, kind, tmp_path):
     fields = {"type": kind, **REQUIRED.get((section, kind), {})}
     recipe = build_recipe({section: fields})
-    chosen = type(getattr(recipe, section))
-    assert f"{chosen.__module__}.{chosen.__name__}" == COMPONENTS[section][kind]
+    if (section, kind) != ("reward", "mixture"):
+        chosen = type(component_of(recipe, section))
+        assert f"{chosen.__module__}.{chosen.__name__}" == COMPONENTS[section][kind]
     assert recipe.resolved[section]["type"] == kind
     assert_same(recipe, reread(recipe, tmp_path))
 
@@ -168,12 +176,14 @@ def test_every_listed_type_can_be_chosen(section, kind, tmp_path):
 def test_components_and_recipes_are_frozen():
     recipe = load_recipe("quickstart")
     for section in SECTIONS:
-        component = getattr(recipe, section)
+        component = component_of(recipe, section)
         field = next(iter(type(component).model_fields))
         with pytest.raises(ValueError, match="frozen"):
             setattr(component, field, getattr(component, field))
     with pytest.raises(AttributeError):
         recipe.title = "another"
+    with pytest.raises(AttributeError):
+        recipe.reward.weights = {}
 
 
 # --- reading back anything ------------------------------------------------------------------------
@@ -421,7 +431,7 @@ def test_an_override_reaches_into_nested_keys(own_parts, tmp_path):
     recipe = load_recipe(
         written(tmp_path, text), ["reward.inner.b=[3, 4]", "reward.inner.c.d=1e-3"]
     )
-    assert recipe.reward.inner == {"a": 1, "b": [3, 4], "c": {"d": 1e-3}}
+    assert only(recipe).inner == {"a": 1, "b": [3, 4], "c": {"d": 1e-3}}
 
 
 def test_a_value_may_hold_an_equals_sign_or_be_no_yaml():
@@ -547,8 +557,8 @@ def own(tmp_path, fields, section="reward", **options):
 
 def test_a_typed_class_beside_the_recipe(tmp_path, parts):
     recipe = own(tmp_path, f"{{type: {parts}.Typed, names: [c]}}")
-    assert type(recipe.reward).__name__ == "Typed"
-    assert (recipe.reward.scale, recipe.reward.names) == (2.0, ("c",))
+    assert type(only(recipe)).__name__ == "Typed"
+    assert (only(recipe).scale, only(recipe).names) == (2.0, ("c",))
     expected = {"type": f"{parts}.Typed", "scale": 2.0, "names": ["c"]}
     assert recipe.resolved["reward"] == expected
     assert_same(recipe, reread(recipe, tmp_path))
@@ -558,22 +568,22 @@ def test_a_typed_class_beside_the_recipe(tmp_path, parts):
 
 def test_a_plain_class_beside_the_recipe(tmp_path, parts):
     recipe = own(tmp_path, f"{{type: {parts}.Plain, scale: [1, 2]}}")
-    assert (recipe.reward.scale, recipe.reward.offset) == ([1, 2], 0)
+    assert (only(recipe).scale, only(recipe).offset) == ([1, 2], 0)
     assert recipe.resolved["reward"] == {"type": f"{parts}.Plain", "scale": [1, 2]}
     assert_same(recipe, reread(recipe, tmp_path))
 
 
 def test_a_function_beside_the_recipe_is_a_reward(tmp_path, parts):
     recipe = own(tmp_path, f"{{type: {parts}.function}}")
-    assert isinstance(recipe.reward, FunctionReward)
-    assert recipe.reward.function is sys.modules[parts].function
+    assert isinstance(only(recipe), FunctionReward)
+    assert only(recipe).function is sys.modules[parts].function
     assert_same(recipe, reread(recipe, tmp_path))
 
 
 @pytest.mark.parametrize("section", [s for s in SECTIONS if s not in PLAIN])
 def test_any_chosen_section_takes_a_component_of_ones_own(tmp_path, parts, section):
     recipe = load_recipe(written(tmp_path, f"{section}: {{type: {parts}.Plain, scale: 1}}"))
-    assert getattr(recipe, section).scale == 1
+    assert component_of(recipe, section).scale == 1
     assert_same(recipe, reread(recipe, tmp_path))
 
 
@@ -646,7 +656,7 @@ def test_the_users_modules_come_last_and_those_beside_the_recipe_first(
     # What was loaded before changes nothing.
     load_recipe("quickstart")
     recipe = own(tmp_path, "{type: own_module.score}", trust=True)
-    assert recipe.reward.function(None) == "beside"
+    assert only(recipe).function(None) == "beside"
     assert sys.path[-2:] == [str(tmp_path), str(elsewhere)]
     assert sys.path[:-2] == [place for place in before if place in sys.path[:-2]]
 
@@ -743,7 +753,7 @@ def test_betas_outside_of_0_and_1_are_refused():
 def test_a_component_in_the_current_folder_is_found(tmp_path, parts, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe("quickstart", [f"reward.type={parts}.function"])
-    assert isinstance(recipe.reward, FunctionReward)
+    assert isinstance(only(recipe), FunctionReward)
 
 
 def test_objects_of_the_caller_take_the_place_of_sections(tmp_path):
@@ -755,10 +765,10 @@ def test_objects_of_the_caller_take_the_place_of_sections(tmp_path):
     mapping = {"reward": {"type": "no_such_module.Reward"}, "run": {"seed": 5}}
     own = Own()
     recipe = build_recipe(mapping, given={"reward": own})
-    assert recipe.reward is own
+    assert only(recipe) is own
     assert recipe.run.seed == 5
     assert recipe.resolved["reward"]["type"].startswith(f"{__name__}.")
-    function = FunctionReward(test_titles_name_every_shipped_recipe)
+    function = test_titles_name_every_shipped_recipe
     recipe = build_recipe(mapping, given={"reward": function})
     home = {"type": f"{__name__}.test_titles_name_every_shipped_recipe"}
     assert recipe.resolved["reward"] == home

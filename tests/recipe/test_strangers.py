@@ -24,6 +24,7 @@ from entroflow.recipe.read import read
 from entroflow.recipe.registry import IMAGES
 from entroflow.runs.evaluate import _part
 from entroflow.runs.open import Opened
+from tiny_run import only
 
 PLACES = {
     "policy": "policy: {{type: {0}}}",
@@ -96,7 +97,7 @@ def test_code_of_a_folder_elsewhere_is_not_imported(stranger, place):
 def test_it_is_imported_when_it_is_trusted(stranger):
     folder, module, ran = stranger
     recipe = load_recipe(written(folder, f"reward: {{type: {module}.score}}"), trust=True)
-    assert recipe.reward.function is sys.modules[module].score
+    assert only(recipe).function is sys.modules[module].score
     assert ran.exists()
     assert recipe.found_in == folder
 
@@ -182,7 +183,7 @@ def test_a_recipe_in_the_working_tree_can_not_point_elsewhere(stranger):
 def test_what_is_installed_needs_no_trust(stranger):
     folder, _, _ = stranger
     recipe = load_recipe(written(folder, "reward: {type: tiny_run.Brightness}"))
-    assert type(recipe.reward).__name__ == "Brightness"
+    assert type(only(recipe)).__name__ == "Brightness"
 
 
 def test_of_two_modules_of_one_name_neither_is_taken_for_the_other(stranger):
@@ -390,7 +391,7 @@ def test_a_server_on_this_machine_needs_no_trust(stranger, url, is_here):
     folder, _, _ = stranger
     recipe = written(folder, f"reward: {{{SERVED}, url: '{url}'}}")
     if is_here:
-        assert load_recipe(recipe).reward.url == url
+        assert only(load_recipe(recipe)).url == url
     else:
         with pytest.raises(UntrustedError):
             load_recipe(recipe)
@@ -428,7 +429,8 @@ def test_a_run_folder_elsewhere_needs_trust_for_its_server(stranger):
         load_recipe(recipe)
     with pytest.raises(UntrustedError):
         _part(Opened(None, (), read(recipe, (), IMAGES)), "reward")
-    assert _part(Opened(None, (), read(recipe, (), IMAGES), trust=True), "reward").model == "m"
+    rewards = _part(Opened(None, (), read(recipe, (), IMAGES), trust=True), "reward")
+    assert rewards.parts["reward"].reward.model == "m"
 
 
 def test_a_variable_that_is_no_name_is_not_shown(stranger):
@@ -658,12 +660,13 @@ def test_whatever_can_be_called_is_a_reward(callables, name):
     import torch
 
     from entroflow.prompts import Prompt
-    from entroflow.rewards.base import as_reward
+    from entroflow.rewards.combined import as_rewards
+    from entroflow.rewards.scoring import score_images
 
     recipe = load_recipe("quickstart", [f"reward.type={callables}.{name}"])
     images = torch.tensor([0.25, 0.75]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
-    for reward in (recipe.reward, as_reward(getattr(sys.modules[callables], name))):
-        scores = reward.score(images, [Prompt("a", {"x": [1]}), Prompt("b")])
+    for reward in (recipe.reward, as_rewards(getattr(sys.modules[callables], name))):
+        scores = score_images(reward.parts["reward"], images, Prompt("a", {"x": [1]}))
         assert scores.values.tolist() == [0.25, 0.75]
     assert recipe.resolved["reward"] == {"type": f"{callables}.{name}"}
 
@@ -688,7 +691,7 @@ def test_what_can_not_be_called_with_images_is_refused(callables, name, said):
 
 def test_an_object_with_a_score_is_a_reward_and_takes_no_keys(callables):
     recipe = load_recipe("quickstart", [f"reward.type={callables}.whole"])
-    assert recipe.reward is sys.modules[callables].whole
+    assert only(recipe) is sys.modules[callables].whole
     for name, what in (("whole", "an object"), ("instance", "a function")):
         with pytest.raises(RecipeError, match=f"{what} takes no keys, but .'scale'. are given"):
             load_recipe("quickstart", [f"reward.type={callables}.{name}", "reward.scale=1"])
@@ -703,12 +706,11 @@ def test_from_python_a_class_is_refused_too():
 
 
 def test_a_partial_is_known_by_its_function():
-    from entroflow.rewards.base import FunctionReward
     from tiny_run import ByBrightness, brightness
 
     part = functools.partial(functools.partial(brightness), metadata=None)
-    assert users_code.home_of(FunctionReward(part)) == "tiny_run.brightness"
-    assert users_code.home_of(FunctionReward(ByBrightness())) == "tiny_run.ByBrightness"
+    assert users_code.home_of(part) == "tiny_run.brightness"
+    assert users_code.home_of(ByBrightness()) == "tiny_run.ByBrightness"
 
 
 @pytest.mark.parametrize("closed", ["stdin", "stderr"])

@@ -14,6 +14,7 @@ from entroflow.pictures import to_pil
 from entroflow.prompts import Prompt
 from entroflow.recipe.load import build_recipe
 from entroflow.rewards.clip import CLIPScore
+from tiny_run import only
 
 TEXTS = ["a red circle", "two green triangles and one yellow ring", "a red circle"]
 
@@ -117,6 +118,6 @@ def test_pickscore_is_a_recipe():
         "type": "clip", "model": "yuvalkirstain/PickScore_v1", "scaled": True,
         "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     }  # fmt: skip
-    reward = build_recipe({"reward": fields}).reward
+    reward = only(build_recipe({"reward": fields}))
     assert isinstance(reward, CLIPScore)
     assert reward.scaled

@@ -13,6 +13,7 @@ from entroflow.prompts import Prompt
 from entroflow.recipe.load import load_component, load_recipe
 from entroflow.rewards.base import Status
 from entroflow.rewards.jpeg_size import JPEGSize
+from tiny_run import only
 
 
 def pictures():
@@ -57,7 +58,7 @@ def test_values_outside_of_the_range_are_clamped():
 
 def test_a_recipe_names_it():
     recipe = load_recipe("quickstart", ["reward.type=jpeg_size", "reward.prefer=large"])
-    assert recipe.reward == JPEGSize(prefer="large")
+    assert only(recipe) == JPEGSize(prefer="large")
     with pytest.raises(RecipeError, match="prefer: input should be 'small' or 'large'"):
         load_recipe("quickstart", ["reward.type=jpeg_size", "reward.prefer=medium"])
-    assert load_component("quickstart", "reward").type == "shapes"
+    assert load_component("quickstart", "reward").parts["reward"].reward.type == "shapes"

@@ -16,7 +16,7 @@ from entroflow.recipe.load import build_recipe, load_recipe
 from entroflow.rewards.base import Status
 from entroflow.rewards.pairwise import Pairwise
 from entroflow.training.trainer import Trainer
-from tiny_run import GROUP, HERE, PROMPTS, ByBrightness, PixelPolicy, recipe
+from tiny_run import GROUP, HERE, PROMPTS, ByBrightness, PixelPolicy, only, recipe
 
 MINE = __name__
 
@@ -161,7 +161,7 @@ def test_images_of_two_prompts_never_meet():
         PixelPolicy(),
     )
     metrics = trainer.step()
-    judge = trainer.recipe.reward.judge
+    judge = only(trainer.recipe).judge
     assert len(judge.asked) == PROMPTS
     for sides, prompts in judge.asked:
         assert len(set(prompts)) == 1
@@ -212,7 +212,7 @@ def test_completions_meet_those_of_the_same_step():
         PixelPolicy(),
     )
     trainer.step()
-    assert len(trainer.recipe.reward.judge.asked) == PROMPTS * (1 + 2)
+    assert len(only(trainer.recipe).judge.asked) == PROMPTS * (1 + 2)
 
 
 # --- recipes --------------------------------------------------------------------------------------
@@ -256,12 +256,12 @@ def test_wrong_judges_are_refused(fields, said):
 def test_a_judge_is_part_of_the_recipe(tmp_path):
     """Written out, read back, overridden and hashed."""
     made = with_reward({"type": "pairwise", "judge": {"type": f"{HERE}.ByBrightness", "fails": 2}})
-    assert made.reward.judge.fails == 2
+    assert only(made).judge.fails == 2
     path = tmp_path / "mine.yaml"
     path.write_text(made.to_yaml())
     again = load_recipe(path)
     assert again.hash == made.hash
-    assert again.reward.judge.fails == 2
+    assert only(again).judge.fails == 2
     other = load_recipe(path, ["reward.judge.fails=3"])
-    assert other.reward.judge.fails == 3
+    assert only(other).judge.fails == 3
     assert other.hash != made.hash

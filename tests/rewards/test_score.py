@@ -12,14 +12,15 @@ from entroflow.ledger import Ledger
 from entroflow.noise import Address, Stream, generator
 from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
-from entroflow.rewards.base import FunctionReward, Scores, Status
+from entroflow.rewards.base import Scores, Status
+from entroflow.rewards.parts import as_parts
 from entroflow.rewards.scoring import CALLS, Scoring, score
 from entroflow.sampling.kernels import ODE
 from entroflow.sampling.plan import fresh_rows
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.sampling.solver import sample
 from gaussian_policy import GaussianPolicy
-from tiny_run import Brightness
+from tiny_run import Brightness, part
 
 ROWS = 5
 
@@ -48,7 +49,7 @@ def scored_all(rewards, batch_size=2, **options):
     rollouts = Rollouts.empty(plan, policy.latent_shape)
     cond = policy.encode(rollouts.plan.texts)
     finished = sample(policy, ODE(), rollouts, cond, address=Address(0), batch_size=batch_size)
-    return score(rewards, rollouts, finished, **options)
+    return score(as_parts(rewards, "rewards"), rollouts, finished, **options)
 
 
 def test_values_land_on_their_rows():
@@ -88,7 +89,7 @@ def test_the_warning_of_a_failed_function_names_the_kind_of_error(caplog):
     def reward(images, prompts, metadata):
         return [entry["level"] for entry in metadata]
 
-    found = scored(FunctionReward(reward), batch_size=ROWS)
+    found = scored(reward, batch_size=ROWS)
     assert found.values.isnan().all()
     assert "KeyError: 'level'" in caplog.text
 
@@ -121,7 +122,9 @@ def test_a_group_is_compared_when_it_is_whole(batch_size):
     cond, ledger = policy.encode(plan.texts), Ledger()
     finished = sample(policy, ODE(), rollouts, cond, address=Address(0, 4), batch_size=batch_size)
     reward = Places()
-    found = score({"places": reward}, rollouts, finished, ledger, seed=7, iteration=4)["places"]
+    found = score({"places": part(reward)}, rollouts, finished, ledger, seed=7, iteration=4)[
+        "places"
+    ]
     assert found.values.tolist() == [0, 1, 2, 0, 1]
     assert [text for text, *_ in reward.groups] == ["a ring", "a cross"]
     assert torch.equal(torch.cat([images for _, images, _ in reward.groups]), rollouts.images)
@@ -150,7 +153,7 @@ def test_a_group_may_span_rounds(known):
     Whether it is known in time which round is the last makes no difference.
     """
     reward, ledger = Places(), Ledger()
-    scoring = Scoring({"places": reward, "light": Brightness()}, ledger)
+    scoring = Scoring({"places": part(reward), "light": part(Brightness())}, ledger)
     images = []
     for number, (rollouts, finished) in enumerate(two_rounds([[2, 3], [2, 0]]), start=1):
         scoring.take(rollouts, finished, last=known and number == 2)
@@ -193,7 +196,7 @@ def test_a_reward_that_waits_is_asked_while_sampling_goes_on():
         slow.drawn.set()
 
     ((rollouts, finished),) = two_rounds([[2, 3]])
-    found = score({"places": slow}, rollouts, stream(finished))["places"]
+    found = score({"places": part(slow)}, rollouts, stream(finished))["places"]
     assert found.values.tolist() == [0, 1, 0, 1, 2]
     assert slow.threads <= {f"reward places_{n}" for n in range(CALLS)}
     assert not [t for t in threading.enumerate() if t.name.startswith("reward places")]
@@ -226,7 +229,7 @@ def test_left_by_an_exception_scoring_waits_for_no_reward(told):
     ((rollouts, finished),) = two_rounds([[2, 3]])
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="device lost"):
-        score({"places": reward}, rollouts, stream(finished))
+        score({"places": part(reward)}, rollouts, stream(finished))
     assert time.monotonic() - start < 15
     assert reward.over.is_set() is told
     reward.over.set()
@@ -241,9 +244,9 @@ def test_what_fails_in_a_thread_is_masked_or_ends_the_run(caplog):
         ((rollouts, finished),) = two_rounds([[2, 3]])
         if on_failure == "raise":
             with pytest.raises(InputError, match=r"no judge \(scoring.on_failure is raise\)"):
-                score({"places": Broken()}, rollouts, finished, on_failure=on_failure)
+                score({"places": part(Broken())}, rollouts, finished, on_failure=on_failure)
         else:
-            found = score({"places": Broken()}, rollouts, finished, on_failure=on_failure)
+            found = score({"places": part(Broken())}, rollouts, finished, on_failure=on_failure)
             assert set(found["places"].statuses) == {Status.ERROR}
     assert not [t for t in threading.enumerate() if t.name.startswith("reward places")]
 

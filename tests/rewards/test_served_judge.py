@@ -28,6 +28,7 @@ from entroflow.rewards.base import Status
 from entroflow.rewards.pairwise import Pairwise
 from entroflow.rewards.served_judge import ServedJudge
 from judge_server import JudgeServer
+from tiny_run import only
 
 PROMPT = Prompt("a red ring")
 JUDGE = {"type": "openai", "model": "judge"}
@@ -486,6 +487,6 @@ def test_a_recipe_names_it(tmp_path):
     recipe = build_recipe(
         {"reward": {"type": "pairwise", "judge": {"type": "openai", "model": "UnifiedReward"}}}
     )
-    assert isinstance(recipe.reward.judge, ServedJudge)
-    assert recipe.reward.judge.url == "http://127.0.0.1:8080/v1"
+    assert isinstance(only(recipe).judge, ServedJudge)
+    assert only(recipe).judge.url == "http://127.0.0.1:8080/v1"
     assert recipe.resolved["reward"]["judge"]["in_flight"] == 16

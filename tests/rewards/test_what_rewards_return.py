@@ -18,11 +18,13 @@ from entroflow.errors import InputError
 from entroflow.noise import generator
 from entroflow.prompts import Prompt
 from entroflow.rewards.awaiting import awaited
-from entroflow.rewards.base import FunctionReward, Scores, Status, as_reward, name_of
+from entroflow.rewards.base import Scores, Status
+from entroflow.rewards.combined import as_rewards
 from entroflow.rewards.contract import LARGEST, numbers_of, told, undisturbed
-from entroflow.rewards.mixture import Mixture, rewards_of
+from entroflow.rewards.mixture import Mixture
 from entroflow.rewards.pairwise import Answers, Pairwise
 from entroflow.rewards.scoring import attempt, score_against, score_alone, score_images
+from tiny_run import part
 
 HALF, NONE = 0.5, math.nan
 MASKED = np.ma.masked_array([HALF, 9.0, 2.0], mask=[False, True, False])
@@ -181,7 +183,7 @@ def test_values_on_an_accelerator_are_brought_here(dtype):
 
 
 def scored(returned, count=3):
-    return attempt(object(), lambda: returned, count)
+    return attempt("mine", lambda: returned, count)
 
 
 def test_a_reward_may_return_what_it_likes_as_scores():
@@ -217,7 +219,7 @@ def test_what_is_no_status_or_fact_is_refused_in_one_line(scores, said):
     if said is None:
         assert scored(scores).statuses == (Status.OK,) * 3
         return
-    with pytest.raises(InputError, match="reward object must return") as error:
+    with pytest.raises(InputError, match="reward mine must return") as error:
         scored(scores)
     assert said in str(error.value)
 
@@ -284,7 +286,7 @@ def test_an_exit_inside_of_a_coroutine_is_a_failure_like_any(nested, caplog):
     async def both():
         return await asyncio.gather(leaving(), _later(1))
 
-    found = attempt(object(), both if nested else leaving, 2)
+    found = attempt("mine", both if nested else leaving, 2)
     assert found.statuses == (Status.ERROR,) * 2
     assert "SystemExit: 0" in caplog.text
     assert awaited(_later(3)) == 3
@@ -314,18 +316,18 @@ def test_whatever_is_raised_is_a_failure_that_is_said_in_one_line(error, caplog)
     def raising():
         raise error
 
-    found = attempt(object(), raising, 2)
+    found = attempt("mine", raising, 2)
     assert found.statuses == (Status.ERROR,) * 2
     (record,) = caplog.records
-    assert f"reward object failed on 2 images: {type(error).__name__}" in record.getMessage()
+    assert f"reward mine failed on 2 images: {type(error).__name__}" in record.getMessage()
     assert "\n" not in record.getMessage()
     assert len(record.getMessage()) < 700
     with pytest.raises(InputError, match=f"{type(error).__name__}.*on_failure is raise"):
-        attempt(object(), raising, 2, "raise")
+        attempt("mine", raising, 2, "raise")
 
 
 def test_endless_recursion_is_a_failure(caplog):
-    assert attempt(object(), _deeper, 1).statuses == (Status.ERROR,)
+    assert attempt("mine", _deeper, 1).statuses == (Status.ERROR,)
     assert "RecursionError" in caplog.text
 
 
@@ -334,7 +336,7 @@ def test_ctrl_c_is_none():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        attempt(object(), raising, 1)
+        attempt("mine", raising, 1)
 
 
 # --- what they are given --------------------------------------------------------------------------
@@ -376,9 +378,10 @@ def test_what_a_reward_is_given_is_its_own():
     group, alone = GreedyGroup(), Greedy()
     for _ in range(2):
         found = [
-            score_images(alone, images, prompt), score_images(group, images, prompt),
-            score_alone(alone, images, [prompt] * 3),
-            score_against(group, images, others, [prompt] * 3, generator(0, 0)),
+            score_images(part(alone), images, prompt),
+            score_images(part(group), images, prompt),
+            score_alone(part(alone), images, [prompt] * 3),
+            score_against(part(group), images, others, [prompt] * 3, generator(0, 0)),
         ]  # fmt: skip
         for scores in found:
             assert torch.allclose(scores.values, before[0].flatten(1).mean(dim=1).double())
@@ -398,7 +401,7 @@ def test_metadata_that_can_not_be_copied_is_handed_over(tmp_path):
                 prompts[0].metadata["list"].append(2)
                 return [float(prompts[0].metadata["file"] is there)]
 
-        assert score_images(Reads(), torch.zeros(1, 3, 2, 2), prompt).values.tolist() == [1]
+        assert score_images(part(Reads()), torch.zeros(1, 3, 2, 2), prompt).values.tolist() == [1]
     assert prompt.metadata["list"] == [1]
 
 
@@ -410,15 +413,15 @@ def test_what_a_reward_sets_for_all_of_torch_is_set_back():
         return [1.0, 2.0]
 
     assert torch.is_grad_enabled()
-    assert attempt(object(), switching, 2).values.tolist() == [1, 2]
+    assert attempt("mine", switching, 2).values.tolist() == [1, 2]
     assert torch.get_default_dtype() == torch.float32
     assert torch.get_default_device() == torch.device("cpu")
     with torch.no_grad():
-        attempt(object(), switching, 2)
+        attempt("mine", switching, 2)
         assert not torch.is_grad_enabled()
     torch.set_default_dtype(torch.float64)
     try:
-        attempt(object(), switching, 2)
+        attempt("mine", switching, 2)
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
@@ -456,8 +459,8 @@ def test_no_gradients_are_kept_whoever_scores():
 
     images, prompt = torch.rand(3, 3, 2, 2), Prompt("a ring")
     with torch.enable_grad():
-        score_images(Score(), images, prompt)
-        score_images(Pairwise(judge=Score()), images, prompt)
+        score_images(part(Score()), images, prompt)
+        score_images(part(Pairwise(judge=Score())), images, prompt)
     assert len(kept) == 2
     assert not any(each.requires_grad for each in kept)
 
@@ -489,18 +492,18 @@ def callables():
 
 @pytest.mark.parametrize("name", callables())
 def test_whatever_can_be_called_is_a_reward(name):
-    reward = as_reward(callables()[name])
+    reward = part(callables()[name])
     images = torch.rand(4, 3, 2, 2)
     found = score_images(reward, images, Prompt("a ring"))
     assert torch.allclose(found.values, images.mean(dim=(1, 2, 3)).double())
-    assert name_of(reward) == name.strip()
+    assert reward.name == name.strip()
 
 
 def test_a_cached_function_keeps_no_images():
     from functools import cache
 
     cached = cache(light)
-    score_images(FunctionReward(cached), torch.rand(4, 3, 2, 2), Prompt("a ring"))
+    score_images(part(cached), torch.rand(4, 3, 2, 2), Prompt("a ring"))
     assert cached.cache_info().currsize == 0
 
 
@@ -510,11 +513,11 @@ def test_a_cached_function_keeps_no_images():
 ])  # fmt: skip
 def test_members_of_a_mixture_are_rewards_like_any(given, said):
     mixed = Mixture(rewards={"x": light, "y": Greedy()})
-    assert {name: name_of(part) for name, part in rewards_of(mixed).items()} == {
+    assert {name: each.name for name, each in as_rewards(mixed).parts.items()} == {
         "x": "light", "y": "Greedy",
     }  # fmt: skip
     with pytest.raises(InputError, match=said):
-        rewards_of(Mixture(rewards={"x": given}))
+        as_rewards(Mixture(rewards={"x": given}))
 
 
 # --- judges ---------------------------------------------------------------------------------------
@@ -548,7 +551,7 @@ def _twice(points):
 def test_a_judge_may_hand_over_its_points_in_any_form(form):
     images = torch.tensor([0.3, 0.9, 0.1])[:, None, None, None].expand(3, 3, 2, 2)
     prompt = Prompt("a ring", {})
-    reward = Pairwise(judge=Judge(form))
+    reward = part(Pairwise(judge=Judge(form)))
     assert score_images(reward, images, prompt).values.tolist() == [0.5, 1, 0]
     against = score_against(reward, images, images.flip(0), [prompt] * 3, generator(0, 0))
     assert against.values.tolist() == [1, 0.5, 0]
@@ -557,7 +560,7 @@ def test_a_judge_may_hand_over_its_points_in_any_form(form):
 
 def test_a_probability_may_be_off_by_rounding():
     images = torch.tensor([0.3, 0.9])[:, None, None, None].expand(2, 3, 2, 2)
-    reward = Pairwise(judge=Judge(lambda p: p + 1e-7), order="fixed")
+    reward = part(Pairwise(judge=Judge(lambda p: p + 1e-7), order="fixed"))
     assert score_images(reward, images, Prompt("")).values.tolist() == [1e-7, 1 - 1e-7]
 
 
@@ -566,7 +569,7 @@ def test_an_answer_that_is_none_is_a_comparison_that_failed():
         return [None, *points.tolist()[1:]]
 
     images = torch.tensor([0.3, 0.9, 0.1])[:, None, None, None].expand(3, 3, 2, 2)
-    found = score_images(Pairwise(judge=Judge(first_fails)), images, Prompt(""))
+    found = score_images(part(Pairwise(judge=Judge(first_fails))), images, Prompt(""))
     # The other order of the first pair was answered.
     assert found.values.tolist() == [0.5, 1, 0]
     assert found.facts["failed"] == pytest.approx(1 / 6)
@@ -585,7 +588,7 @@ def test_a_judge_that_hands_over_something_else_is_refused(form, said):
     """It is a bug; were it masked, every group would be, and nobody knew why."""
     images = torch.rand(3, 3, 2, 2)
     with pytest.raises(InputError, match=f"^judge Judge must return .*{said}"):
-        score_images(Pairwise(judge=Judge(form)), images, Prompt(""))
+        score_images(part(Pairwise(judge=Judge(form))), images, Prompt(""))
 
 
 def test_told_is_short():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from entroflow.errors import InputError
-from entroflow.rewards.base import FunctionReward
+from entroflow.rewards.combined import as_rewards
 from entroflow.runs.folder import RunFolder
 from entroflow.training.trainer import Trainer
 from tiny_run import (
@@ -33,7 +33,7 @@ from tiny_run import (
 
 def sampled(reward, **sections):
     """One iteration up to the advantages: scores, advantages of the rows, and the trainer."""
-    trainer = Trainer(recipe(**sections), PixelPolicy(), FunctionReward(reward))
+    trainer = Trainer(recipe(**sections), PixelPolicy(), as_rewards(reward))
     prompts = trainer.recipe.prompts.batch(0, 0)
     rollouts, found = trainer._roll_out(prompts, trainer._encode(prompts))
     (scores,) = found.values()
@@ -246,7 +246,7 @@ def test_a_reward_that_wants_to_end_the_program_does_not(failure, caplog):
             raise failure
         return brightness(images, prompts, metadata)
 
-    metrics = Trainer(recipe(), PixelPolicy(), FunctionReward(reward)).step()
+    metrics = Trainer(recipe(), PixelPolicy(), as_rewards(reward)).step()
     assert metrics["reward/failed"] == 4
     assert f"{type(failure).__name__}" in caplog.text
 
@@ -282,7 +282,7 @@ def test_of_an_iteration_with_too_many_failures_nothing_is_learnt(share, learns,
         levels = brightness(images, prompts, metadata)
         return [math.nan if next(count) % 4 < 4 * share else level for level in levels]
 
-    trainer = Trainer(recipe(), PixelPolicy(), FunctionReward(reward))
+    trainer = Trainer(recipe(), PixelPolicy(), as_rewards(reward))
     metrics = trainer.step()
     assert metrics["reward/failed"] == share * ROLLOUTS
     assert bool(trainer.policy.shift.detach().any()) == learns
@@ -300,7 +300,7 @@ def test_a_reward_that_breaks_down_later_does_not_end_the_run(caplog):
             raise ConnectionError("the judge is down")
         return brightness(images, prompts, metadata)
 
-    trainer = Trainer(recipe(), PixelPolicy(), FunctionReward(reward))
+    trainer = Trainer(recipe(), PixelPolicy(), as_rewards(reward))
     first, second, third = trainer.step(), trainer.step(), trainer.step()
     assert second["reward/failed"] == ROLLOUTS
     assert second["reward/mean"] is None
@@ -314,8 +314,6 @@ def test_raise_stops_at_the_first_failure():
     def reward(images, prompts, metadata):
         raise ConnectionError("the judge is down")
 
-    trainer = Trainer(
-        recipe(scoring={"on_failure": "raise"}), PixelPolicy(), FunctionReward(reward)
-    )
+    trainer = Trainer(recipe(scoring={"on_failure": "raise"}), PixelPolicy(), as_rewards(reward))
     with pytest.raises(InputError, match=r"ConnectionError: the judge is down .scoring.on_failure"):
         trainer.step()

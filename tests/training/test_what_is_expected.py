@@ -9,7 +9,7 @@ import torch
 
 from entroflow.policies.attention import show
 from entroflow.recipe.load import chosen_type, load_recipe, shipped_recipes
-from entroflow.rewards.base import FunctionReward
+from entroflow.rewards.combined import as_rewards
 from entroflow.sampling.plan import Role
 from entroflow.training.trainer import Trainer
 from tiny_run import ROLLOUTS, PixelPolicy, groups_of, recipe
@@ -45,7 +45,7 @@ def test_every_recipe_costs_what_was_expected(name, changes):
     settings = load_recipe(name, ["prompts.per_iteration=2", *groups_of(name, 4), *changes])
     policy = Attentive()
     policy.evaluations = lambda guidance: 1 if guidance == 1 else 2
-    trainer = Trainer(settings, policy, FunctionReward(Counting()))
+    trainer = Trainer(settings, policy, as_rewards(Counting()))
     if chosen_type(name, "allocation") == "attention_shift":
         # While the weights are the reference's, nothing is compared.
         trainer.step()

@@ -31,8 +31,8 @@ from entroflow.prompts import ListedSource, Prompt
 from entroflow.recipe.build import changed
 from entroflow.recipe.load import Recipe
 from entroflow.report.wording import count, duration, size
-from entroflow.rewards.base import AnyReward, FunctionReward
-from entroflow.rewards.mixture import rewards_of
+from entroflow.rewards.combined import as_rewards
+from entroflow.rewards.parts import Part
 from entroflow.sampling.kernels import ODE
 from entroflow.sampling.solver import integrate
 from entroflow.settings import ENDS
@@ -190,16 +190,16 @@ class _Patient:
         said: list[str] = []
         doubts: list[str] = []
 
-        def look(rewards: Mapping[str, AnyReward]) -> None:
-            for name, reward in rewards.items():
-                for found in examine_reward(reward, [images], prompts):
+        def look(parts: Mapping[str, Part]) -> None:
+            for name, part in parts.items():
+                for found in examine_reward(part, [images], prompts):
                     text = found.said if name == "reward" else f"{name}: {found.said}"
                     if found.verdict is Verdict.FAILED:
                         raise InputError(f"{text} The warnings say why.")
                     (doubts if found.verdict is Verdict.WARNING else said).append(text)
 
         start = perf_counter()
-        look(rewards_of(recipe.reward))
+        look(recipe.reward.parts)
         self.reward_seconds = (perf_counter() - start) / (4 * len(images))
         look({f"monitor {name}": each for name, each in recipe.monitors.rewards.items()})
         if doubts:
@@ -272,9 +272,7 @@ class _Patient:
             optimizer=_with(recipe.optimizer, {"micro_batch": FEW}),
         )
         drawn = torch.Generator().manual_seed(0)
-        reward = FunctionReward(
-            lambda images, *_: torch.rand(len(images), generator=drawn).tolist()
-        )
+        reward = as_rewards(lambda images, *_: torch.rand(len(images), generator=drawn).tolist())
         trainer = Trainer(small, self._built(), reward)
         at_reference = trainer.policy.weights.equal("live", "reference")
         line = trainer.step()

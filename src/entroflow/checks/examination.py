@@ -17,8 +17,8 @@ from entroflow.evaluation.images import draw
 from entroflow.noise import Address, Stream, gaussian, generator
 from entroflow.prompts import Prompt
 from entroflow.recipe.load import Recipe
-from entroflow.rewards.base import AnyReward, GroupReward, failures
-from entroflow.rewards.mixture import rewards_of
+from entroflow.rewards.base import failures
+from entroflow.rewards.parts import Part
 from entroflow.rewards.scoring import score_against, score_images
 
 ENOUGH = 8
@@ -28,7 +28,7 @@ SAME = 1e-6
 
 
 def examine_reward(
-    reward: AnyReward, groups: Sequence[Tensor], prompts: Sequence[Prompt]
+    part: Part, groups: Sequence[Tensor], prompts: Sequence[Prompt]
 ) -> Iterator[Finding]:
     """Check a reward on images; findings as they come.
 
@@ -36,7 +36,7 @@ def examine_reward(
         groups: images [n, 3, H, W] in [0, 1] of each prompt, two or more.
         prompts: one for each.
     """
-    subject = _Subject(reward, groups, prompts)
+    subject = _Subject(part, groups, prompts)
     for check in (
         subject.values, subject.repeated, subject.batches, subject.noise, subject.spread,
         subject.cost,
@@ -53,16 +53,16 @@ def examine_recipe(recipe: Recipe, prompts: int, images: int) -> Iterator[Findin
     """
     groups, chosen = untrained(recipe, prompts, images)
     parts = all_rewards(recipe)
-    for name, reward in parts.items():
-        for found in examine_reward(reward, groups, chosen):
+    for name, part in parts.items():
+        for found in examine_reward(part, groups, chosen):
             said = f"{name}: {found.said}" if len(parts) > 1 else found.said
             yield replace(found, said=said)
 
 
-def all_rewards(recipe: Recipe) -> dict[str, AnyReward]:
+def all_rewards(recipe: Recipe) -> dict[str, Part]:
     """The rewards that a recipe trains on, and its monitors, by name."""
     monitors = {f"monitor {name}": each for name, each in recipe.monitors.rewards.items()}
-    return rewards_of(recipe.reward) | monitors
+    return {**recipe.reward.parts, **monitors}
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def untrained(recipe: Recipe, prompts: int, images: int) -> tuple[list[Tensor], 
 class _Subject:
     """The reward under examination, and what it said at first."""
 
-    reward: AnyReward
+    part: Part
     groups: Sequence[Tensor]
     prompts: Sequence[Prompt]
     seconds: float = 0.0
@@ -96,7 +96,7 @@ class _Subject:
         """Every image has a finite one."""
         start = perf_counter()
         found = [
-            score_images(self.reward, images, prompt)
+            score_images(self.part, images, prompt)
             for images, prompt in zip(self.groups, self.prompts, strict=True)
         ]
         self.seconds = perf_counter() - start
@@ -112,7 +112,7 @@ class _Subject:
         """The same images earn the same again."""
         self._needs_values()
         apart = max(
-            _apart(score_images(self.reward, images, prompt).values, before)
+            _apart(score_images(self.part, images, prompt).values, before)
             for images, prompt, before in self._each()
         )
         if apart > SAME:
@@ -126,15 +126,16 @@ class _Subject:
         """An image earns the same whatever is beside it; of a group, wherever it stands."""
         self._needs_values()
         apart = max(self._moved(*each) for each in self._each())
-        compares = isinstance(self.reward, GroupReward)
         if apart > SAME:
             said = (
                 "in another order the images of a group earn other rewards"
-                if compares
+                if self.part.compares
                 else "alone an image earns another reward than in a batch"
             )
             raise DoubtfulError(f"{said}, by up to {apart:.2g}")
-        return "the order of a group does not count" if compares else "batches do not count"
+        if self.part.compares:
+            return "the order of a group does not count"
+        return "batches do not count"
 
     def noise(self) -> str:
         """Images earn more than noise."""
@@ -174,10 +175,10 @@ class _Subject:
         return zip(self.groups, self.prompts, self.first, strict=True)
 
     def _moved(self, images: Tensor, prompt: Prompt, before: Tensor) -> float:
-        if isinstance(self.reward, GroupReward):
-            turned = score_images(self.reward, images.flip(0), prompt).values.flip(0)
+        if self.part.compares:
+            turned = score_images(self.part, images.flip(0), prompt).values.flip(0)
             return _apart(turned, before)
-        alone = [score_images(self.reward, image[None], prompt).values for image in images]
+        alone = [score_images(self.part, image[None], prompt).values for image in images]
         return _apart(torch.cat(alone), before)
 
     def _over_noise(self, images: Tensor, prompt: Prompt, before: Tensor) -> Tensor:
@@ -185,11 +186,10 @@ class _Subject:
         zeros = torch.zeros_like(numbers)
         drawn = gaussian(images.shape[1:], Address(0), Stream.EVALUATION, zeros, numbers, zeros)
         noise = (0.5 + 0.3 * drawn).clamp(0, 1).to(images)
-        reward = self.reward
-        if isinstance(reward, GroupReward):
+        if self.part.compares:
             source, asked = generator(0, Stream.JUDGE), [prompt] * len(images)
-            return score_against(reward, images, noise, asked, source).values - 0.5
-        return before - score_images(reward, noise, prompt).values
+            return score_against(self.part, images, noise, asked, source).values - 0.5
+        return before - score_images(self.part, noise, prompt).values
 
 
 def _apart(one: Tensor, other: Tensor) -> float:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from entroflow.errors import InputError
 from entroflow.pictures import to_pil
 from entroflow.prompts import Prompt
-from entroflow.rewards.base import AnyReward, name_of
+from entroflow.rewards.parts import Part
 from entroflow.rewards.scoring import score_images
 
 QUALITIES = (95, 90)
@@ -68,7 +68,7 @@ def harmless(images: Tensor) -> Iterator[Tensor]:
         yield _zoomed(images, zoom)
 
 
-def floor_of(reward: AnyReward, groups: Sequence[Tensor], prompts: Sequence[Prompt]) -> Floor:
+def floor_of(part: Part, groups: Sequence[Tensor], prompts: Sequence[Prompt]) -> Floor:
     """Calibrate a reward on images.
 
     Of a reward that compares, all images of a group are changed alike.
@@ -84,19 +84,14 @@ def floor_of(reward: AnyReward, groups: Sequence[Tensor], prompts: Sequence[Prom
     for images, prompt in zip(groups, prompts, strict=True):
         # Whatever a reward draws for itself is noise, too.
         values = torch.stack(
-            [
-                score_images(reward, each, prompt, n).values
-                for n, each in enumerate(harmless(images))
-            ]
+            [score_images(part, each, prompt, n).values for n, each in enumerate(harmless(images))]
         )
         noise.append(_variance(values, 0))
         spread.append(_variance(values[:1], 1))
         missing.append(values.isnan().double().flatten())
     found = [torch.cat(each).nanmean().item() for each in (noise, spread)]
     if any(map(math.isnan, found)):
-        raise InputError(
-            f"reward {name_of(reward)} scored too few images to say; see the warnings."
-        )
+        raise InputError(f"reward {part.name} scored too few images to say; see the warnings.")
     return Floor(
         noise=math.sqrt(found[0]),
         spread=math.sqrt(found[1]),

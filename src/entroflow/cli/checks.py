@@ -101,18 +101,17 @@ def calibrate(
     from entroflow.checks.examination import all_rewards, untrained
     from entroflow.checks.noise_floors import as_yaml, floor_of
     from entroflow.cli.show import floors_table, print_table, working
-    from entroflow.rewards.mixture import Mixture
 
     recipe = _recipe_with(arguments, trust)
     with working("drawing images"):
         groups, chosen = untrained(recipe, prompts, images)
     floors = {}
-    for name, reward in all_rewards(recipe).items():
+    for name, part in all_rewards(recipe).items():
         with working(f"scoring, {name}"):
-            floors[name] = floor_of(reward, groups, chosen)
+            floors[name] = floor_of(part, groups, chosen)
     print_table(floors_table(floors))
-    if isinstance(recipe.reward, Mixture):
-        print(as_yaml({name: floors[name] for name in recipe.reward.trained}))
+    if recipe.reward.names:
+        print(as_yaml({name: floors[name] for name in recipe.reward.names}))
     else:
         print("floors are keys of a mixture; one of this reward alone will do.")
 

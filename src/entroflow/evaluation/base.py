@@ -16,7 +16,7 @@ from entroflow.component import Component
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
-from entroflow.rewards.base import AnyReward
+from entroflow.rewards.combined import Rewards
 from entroflow.shapes.grammar import Split
 
 
@@ -126,7 +126,7 @@ class Evaluation(Protocol):
         *,
         seed: int,
         batch_size: int,
-        reward: AnyReward | None = None,
+        reward: Rewards | None = None,
         ledger: Ledger | None = None,
     ) -> Evaluated:
         """Sample held-out prompts without step noise and judge the images."""
@@ -176,7 +176,7 @@ class HeldOutEvaluation(Component):
         *,
         seed: int,
         batch_size: int,
-        reward: AnyReward | None = None,
+        reward: Rewards | None = None,
         ledger: Ledger | None = None,
     ) -> Evaluated:
         """See `Evaluation.run`."""

@@ -17,12 +17,12 @@ from entroflow.evaluation.base import (
     Score,
     mean_over_prompts,
 )
-from entroflow.evaluation.images import one_by_one
 from entroflow.evaluation.reward import RewardEvaluation
 from entroflow.evaluation.watching import watched
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
-from entroflow.rewards.base import AnyReward
+from entroflow.rewards.combined import Rewards
+from entroflow.rewards.parts import Part
 
 
 def try_guidance(
@@ -31,7 +31,7 @@ def try_guidance(
     *,
     seed: int,
     batch_size: int,
-    reward: AnyReward | None = None,
+    reward: Rewards | None = None,
     ledger: Ledger | None = None,
 ) -> dict[float, Score]:
     """Overall scores by guidance scale, on validation prompts and a quarter of the images.
@@ -57,8 +57,8 @@ def compare_with_base(
     *,
     seed: int,
     batch_size: int,
-    reward: AnyReward | None = None,
-    monitors: Mapping[str, AnyReward] | None = None,
+    reward: Rewards | None = None,
+    monitors: Mapping[str, Part] | None = None,
     with_tuned: bool = True,
     ledger: Ledger | None = None,
 ) -> tuple[dict[str, Any], dict[str, Evaluated]]:
@@ -72,7 +72,8 @@ def compare_with_base(
         A summary ready for JSON, and the evaluations: `base`, `base_guided` and, unless left out,
         `tuned`.
     """
-    if reward is not None and not one_by_one(reward) and isinstance(evaluation, RewardEvaluation):
+    only_compares = reward is not None and not reward.pointwise
+    if only_compares and isinstance(evaluation, RewardEvaluation):
         # Its score is a win rate over what the base draws at one scale.
         evaluation = evaluation.model_copy(update={"guidance_tried": ()})
     with policy.weights("reference"):

@@ -24,7 +24,7 @@ from entroflow.evaluation.images import draw, shares
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt, read_prompts
-from entroflow.rewards.base import AnyReward
+from entroflow.rewards.combined import Rewards
 from entroflow.shapes.grammar import Split
 
 FEWEST = 4
@@ -63,7 +63,7 @@ class RewardEvaluation(HeldOutEvaluation):
         *,
         seed: int,
         batch_size: int,
-        reward: AnyReward | None = None,
+        reward: Rewards | None = None,
         ledger: Ledger | None = None,
     ) -> Evaluated:
         """See `Evaluation.run`.

@@ -17,7 +17,7 @@ from entroflow.evaluation.images import draw, shares
 from entroflow.ledger import Ledger
 from entroflow.policies.base import Policy
 from entroflow.prompts import Prompt
-from entroflow.rewards.base import AnyReward
+from entroflow.rewards.combined import Rewards
 from entroflow.shapes import blind_spots, grammar
 from entroflow.shapes.scoring import score
 
@@ -58,7 +58,7 @@ class ShapesEvaluation(HeldOutEvaluation):
         *,
         seed: int,
         batch_size: int,
-        reward: AnyReward | None = None,
+        reward: Rewards | None = None,
         ledger: Ledger | None = None,
     ) -> Evaluated:
         """See `Evaluation.run`."""

@@ -17,22 +17,16 @@ from entroflow.evaluation.base import Drawn, Evaluated, Evaluation
 from entroflow.evaluation.reward import RewardEvaluation
 from entroflow.ledger import Ledger
 from entroflow.noise import Stream, generator
-from entroflow.rewards.base import AnyReward, GroupReward
-from entroflow.rewards.mixture import Mixture, rewards_of
+from entroflow.rewards.combined import Rewards
+from entroflow.rewards.parts import Part
 from entroflow.rewards.scoring import score_against, score_alone
-
-
-def compares(*rewards: AnyReward) -> bool:
-    """Whether any of them, or of their parts, judges an image against others only."""
-    parts = [part for reward in rewards for part in rewards_of(reward).values()]
-    return any(isinstance(part, GroupReward) for part in parts)
 
 
 def watched(
     evaluation: Evaluation,
     found: Evaluated,
-    reward: AnyReward | None,
-    monitors: Mapping[str, AnyReward],
+    reward: Rewards | None,
+    monitors: Mapping[str, Part],
     base: Drawn | None,
     *,
     seed: int,
@@ -53,11 +47,7 @@ def watched(
         InputError: there are monitors, and the evaluation does not say which images it judged, or
             has a monitor of the same name.
     """
-    judges = {
-        name: part
-        for name, part in ({} if reward is None else rewards_of(reward)).items()
-        if isinstance(part, GroupReward)
-    }
+    judges = {} if reward is None else reward.comparing
     if found.drawn is None and monitors:
         raise InputError(
             "monitors.rewards: the evaluation does not return what it has drawn, so that "
@@ -71,12 +61,12 @@ def watched(
         )
     drawn = found.drawn
 
-    def values(reward: AnyReward) -> Tensor:
-        if isinstance(reward, GroupReward) and base is drawn:
+    def values(part: Part) -> Tensor:
+        if part.compares and base is drawn:
             return torch.full((len(drawn.images),), 0.5, dtype=torch.float64)
         if ledger is not None:
             ledger.reward_calls += len(drawn.images)
-        return _scored(reward, drawn, base, seed, batch_size)
+        return _scored(part, drawn, base, seed, batch_size)
 
     win_rates = {name: values(judge) for name, judge in judges.items()}
     more = {name: values(each) for name, each in monitors.items()}
@@ -90,31 +80,24 @@ def watched(
     return replace(found, monitors={**found.monitors, **more}, win_rates=win_rates)
 
 
-def _total(reward: AnyReward, others: Tensor, win_rates: Mapping[str, Tensor]) -> Tensor:
+def _total(reward: Rewards, others: Tensor, win_rates: Mapping[str, Tensor]) -> Tensor:
     """[n] what is trained on: the rewards that judge by themselves, if any, and win rates."""
-    if not isinstance(reward, Mixture):
-        (only,) = win_rates.values()
-        return only
-    parts = [reward.weight(name) * points for name, points in win_rates.items()]
-    if len(rewards_of(reward)) > len(win_rates):
-        parts.append(others)
-    return torch.stack(parts).sum(dim=0)
+    weighted = [reward.weights[name] * points for name, points in win_rates.items()]
+    return torch.stack([*weighted, others] if reward.pointwise else weighted).sum(dim=0)
 
 
-def _scored(
-    reward: AnyReward, drawn: Drawn, base: Drawn | None, seed: int, batch_size: int
-) -> Tensor:
+def _scored(part: Part, drawn: Drawn, base: Drawn | None, seed: int, batch_size: int) -> Tensor:
     """[n] what a reward says of held-out images; NaN where it failed."""
     # Not of the batch: what is drawn in turn, image by image, is the same in any batches.
     values, source = [], generator(seed, Stream.JUDGE, step=1)
-    size = len(drawn.images) if getattr(reward, "waits", False) else batch_size
+    size = len(drawn.images) if part.waits else batch_size
     for start in range(0, len(drawn.images), size):
         rows = slice(start, start + size)
         images, prompts = drawn.images[rows], [drawn.prompts[p] for p in drawn.prompt[rows]]
-        if isinstance(reward, GroupReward):
+        if part.compares:
             assert base is not None
-            scores = score_against(reward, images, base.images[rows], prompts, source)
+            scores = score_against(part, images, base.images[rows], prompts, source)
         else:
-            scores = score_alone(reward, images, prompts)
+            scores = score_alone(part, images, prompts)
         values.append(scores.values)
     return torch.cat(values)

@@ -119,14 +119,19 @@ def _users(
     refuse_shadowed(kind, source.places.folder, f"{where}.type")
     if not callable(chosen) and all(_lacking(chosen, protocol) for protocol in protocols):
         raise RecipeError(f"{where}.type: {kind} is neither a class nor a function.")
-    if inspect.isclass(chosen):
-        component, resolved = _instance(section, kind, chosen, fields, where, source)
-    else:
-        component, resolved = _as_it_is(section, kind, chosen, fields, where), {"type": kind}
+    if not inspect.isclass(chosen):
+        return _as_it_is(section, kind, chosen, fields, where), {"type": kind}
+    component, resolved = _instance(section, kind, chosen, fields, where, source)
+    _refuse_missing(section, kind, component, where)
+    return component, resolved
+
+
+def _refuse_missing(section: str, kind: str, component: Any, where: str) -> None:
+    """Refuse an object that lacks something of every protocol of its section."""
+    protocols = [imported(path, where) for path in PROTOCOLS[section]]
     lacking = [_missing(component, protocol) for protocol in protocols]
     if all(lacking):
         raise _unfit(section, kind, where, lacking[0])
-    return component, resolved
 
 
 def _unfit(
@@ -193,15 +198,14 @@ def _as_it_is(section: str, kind: str, chosen: Any, fields: Mapping[str, Any], w
         what = "a function" if is_function else "an object"
         raise RecipeError(f"{where}: {what} takes no keys, but {quoted(sorted(fields))} are given.")
     if not is_function:
+        _refuse_missing(section, kind, chosen, where)
         return chosen
     if section != "reward":
         why = "a function is none; name a class or an object"
         raise _unfit(section, kind, where, _methods(protocols[0]), why)
-    from entroflow.rewards.base import FunctionReward
-
     with users_errors(f"{where}: {kind}"):
         _refuse_arguments(chosen, ("images", "prompts", "metadata"), {}, f"{where}: {kind}")
-    return FunctionReward(chosen)
+    return chosen
 
 
 def _refuse_arguments(

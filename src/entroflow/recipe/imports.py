@@ -119,29 +119,26 @@ def refuse_shadowed(module_name: str, folder: Path | None, where: str) -> None:
             continue
         beside = [place / f"{top}.py", place / top / "__init__.py"]
         if any(path.is_file() for path in beside):
-            file = getattr(sys.modules.get(top), "__file__", None)
-            if file is not None and Path(file).resolve() in [p.resolve() for p in beside]:
+            found = getattr(sys.modules.get(top), "__file__", None)
+            if found is not None and Path(found).resolve() in [p.resolve() for p in beside]:
                 return
             here = next(path for path in beside if path.is_file())
-            if file is None or file.startswith(tuple(_installed())):
+            if found is None or found.startswith(tuple(_installed())):
                 raise RecipeError(
-                    f"{where}: {top!r} is the module {file or 'of Python itself'}, not the one in "
+                    f"{where}: {top!r} is the module {found or 'of Python itself'}, not the one in "
                     f"{place}; rename {here}."
                 )
             raise RecipeError(
-                f"{where}: two modules are called {top!r}, {file} and {here}, and one process can "
+                f"{where}: two modules are called {top!r}, {found} and {here}, and one process can "
                 "load only one of them; rename one, and the type in its recipe."
             )
 
 
 def home_of(part: Any) -> str:
-    """The dotted path of the class or function an object comes from."""
-    from entroflow.rewards.base import FunctionReward
-
-    named = part.function if isinstance(part, FunctionReward) else type(part)
-    while isinstance(named, functools.partial):
-        named = named.func
-    named = named if hasattr(named, "__qualname__") else type(named)
+    """The dotted path of a function, of what a partial is of, or of an object's class."""
+    while isinstance(part, functools.partial):
+        part = part.func
+    named = part if hasattr(part, "__qualname__") else type(part)
     return f"{named.__module__}.{named.__qualname__}"
 
 
@@ -198,8 +195,8 @@ def imported(path: str, where: str) -> Any:
         is_there = hasattr(module, attribute)
     if not is_there:
         public = [entry for entry in vars(module) if not entry.startswith("_")]
-        place = f"{module_name} ({getattr(module, '__file__', 'built in')})"
-        raise RecipeError(f"{where}: {place} has no {attribute!r}{hint(attribute, public)}")
+        found = f"{module_name} ({getattr(module, '__file__', 'built in')})"
+        raise RecipeError(f"{where}: {found} has no {attribute!r}{hint(attribute, public)}")
     return getattr(module, attribute)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entroflow.errors import RecipeError, quoted
+from entroflow.errors import InputError, RecipeError, quoted
 from entroflow.places import Places
 from entroflow.recipe.build import Source, section_of
 from entroflow.recipe.identity import hash_of
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from entroflow.objectives.base import Objective
     from entroflow.policies.base import PolicyConfig
     from entroflow.prompts import PromptSource
-    from entroflow.rewards.base import AnyReward
+    from entroflow.rewards.combined import Rewards
     from entroflow.sampling.kernels import Kernel
 
 
@@ -51,7 +51,7 @@ class Recipe:
     attention: Attention
     exploration: Exploration
     kernel: Kernel
-    reward: AnyReward
+    reward: Rewards
     scoring: Scoring
     credit: Credit
     objective: Objective
@@ -172,7 +172,8 @@ def component_in(written: Written, section: str, *, trust: bool = False) -> Any:
     if not trust:
         written.refuse_sent_keys([section])
     where, source = f"{written.name}: {section}", Source(written.places)
-    return section_of(written.layout, section, written.mapping.get(section), where, source)[0]
+    component, _ = section_of(written.layout, section, written.mapping.get(section), where, source)
+    return _prepared(section, component, written.name)
 
 
 def chosen_type(name_or_path: str | Path, section: str) -> str:
@@ -202,6 +203,8 @@ def _recipe(
     mapping: Mapping[str, Any], name: str, source: Source, given: Mapping[str, Any]
 ) -> Recipe:
     name, parts, resolved = assembled(mapping, name, IMAGES, source, given)
+    if source.is_built:
+        parts = {section: _prepared(section, part, name) for section, part in parts.items()}
     _refuse_doubled(name, parts["monitors"], parts["evaluation"])
     return Recipe(name=name, **parts, resolved=resolved)
 
@@ -243,6 +246,22 @@ def assembled(
             layout, section, mapping.get(section), f"{name}: {section}", source.within(section)
         )
     return name, parts, resolved
+
+
+def _prepared(section: str, component: Any, recipe: str) -> Any:
+    """The component of a section, of which rewards of any kind have become `Rewards` or parts."""
+    if section not in ("reward", "monitors"):
+        return component
+    from entroflow.rewards.combined import as_rewards
+    from entroflow.rewards.parts import as_parts
+
+    try:
+        if section == "reward":
+            return as_rewards(component)
+        rewards = as_parts(component.rewards, "monitors.rewards")
+    except InputError as error:
+        raise RecipeError(f"{recipe}: {error}") from None
+    return component.model_copy(update={"rewards": rewards})
 
 
 def _refuse_doubled(recipe: str, monitors: Monitors, evaluation: Any) -> None:

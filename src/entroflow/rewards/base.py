@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -18,8 +17,7 @@ from torch import Tensor
 from entroflow.callables import uncached
 from entroflow.errors import InputError
 from entroflow.prompts import Prompt
-from entroflow.rewards.awaiting import awaited
-from entroflow.rewards.contract import number_of, numbers_of, shown, undisturbed
+from entroflow.rewards.contract import number_of, numbers_of, shown
 
 
 class Status(StrEnum):
@@ -65,7 +63,8 @@ class Reward(Protocol):
     """Scores images one by one.
 
     What it is given is its own, and may be changed. Instead of `Scores` it may return the numbers
-    alone, and an awaitable of either; see `contract`.
+    alone, and an awaitable of either; see `contract`. As a `GroupReward`, it is called in threads
+    where an attribute `waits` is true.
     """
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
@@ -75,10 +74,7 @@ class Reward(Protocol):
 
 @runtime_checkable
 class GroupReward(Protocol):
-    """Scores the images of a group against each other.
-
-    As any reward, it is called in threads where an attribute `waits` is true.
-    """
+    """Scores the images of a group against each other."""
 
     def score_group(self, images: Tensor, prompt: Prompt, source: np.random.Generator) -> Scores:
         """Scores of images [n, 3, H, W] in [0, 1] of one prompt.
@@ -109,8 +105,6 @@ class Cancellable(Protocol):
         ...
 
 
-AnyReward = Reward | GroupReward
-
 RewardFunction = Callable[[Tensor, Sequence[str], Sequence[object]], Any]
 """A user's reward: (images [n, 3, H, W] in [0, 1], prompts, metadata) -> n numbers, see `contract`.
 
@@ -120,23 +114,14 @@ It may be async, and anything that can be called: a partial, an instance with `_
 
 @dataclass(frozen=True)
 class FunctionReward:
-    """What can be called as a reward. What it returns that is not finite is masked."""
+    """What can be called as a reward."""
 
     function: RewardFunction
 
-    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """See `Reward.score`.
-
-        Raises:
-            InputError: it returned the wrong number of values, or no numbers: a bug, not a failure.
-        """
-        with undisturbed():
-            returned = awaited(
-                uncached(self.function)(
-                    images, [p.text for p in prompts], [dict(p.metadata) for p in prompts]
-                )
-            )
-            return scores_of(returned, len(images), f"reward {name_of(self)}")
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Any:
+        """What the function returns; see `Reward.score`."""
+        texts, metadata = [p.text for p in prompts], [dict(p.metadata) for p in prompts]
+        return uncached(self.function)(images, texts, metadata)
 
 
 def scores_of(returned: Any, count: int, who: str) -> Scores:
@@ -198,34 +183,6 @@ def _statuses(given: Any, count: int, must: str) -> list[Status]:
     if len(named) != count:
         raise InputError(f"{must}: {count} values, but another number of statuses.")
     return named
-
-
-def as_reward(given: Any, where: str = "reward") -> AnyReward:
-    """A reward of a caller's: as it is, or what can be called.
-
-    Args:
-        where: what messages call it.
-
-    Raises:
-        InputError: it is a class, or neither.
-    """
-    if inspect.isclass(given):
-        raise InputError(
-            f"{where}: {given.__name__} is a class; give an instance: {given.__name__}(...)."
-        )
-    if isinstance(given, Reward | GroupReward):
-        return given
-    if not callable(given):
-        raise InputError(
-            f"{where}: {type(given).__name__} is no reward: it has neither score nor both "
-            "score_group and score_against, and can't be called."
-        )
-    return FunctionReward(given)
-
-
-def name_of(reward: AnyReward) -> str:
-    """What messages call a reward."""
-    return called(reward.function) if isinstance(reward, FunctionReward) else called(reward)
 
 
 def called(part: Any) -> str:

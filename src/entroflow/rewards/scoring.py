@@ -22,18 +22,9 @@ from entroflow.noise import Stream, generator
 from entroflow.prompts import Prompt
 from entroflow.redaction import without_secrets
 from entroflow.rewards.awaiting import awaited
-from entroflow.rewards.base import (
-    AnyReward,
-    Cancellable,
-    GroupReward,
-    Reward,
-    Scores,
-    Status,
-    failed,
-    name_of,
-    scores_of,
-)
+from entroflow.rewards.base import Scores, Status, failed, scores_of
 from entroflow.rewards.contract import own, own_prompt, told, undisturbed
+from entroflow.rewards.parts import Part
 from entroflow.rewards.workers import Workers
 from entroflow.sampling.rollouts import Rollouts
 
@@ -48,7 +39,7 @@ PATIENCE = 0.2
 
 
 def score(
-    rewards: Mapping[str, AnyReward],
+    parts: Mapping[str, Part],
     rollouts: Rollouts,
     finished: Iterable[Tensor],
     ledger: Ledger | None = None,
@@ -58,7 +49,7 @@ def score(
     on_failure: OnFailure = "mask",
 ) -> dict[str, Scores]:
     """Score the images of one round; see `Scoring`."""
-    scoring = Scoring(rewards, ledger, seed=seed, iteration=iteration, on_failure=on_failure)
+    scoring = Scoring(parts, ledger, seed=seed, iteration=iteration, on_failure=on_failure)
     scoring.take(rollouts, finished)
     return scoring.scores()
 
@@ -70,7 +61,7 @@ class Scoring:
     others (`waits`), as for a server, is asked in threads of its own while sampling goes on.
 
     Args:
-        rewards: by name; all see the same images.
+        parts: by name; all see the same images.
         seed, iteration: part of the address of what a reward draws.
         on_failure: what becomes of an image that could not be scored: it is masked, or it ends the
             run.
@@ -78,7 +69,7 @@ class Scoring:
 
     def __init__(
         self,
-        rewards: Mapping[str, AnyReward],
+        parts: Mapping[str, Part],
         ledger: Ledger | None = None,
         *,
         seed: int = 0,
@@ -87,8 +78,8 @@ class Scoring:
     ) -> None:
         self._ledger = ledger
         self._collected = {
-            name: _Collected(name, reward, (seed, Stream.JUDGE, iteration), on_failure)
-            for name, reward in rewards.items()
+            name: _Collected(name, part, (seed, Stream.JUDGE, iteration), on_failure)
+            for name, part in parts.items()
         }
 
     def take(self, rollouts: Rollouts, finished: Iterable[Tensor], last: bool = True) -> None:
@@ -137,9 +128,9 @@ class _Collected:
     """What one reward has said so far; rows are numbered through all rounds."""
 
     def __init__(
-        self, name: str, reward: AnyReward, address: tuple[int, Stream, int], on_failure: OnFailure
+        self, name: str, part: Part, address: tuple[int, Stream, int], on_failure: OnFailure
     ) -> None:
-        self._name, self._reward = name, reward
+        self._name, self._part = name, part
         self._address, self._on_failure = address, on_failure
         self.calls = 0
         self._rounds: list[Rollouts] = []
@@ -165,14 +156,14 @@ class _Collected:
         group, size = plan.group[plan.scored].unique(return_counts=True)
         for number, count in zip(group.tolist(), size.tolist(), strict=True):
             self._sizes[number] = self._sizes.get(number, 0) + count
-        if getattr(self._reward, "waits", False):
+        if self._part.waits:
             self._workers = Workers(CALLS, f"reward {self._name}")
 
     def add(self, rows: Tensor) -> None:
         """Score what can be scored now that these rows of the latest round have images."""
         numbers = (rows + self._offsets[-1]).tolist()
-        if not isinstance(self._reward, GroupReward):
-            reward, prompts = self._reward, self._prompts(numbers)
+        if not self._part.compares:
+            reward, prompts = self._part.reward, self._prompts(numbers)
             self._ask(numbers, lambda: reward.score(self._images(numbers), own(prompts)))
             return
         for number, group in zip(numbers, self._rounds[-1].plan.group[rows].tolist(), strict=True):
@@ -196,8 +187,7 @@ class _Collected:
         """End the threads, as nobody needs what was asked any more; one that hangs is left."""
         if self._workers is not None:
             self._workers.close()
-            if isinstance(self._reward, Cancellable):
-                self._reward.cancel()
+            self._part.cancel()
             self._workers.join(PATIENCE)
             self._workers = None
 
@@ -213,14 +203,13 @@ class _Collected:
         if not self._last or len(rows) < self._sizes[group]:
             return
         del self._waiting[group]
-        reward, prompt = self._reward, self._prompts(rows[:1])[0]
-        assert isinstance(reward, GroupReward)
+        reward, prompt = self._part.reward, self._prompts(rows[:1])[0]
         source = generator(*self._address, group=group)
         self._ask(rows, lambda: reward.score_group(self._images(rows), own_prompt(prompt), source))
 
     def _ask(self, rows: list[int], call: Callable[[], Scores]) -> None:
         self.calls += len(rows)
-        answered = partial(attempt, self._reward, call, len(rows), self._on_failure)
+        answered = partial(attempt, self._part.name, call, len(rows), self._on_failure)
         if self._workers is None:
             self._keep(rows, answered())
             return
@@ -267,30 +256,31 @@ class _Collected:
         return Scores(values, tuple(self._statuses), self._floor, facts)
 
 
-def score_images(reward: AnyReward, images: Tensor, prompt: Prompt, seed: int = 0) -> Scores:
+def score_images(part: Part, images: Tensor, prompt: Prompt, seed: int = 0) -> Scores:
     """Scores of images [n, 3, H, W] of one prompt, outside of any run; failures are masked.
 
     Raises:
         InputError: see `score`.
     """
-    if isinstance(reward, GroupReward):
+    if part.compares:
         source = generator(seed, Stream.JUDGE)
-        call = partial(reward.score_group, images.clone(), own_prompt(prompt), source)
-        return attempt(reward, call, len(images))
-    return score_alone(reward, images, [prompt] * len(images))
+        call = partial(part.reward.score_group, images.clone(), own_prompt(prompt), source)
+        return attempt(part.name, call, len(images))
+    return score_alone(part, images, [prompt] * len(images))
 
 
-def score_alone(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+def score_alone(part: Part, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
     """Scores of images [n, 3, H, W], each against its prompt; failures are masked.
 
     Raises:
         InputError: see `score`.
     """
-    return attempt(reward, partial(reward.score, images.clone(), own(prompts)), len(images))
+    call = partial(part.reward.score, images.clone(), own(prompts))
+    return attempt(part.name, call, len(images))
 
 
 def score_against(
-    reward: GroupReward,
+    part: Part,
     images: Tensor,
     others: Tensor,
     prompts: Sequence[Prompt],
@@ -303,12 +293,12 @@ def score_against(
     Raises:
         InputError: see `score`.
     """
-    call = partial(reward.score_against, images.clone(), others.clone(), own(prompts), source)
-    return attempt(reward, call, len(images))
+    copies = images.clone(), others.clone(), own(prompts)
+    return attempt(part.name, partial(part.reward.score_against, *copies, source), len(images))
 
 
 def attempt(
-    reward: AnyReward, call: Callable[[], Any], count: int, on_failure: OnFailure = "mask"
+    name: str, call: Callable[[], Any], count: int, on_failure: OnFailure = "mask"
 ) -> Scores:
     """What a call to a reward returns; where it raises, images without a score.
 
@@ -317,7 +307,7 @@ def attempt(
     put there. An exit is a failure as any other, but Ctrl-C interrupts.
 
     Args:
-        reward: for messages.
+        name: what messages call the reward.
         call: hands over what the reward may change.
         count: images it is asked about.
         on_failure: see `score`.
@@ -326,7 +316,7 @@ def attempt(
         InputError: as the reward raised it, or it returned no numbers, or the wrong number of
             values or statuses; or it raised anything, where that is not to be masked.
     """
-    who = f"reward {name_of(reward)}"
+    who = f"reward {name}"
     try:
         with undisturbed():
             return scores_of(awaited(call()), count, who)

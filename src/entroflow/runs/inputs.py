@@ -22,6 +22,7 @@ from entroflow.errors import InputError
 from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.policies.base import SAMPLED
 from entroflow.prompts import Prompt
+from entroflow.rewards.parts import Part
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,8 @@ def _parts_of(component: Component, where: str) -> Iterator[tuple[str, Any]]:
         part = getattr(component, key)
         named = part if isinstance(part, Mapping) else {"": part}
         for name, each in named.items():
-            yield f"{where}.{key}.{name}".rstrip("."), each
+            reward = each.reward if isinstance(each, Part) else each
+            yield f"{where}.{key}.{name}".rstrip("."), reward
 
 
 def held_out_of(evaluation: Any) -> dict[str, dict[str, str]]:

@@ -19,8 +19,7 @@ from entroflow.recipe.kinds import RECIPE, Kind
 from entroflow.recipe.load import Recipe, chosen_type, load_recipe
 from entroflow.recipe.registry import SECTIONS
 from entroflow.report.page import write_report
-from entroflow.rewards.base import AnyReward, RewardFunction, as_reward
-from entroflow.rewards.mixture import Mixture
+from entroflow.rewards.combined import AnyReward
 from entroflow.runs.events import Events
 from entroflow.runs.folder import (
     EVALUATION,
@@ -45,7 +44,7 @@ def train(
     overrides: Sequence[str] = (),
     *,
     policy: Policy | None = None,
-    reward: AnyReward | RewardFunction | None = None,
+    reward: AnyReward | None = None,
     run: Path | str | None = None,
     stop_after: int | None = None,
     watch: Callable[[Metrics, Evaluated | None], None] | None = None,
@@ -87,7 +86,7 @@ def resume(
     overrides: Sequence[str] = (),
     *,
     policy: Policy | None = None,
-    reward: AnyReward | RewardFunction | None = None,
+    reward: AnyReward | None = None,
     stop_after: int | None = None,
     watch: Callable[[Metrics, Evaluated | None], None] | None = None,
     trust: bool = False,
@@ -176,13 +175,13 @@ def new_folder(recipe: Recipe) -> Path:
                 place = place.with_name(f"{name}-{number}")
 
 
-def _given(policy: Policy | None, reward: AnyReward | RewardFunction | None) -> dict[str, Any]:
+def _given(policy: Policy | None, reward: AnyReward | None) -> dict[str, Any]:
     """The caller's objects by section."""
     given: dict[str, Any] = {}
     if policy is not None:
         given["policy"] = policy
     if reward is not None:
-        given["reward"] = reward if isinstance(reward, Mixture) else as_reward(reward)
+        given["reward"] = reward
     return given
 
 

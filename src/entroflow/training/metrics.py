@@ -10,10 +10,9 @@ from torch import Tensor
 from entroflow.credit.normalise import is_tied
 from entroflow.credit.trace import Trace, trace_metrics
 from entroflow.evaluation.base import Evaluated
-from entroflow.evaluation.watching import compares
 from entroflow.objectives.update import UpdateStatistics, means_by_step
-from entroflow.rewards.base import AnyReward, Scores, failures
-from entroflow.rewards.mixture import Mixture, total
+from entroflow.rewards.base import Scores, failures
+from entroflow.rewards.combined import Rewards
 from entroflow.sampling.plan import Plan, Role
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.training.attention_metrics import attention_metrics
@@ -22,7 +21,7 @@ Metrics = dict[str, Any]
 
 
 def iteration_metrics(
-    reward: AnyReward,
+    reward: Rewards,
     rollouts: Rollouts,
     scores: Mapping[str, Scores],
     advantages: Tensor,
@@ -30,7 +29,7 @@ def iteration_metrics(
     trace: Trace | None,
 ) -> Metrics:
     """What an iteration did, without what it took."""
-    terms, summed = statistics.terms, total(reward, scores)
+    terms, summed = statistics.terms, reward.total(scores)
     credit = {"by_step": {}} if trace is None else trace_metrics(trace)
     by_step = {
         name: {str(step): value for step, value in values.items()}
@@ -47,16 +46,16 @@ def iteration_metrics(
         "policy/gradient_norm": _mean(statistics.gradient_norm),
         "policy/skipped": statistics.skipped,
         **credit,
-        **attention_metrics(rollouts, summed, relative=compares(reward)),
+        **attention_metrics(rollouts, summed, relative=bool(reward.comparing)),
         "by_step": by_step | credit["by_step"],
     }
 
 
-def _reward_metrics(reward: AnyReward, plan: Plan, scores: Mapping[str, Scores]) -> Metrics:
-    """Of the mixture, and of each of its rewards; and what they say of their own judging."""
-    metrics = reward_metrics(plan, total(reward, scores), "reward")
+def _reward_metrics(reward: Rewards, plan: Plan, scores: Mapping[str, Scores]) -> Metrics:
+    """Of the total, and of each part with a name; and what they say of their own judging."""
+    metrics = reward_metrics(plan, reward.total(scores), "reward")
     for name, found in scores.items():
-        if isinstance(reward, Mixture):
+        if name in reward.names:
             metrics |= reward_metrics(plan, found, f"reward/{name}")
         metrics |= {f"judge/{name}/{fact}": value for fact, value in found.facts.items()}
     return metrics

@@ -26,14 +26,12 @@ from entroflow.checkpoints import (
     read_tensors,
 )
 from entroflow.credit.base import StepCredit
-from entroflow.credit.mixed import mixed_advantages
 from entroflow.credit.trace import Trace, Trajectories, trajectories_of
 from entroflow.errors import InputError
 from entroflow.evaluation.base import Drawn, Evaluated, measure_of
-from entroflow.evaluation.images import one_by_one
 from entroflow.evaluation.prompt_checks import remarks_on_prompts
 from entroflow.evaluation.sentinel import Sentinel
-from entroflow.evaluation.watching import compares, watched
+from entroflow.evaluation.watching import watched
 from entroflow.exploration.base import Request, refuse_undefined
 from entroflow.exploration.summary import summary_of
 from entroflow.ledger import Ledger
@@ -46,8 +44,8 @@ from entroflow.prompts import ListedSource, Prompt
 from entroflow.recipe.identity import identity_of, warn_of_another_recipe
 from entroflow.recipe.load import Recipe
 from entroflow.recipe.registry import SECTIONS
-from entroflow.rewards.base import AnyReward, FunctionReward, Scores, failures
-from entroflow.rewards.mixture import Mixture, rewards_of, total
+from entroflow.rewards.base import Scores, failures
+from entroflow.rewards.combined import AnyReward, Rewards, as_rewards
 from entroflow.rewards.scoring import Scoring
 from entroflow.runs.folder import spent
 from entroflow.runs.inputs import (
@@ -80,7 +78,7 @@ class Trainer:
     ) -> None:
         self.recipe = recipe
         self.policy: Policy = recipe.policy.build() if policy is None else policy
-        self.reward: AnyReward = recipe.reward if reward is None else reward
+        self.reward = as_rewards(recipe.reward if reward is None else reward)
         self.dimensions = math.prod(self.policy.latent_shape)
         self.base_grid = self.policy.sigmas(recipe.sampling.steps)
         self.iteration = 0
@@ -143,19 +141,20 @@ class Trainer:
             InputError: a file is missing or wrong.
         """
         for section in SECTIONS:
-            if section == "reward" and isinstance(self.reward, Mixture):
-                # What has no weight is not used.
-                for name, reward in self.reward.trained.items():
-                    check_parts(reward, f"reward.rewards.{name}")
+            if section == "reward":
+                for part in self.reward.parts.values():
+                    check_parts(part.reward, part.key)
             else:
-                part = self.reward if section == "reward" else getattr(self.recipe, section)
-                check_parts(part, section)
+                check_parts(getattr(self.recipe, section), section)
 
     @cached_property
     def inputs(self) -> Inputs:
         """What the recipe names and the run reads beside the policy, by content."""
         source = self.recipe.prompts
-        found = {**files_of(self.reward, "reward"), **held_out_of(self.recipe.evaluation)}
+        found: dict[str, Mapping[str, str]] = {}
+        for part in self.reward.parts.values():
+            found |= files_of(part.reward, part.key)
+        found |= held_out_of(self.recipe.evaluation)
         if isinstance(source, ListedSource):
             named = self.recipe.resolved["prompts"]
             of = named.get("path") or named.get("name") or named["type"]
@@ -190,7 +189,7 @@ class Trainer:
         examples = self.recipe.objective.examples(rollouts, advantages)
         with self.ledger.timed("update"):
             statistics = self._update(examples, cond, share_done)
-        trace = self._trace(rollouts.plan, total(self.reward, scores))
+        trace = self._trace(rollouts.plan, self.reward.total(scores))
         self.trajectories = None if trace is None else trajectories_of(rollouts, trace)
         if rollouts.attention_shift is not None:
             self.attention.curve.follow(entropy_by_step(rollouts))
@@ -209,7 +208,7 @@ class Trainer:
         recipe = self.recipe
         rounds: list[Rollouts] = []
         scoring = Scoring(
-            rewards_of(self.reward), self.ledger, seed=recipe.run.seed, iteration=self.iteration,
+            self.reward.parts, self.ledger, seed=recipe.run.seed, iteration=self.iteration,
             on_failure=recipe.scoring.on_failure,
         )  # fmt: skip
         spent = torch.zeros(len(prompts), dtype=torch.long)
@@ -273,10 +272,10 @@ class Trainer:
             InputError: no rollout of the run has ever had a reward; most likely none will.
         """
         plan = rollouts.plan
-        summed = total(self.reward, scores)
+        summed = self.reward.total(scores)
         failed = summed.values.isnan()
         missing, all_missing = failed[plan.scored], failed[rated_rollouts(plan)].all()
-        advantages = mixed_advantages(self.recipe.credit, self.reward, rollouts, scores)
+        advantages = self.reward.advantages(self.recipe.credit.advantages, rollouts, scores)
         if not missing.any():
             return advantages
         if all_missing and self.iteration == 0:
@@ -344,7 +343,8 @@ class Trainer:
                     "drawn, so hacking can't be seen."
                 )
             base = found.drawn
-            if base is not None and compares(self.reward, *monitors.values()):
+            watching = (*self.reward.parts.values(), *monitors.values())
+            if base is not None and any(part.compares for part in watching):
                 base = self._base_of(base)
             return watched(
                 self.recipe.evaluation, found, self.reward, monitors, base,
@@ -360,12 +360,12 @@ class Trainer:
                 self._base = drawn
             else:
                 # Not counted: a run that is resumed has to draw them again, and spends the same.
-                nothing = FunctionReward(lambda images, *_: [0.0] * len(images))
+                nothing = as_rewards(lambda images, *_: [0.0] * len(images))
                 self._base = self._evaluated("reference", nothing, None).drawn
         assert self._base is not None
         return self._base
 
-    def _evaluated(self, weights: str, reward: AnyReward, ledger: Ledger | None) -> Evaluated:
+    def _evaluated(self, weights: str, reward: Rewards, ledger: Ledger | None) -> Evaluated:
         recipe = self.recipe
         with self.policy.weights(weights):
             return recipe.evaluation.run(
@@ -402,7 +402,7 @@ class Trainer:
         What `monitors.best` says; else the held-out reward. Where rewards only compare, and the
         evaluation does not return the images that they could look at, its score.
         """
-        known = one_by_one(self.reward) or any(key.startswith("eval/win_rate") for key in metrics)
+        known = self.reward.pointwise or any(key.startswith("eval/win_rate") for key in metrics)
         return self.recipe.monitors.best or ("reward" if known else "score")
 
     def standing(self, metrics: Metrics) -> float:
@@ -430,7 +430,7 @@ class Trainer:
         return {
             "network_evaluations": ledger.network_evaluations,
             "weighted_evaluations": ledger.weighted_evaluations,
-            "reward_calls": len(rewards_of(self.reward)) * int(plan.scored.sum()),
+            "reward_calls": len(self.reward.parts) * int(plan.scored.sum()),
             **summary_of(plan),
         }
 
@@ -534,5 +534,6 @@ class Trainer:
         warn_of_another_recipe(state, self.recipe.resolved, checkpoint)
 
     def _components_with_memory(self) -> list[tuple[str, Any]]:
-        parts = vars(self.recipe).items()
+        rewards = {part.key: part.reward for part in self.reward.parts.values()}
+        parts = {**vars(self.recipe), **rewards}.items()
         return [(name, part) for name, part in parts if hasattr(part, "load_state")]

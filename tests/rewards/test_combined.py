@@ -1,4 +1,4 @@
-"""Mixtures: what each way of combining does, in numbers that follow from the definitions."""
+"""Rewards of any kind as one type, and what each way of combining several does, in numbers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,29 @@ import numpy as np
 import pytest
 import torch
 
-from entroflow.credit.mixed import mixed_advantages
 from entroflow.credit.normalise import group_advantages
 from entroflow.credit.terminal import Terminal
-from entroflow.errors import RecipeError
+from entroflow.errors import InputError, RecipeError
 from entroflow.policies.grid import shifted_grid
 from entroflow.prompts import Prompt
-from entroflow.recipe.load import build_recipe, load_recipe
+from entroflow.recipe.load import build_recipe, described, load_recipe
 from entroflow.rewards.base import Scores, Status
-from entroflow.rewards.mixture import Mixture, rewards_of
+from entroflow.rewards.combined import as_rewards
+from entroflow.rewards.mixture import Mixture
+from entroflow.rewards.pairwise import Pairwise
+from entroflow.rewards.parts import as_part
 from entroflow.sampling.plan import fresh_rows
 from entroflow.sampling.rollouts import Rollouts
 from entroflow.training.trainer import Trainer
-from tiny_run import HERE, PROMPTS, ROLLOUTS, Brightness, PixelPolicy, recipe
+from tiny_run import (
+    HERE,
+    PROMPTS,
+    ROLLOUTS,
+    Brightness,
+    ByBrightness,
+    PixelPolicy,
+    recipe,
+)
 
 MINE = __name__
 NAN = math.nan
@@ -47,7 +57,7 @@ class Rounded:
 def mixture(names=("a", "b"), **settings):
     made = Mixture(**settings).model_copy(update={"rewards": {n: Brightness() for n in names}})
     made.check_parts()
-    return made
+    return as_rewards(made)
 
 
 def rollouts_of(groups, size):
@@ -66,12 +76,12 @@ def combined(mixed, groups=1, credit=CREDIT, **values):
         name: Scores(torch.as_tensor(v, dtype=torch.float64), (Status.OK,) * len(v))
         for name, v in values.items()
     }
-    return mixed_advantages(credit, mixed, rollouts_of(groups, size), scores)[:, 0]
+    return mixed.advantages(credit.advantages, rollouts_of(groups, size), scores)[:, 0]
 
 
 def test_a_mixture_of_one_is_the_reward_itself():
     values = [0.1, 0.4, 0.2, 0.9]
-    alone = combined(Brightness(), reward=values)
+    alone = combined(as_rewards(Brightness()), reward=values)
     for how in ("normalise_then_sum", "sum_then_normalise"):
         torch.testing.assert_close(combined(mixture("a", combine=how), a=values), alone)
 
@@ -149,7 +159,7 @@ def test_what_one_could_not_score_is_masked_for_all(how):
     a, b = [0.1, 0.2, 0.3, 0.5], [0.4, NAN, 0.1, 0.5]
     found = combined(mixture(combine=how), a=a, b=b)
     assert found.isnan().tolist() == [False, True, False, False]
-    summed = mixture().summed(
+    summed = mixture().total(
         {n: Scores(torch.tensor(v), (Status.OK, s, Status.OK, Status.OK))
          for n, v, s in (("a", a, Status.OK), ("b", b, Status.TIMEOUT))}
     )  # fmt: skip
@@ -183,6 +193,47 @@ def test_normalised_advantages_do_not_know_the_scale(sigma):
     assert found.square().mean().sqrt().item() == pytest.approx(0.935, abs=0.001)
 
 
+# --- one type -------------------------------------------------------------------------------------
+
+
+class Waiting(Brightness):
+    waits = True
+
+    def __init__(self):
+        self.cancelled = False
+
+    def cancel(self):
+        self.cancelled = True
+
+
+def test_a_reward_of_any_kind_becomes_the_same_type():
+    judge = Pairwise(judge=ByBrightness())
+    for given, name, compares in ((red, "red", False), (judge, "Pairwise", True)):
+        made = as_rewards(given)
+        (part,) = made.parts.values()
+        assert (part.key, part.name, part.compares, part.waits) == ("reward", name, compares, False)
+        assert list(made.parts) == ["reward"]
+        assert made.names == (), "metrics have its name already"
+        assert bool(made.comparing) == compares != bool(made.pointwise)
+        assert as_rewards(made) is made
+    rewards = {"wins": judge, "red": red, "slow": Waiting(), "out": Brightness()}
+    mixed = as_rewards(Mixture(rewards=rewards, weights={"red": 2.0, "out": 0.0}))
+    assert mixed.names == ("wins", "red", "slow")
+    assert mixed.weights == {"wins": 1.0, "red": 2.0, "slow": 1.0}
+    assert (list(mixed.comparing), list(mixed.pointwise)) == (["wins"], ["red", "slow"])
+    slow = mixed.parts["slow"]
+    assert (slow.key, slow.waits) == ("reward.rewards.slow", True)
+    for part in mixed.parts.values():
+        part.cancel()
+    assert slow.reward.cancelled
+
+
+def test_a_part_is_one_reward():
+    for given in (Mixture(rewards={"a": red}), Brightness, 3):
+        with pytest.raises(InputError, match=r"^monitors\.rewards\.a"):
+            as_part(given, "monitors.rewards.a")
+
+
 # --- in a run -------------------------------------------------------------------------------------
 
 TWO = {
@@ -202,6 +253,44 @@ def test_both_are_scored_once_and_written_down():
     assert metrics["reward/bright/std"] > 0
 
 
+def test_only_a_reward_with_a_name_has_metrics_of_its_own():
+    """A mixture of one has; a reward that stands alone does not."""
+    bright = TWO["rewards"]["bright"]
+    for fields, names in ((bright, set()), ({"type": "mixture", "rewards": {"a": bright}}, {"a"})):
+        metrics = Trainer(recipe(reward=fields), PixelPolicy()).step()
+        keys = {key.split("/")[1] for key in metrics if key.startswith("reward/")}
+        assert keys == {"mean", "std", "failed", "tied_groups"} | names
+
+
+class Counting(Brightness):
+    """Remembers how many images it has seen."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def score(self, images, prompts):
+        self.seen += len(images)
+        return super().score(images, prompts)
+
+    def state(self):
+        return {"seen": self.seen}
+
+    def load_state(self, state):
+        self.seen = state["seen"]
+
+
+def test_a_part_with_memory_is_in_the_state_of_a_run():
+    part = {"type": f"{MINE}.Counting"}
+    for reward, keys in (
+        ({"type": "mixture", "rewards": {"one": part, "other": part}},
+         {"reward.rewards.one", "reward.rewards.other"}),
+        (part, {"reward"}),
+    ):  # fmt: skip
+        trainer = Trainer(recipe(reward=reward), PixelPolicy())
+        trainer.step()
+        assert trainer.state()["components"] == {key: {"seen": ROLLOUTS} for key in keys}
+
+
 def test_weight_0_is_as_if_it_were_not_there():
     alone = {"type": "mixture", "rewards": {"bright": TWO["rewards"]["bright"]}}
     one = Trainer(recipe(reward=alone), PixelPolicy())
@@ -209,7 +298,7 @@ def test_weight_0_is_as_if_it_were_not_there():
     first, second = one.step(), other.step()
     assert torch.equal(one.policy.shift, other.policy.shift)
     assert second["ledger/reward_calls"] == first["ledger/reward_calls"] == ROLLOUTS
-    assert list(rewards_of(other.reward)) == ["bright"]
+    assert list(other.reward.parts) == ["bright"]
 
 
 def test_the_order_of_the_names_changes_nothing():
@@ -282,6 +371,11 @@ def test_a_mixture_is_written_out_read_back_and_overridden(tmp_path):
     path.write_text(made.to_yaml())
     assert load_recipe(path).hash == made.hash
     changed = load_recipe(path, ["reward.rewards.graded.value=strict", "reward.weights.strict=3"])
-    assert changed.reward.rewards["graded"].value == "strict"
-    assert changed.reward.weight("strict") == 3
-    assert changed.reward.weight("graded") == 1
+    assert changed.reward.parts["graded"].reward.value == "strict"
+    assert changed.reward.weights == {"graded": 1.0, "strict": 3.0}
+
+
+def test_a_mixture_with_parts_of_ones_own_is_described_without_them(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("reward: {type: mixture, rewards: {a: {type: nobody.knows}}}")
+    assert "type: nobody.knows" in described(path)
