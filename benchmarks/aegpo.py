@@ -19,7 +19,8 @@ from typing import Any
 
 import scipy.stats
 
-from entroflow.comparison.runner import Arm, stored_results
+from entroflow.comparison.jobs import Arm, Terms
+from entroflow.comparison.results import stored_results
 from entroflow.comparison.table import best_by_validation, rows, smallest_difference
 from entroflow.writing import write_text
 from methods import (
@@ -131,7 +132,7 @@ def table(results: Results) -> str:
 def main() -> None:
     """See the module."""
     arguments = asked(__doc__, ROOT / "runs" / "aegpo")
-    shared: Any = {"seeds": SEEDS, "end": BUDGET, "shared": SHARED}
+    shared: Any = {"seeds": SEEDS, "terms": Terms(BUDGET, SHARED)}
     measured(arguments, CLAIMS, ARMS, learning_rates=RATES, **shared)
     measured(arguments, CLAIMS, [host()], **shared)
     page = PAGE.read_text(encoding="utf-8")

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from entroflow.comparison.table import detectable
+from entroflow.contents import read_object
 from entroflow.llm.recipe import load
 from entroflow.report.llm_page import change_correlation
-from entroflow.runs.folder import RunFolder, read_object
+from entroflow.runs.folder import RunFolder
 from entroflow.version import package_version
 from entroflow.writing import to_json, write_text
 from methods import filled, spread

@@ -19,7 +19,9 @@ from typing import Any
 import scipy.stats
 
 from entroflow.cli.show import comparison_progress
-from entroflow.comparison.runner import RESULTS, Arm, compare, stored_results
+from entroflow.comparison.jobs import Arm, Terms
+from entroflow.comparison.results import RESULTS, stored_results
+from entroflow.comparison.runner import compare
 from entroflow.comparison.table import Row, best_by_validation, rows, smallest_difference
 from entroflow.writing import write_text
 
@@ -223,7 +225,7 @@ def main() -> None:
         reward: str = STRICT,
     ) -> Results:
         return measured(
-            arguments, CLAIMS, arms, seeds=seeds, end=end, shared=(reward, *SHARED),
+            arguments, CLAIMS, arms, seeds=seeds, terms=Terms(end, (reward, *SHARED)),
             learning_rates=learning_rates,
         )  # fmt: skip
 

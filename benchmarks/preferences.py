@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from entroflow.comparison.runner import Arm, stored_results
+from entroflow.comparison.jobs import Arm, Terms
+from entroflow.comparison.results import stored_results
 from entroflow.comparison.table import best_by_validation, rows
 from entroflow.evaluation.image_statistics import statistics as image_statistics
 from entroflow.writing import write_text
@@ -158,7 +159,7 @@ def draw(results: Results) -> None:
 def main() -> None:
     """See the module."""
     arguments = asked(__doc__, ROOT / "runs" / "preferences")
-    settings: Any = {"seeds": SEEDS, "end": UPDATES}
+    settings: Any = {"seeds": SEEDS, "terms": Terms(UPDATES)}
     published = [Arm(name, (NO_KL,)) for name in RECIPES]
     measured(arguments, CLAIMS, published, learning_rates=RATES, **settings)
     measured(arguments, CLAIMS, [Arm(name) for name in RECIPES], **settings)

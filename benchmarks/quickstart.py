@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from entroflow.comparison.runner import curve_of
+from entroflow.comparison.results import curve_of
 from entroflow.policies.shapes.policy import WEIGHTS
 from entroflow.recipe.load import load_recipe
 from entroflow.runs.folder import EVALUATION, RunFolder

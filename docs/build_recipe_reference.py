@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from entroflow.recipe.load import COMPONENTS, PLAIN, SECTIONS, load_recipe, shipped_recipes
+from entroflow.recipe.load import load_recipe, shipped_recipes
+from entroflow.recipe.registry import COMPONENTS, PLAIN, SECTIONS
 from entroflow.recipe.text import TEXTS
 
 PAGE = Path(__file__).with_name("recipes.md")

@@ -16,6 +16,7 @@ import runpy
 import shlex
 import statistics
 import sys
+import tomllib
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -337,3 +338,16 @@ def test_the_example_of_an_own_reward_runs(elsewhere, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert len(re.findall(r"^iteration +\d+  blue [+-]0\.\d{4}$", said, re.MULTILINE)) == 2
     assert len(os.listdir("runs")) == 1
+
+
+def test_the_changelog_begins_with_the_version_of_the_package():
+    first = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if "## " in line)
+    assert first.removeprefix("## ").split()[0] == entroflow.__version__
+
+
+def test_the_version_is_written_in_one_place():
+    """From where the package's metadata are made, too."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" in settings["project"]["dynamic"]
+    source = (ROOT / settings["tool"]["hatch"]["version"]["path"]).read_text()
+    assert f'__version__ = "{entroflow.__version__}"\n' in source

@@ -15,7 +15,9 @@ from entroflow.data_sets import load_data_set, read_data_set
 from entroflow.errors import InputError
 from entroflow.llm import recipe as llm_recipes
 from entroflow.places import PathOrName, Places, with_override, without_folders
-from entroflow.recipe.load import SHIPPED, build_recipe, identity_of, load_recipe
+from entroflow.recipe.identity import identity_of
+from entroflow.recipe.load import build_recipe, load_recipe
+from entroflow.recipe.registry import SHIPPED
 
 DATA = PathOrName(("json",), in_folders=True)
 MODEL = PathOrName()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from entroflow.version import __version__
+
 if TYPE_CHECKING:
     from entroflow.recipe.load import build_recipe, load_recipe, shipped_recipes
     from entroflow.runs.evaluate import evaluate
     from entroflow.runs.export import export
     from entroflow.training.launch import resume, train
 
-__version__ = "0.1.0"
 __all__ = [
-    "build_recipe", "evaluate", "export", "load_recipe", "resume", "shipped_recipes", "train",
+    "__version__", "build_recipe", "evaluate", "export", "load_recipe", "resume",
+    "shipped_recipes", "train",
 ]  # fmt: skip
 
 _HOMES = {

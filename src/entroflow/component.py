@@ -36,6 +36,13 @@ class Component(BaseModel):
         """This component with absolute paths."""
         return placed(self, places)
 
+    def check_parts(self) -> None:
+        """Refuse parts that do not fit together, when they are built; most components have no such.
+
+        Raises:
+            ValueError: they don't; the message says which, as the end of a sentence.
+        """
+
     def check(self) -> None:
         """Read what it will need, so that wrong input shows before a run begins.
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-import entroflow
+__version__ = "0.2.0"
 
 
 def package_version() -> str:
@@ -20,8 +20,8 @@ def package_version() -> str:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) not in here.parents:
-            return entroflow.__version__
+            return __version__
         changed = git("status", "--porcelain", "--", str(here))
         return git("rev-parse", "--short", "HEAD") + ("-changed" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return entroflow.__version__
+        return __version__

@@ -16,7 +16,8 @@ import scipy.stats
 from entroflow.cli import main as cli
 from entroflow.cli.show import comparison_table, print_table
 from entroflow.comparison import runner as compare
-from entroflow.comparison.runner import Arm, planned
+from entroflow.comparison.jobs import Arm, Terms, planned
+from entroflow.comparison.results import stored_results
 from entroflow.comparison.table import Row, best_by_validation, rows, smallest_difference
 from entroflow.errors import InputError
 from entroflow.recipe.load import load_recipe
@@ -73,7 +74,7 @@ def test_the_end_of_a_comparison_is_that_of_every_run():
         ({"updates": 9}, {"updates": 9}),
         ({"minutes": 0.5}, {"minutes": 0.5}),
     ):
-        (job,) = planned([Arm("flow_grpo_fast")], [0], end, TINY)
+        (job,) = planned([Arm("flow_grpo_fast")], [0], Terms(end, TINY))
         assert load_recipe("flow_grpo_fast", job.overrides).run.ends == kept
 
 
@@ -92,22 +93,22 @@ def test_the_end_of_a_comparison_is_that_of_every_run():
 )  # fmt: skip
 def test_what_can_not_be_compared_is_refused_with_the_name_of_the_arm(arm, shared, end, said):
     with pytest.raises(InputError, match=said):
-        planned([Arm("quickstart"), Arm.parse(arm)], [0], end, [*shared] or TINY)
+        planned([Arm("quickstart"), Arm.parse(arm)], [0], Terms(end, [*shared] or TINY))
 
 
 def test_every_arm_is_planned_with_every_seed_and_none_twice():
     arms = [Arm("flow_grpo_fast"), Arm("flow_grpo_fast", ("objective.kl=0.1",))]
-    jobs = planned(arms, [0, 1, 2], {"updates": 4}, TINY)
+    jobs = planned(arms, [0, 1, 2], Terms({"updates": 4}, TINY))
     assert [(job.arm, job.seed) for job in jobs] == [(a, s) for a in arms for s in (0, 1, 2)]
     assert len({job.recipe_hash for job in jobs}) == 2
     with pytest.raises(InputError, match="flow_grpo_fast: it is the same recipe as flow_grpo_fast"):
-        planned([arms[0], arms[0]], [0], {"updates": 4}, TINY)
+        planned([arms[0], arms[0]], [0], Terms({"updates": 4}, TINY))
 
 
 def test_an_evaluation_without_test_prompts_is_refused():
     own = Arm("flow_grpo_fast", ("evaluation.type=tiny_run.Shift",))
     with pytest.raises(InputError, match="its evaluation has no test prompts to compare on"):
-        planned([own], [0], {"updates": 4}, [o for o in TINY if "evaluation" not in o])
+        planned([own], [0], Terms({"updates": 4}, [o for o in TINY if "evaluation" not in o]))
 
 
 def test_parts_in_modules_of_one_name_can_not_be_compared(tmp_path, monkeypatch):
@@ -123,7 +124,7 @@ def test_parts_in_modules_of_one_name_can_not_be_compared(tmp_path, monkeypatch)
     shared = ["evaluation.images=2", "evaluation.steps=2"]
     said = r"^b/r\.yaml: .*two modules are called 'twin_rewards', .*a/twin_rewards\.py and .*b/twin"
     with pytest.raises(InputError, match=said) as one:
-        planned(arms, [0], {"updates": 4}, shared)
+        planned(arms, [0], Terms({"updates": 4}, shared))
     assert "one process can load only one of them; rename one, and the type" in str(one.value)
     sys.modules.pop("twin_rewards")
 
@@ -132,7 +133,7 @@ def test_runs_of_a_recipe_file_lie_in_the_folder_of_results(tmp_path):
     path = tmp_path / "some" / "mine.yaml"
     path.parent.mkdir()
     path.write_text("run: {iterations: 3}")
-    (job,) = planned([Arm(str(path))], [5], {"updates": 4}, TINY)
+    (job,) = planned([Arm(str(path))], [5], Terms({"updates": 4}, TINY))
     assert job.folder(tmp_path / "out").parent == tmp_path / "out" / "runs"
     assert job.folder(tmp_path / "out").name.startswith("mine-")
 
@@ -147,7 +148,7 @@ def test_results_are_made_once_and_kept_by_recipe_and_seed(tmp_path, monkeypatch
 
     def compared(seeds, **options):
         return compare.compare(
-            [arm], seeds, end, tmp_path, shared=TINY, at_once=2, progress=progress, **options
+            [arm], seeds, Terms(end, TINY), tmp_path, at_once=2, progress=progress, **options
         )
 
     results, failed = compared([0])
@@ -224,8 +225,8 @@ def test_a_comparison_that_is_stopped_goes_on(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     (result,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     whole, _ = compare.compare(
-        [Arm("flow_grpo_fast")], [0], {"budget": 60 * PER_ITERATION},
-        tmp_path / "whole", shared=TINY, at_once=1, progress=Silent(),
+        [Arm("flow_grpo_fast")], [0], Terms({"budget": 60 * PER_ITERATION}, TINY),
+        tmp_path / "whole", at_once=1, progress=Silent(),
     )  # fmt: skip
     assert result["test"]["models"] == whole[0]["test"]["models"]
 
@@ -233,10 +234,10 @@ def test_a_comparison_that_is_stopped_goes_on(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path):
     arms, end = [Arm("flow_grpo_fast")], {"budget": PER_ITERATION}
-    (job,) = planned(arms, [0], end, TINY)
+    (job,) = planned(arms, [0], Terms(end, TINY))
     (job.folder(tmp_path) / "checkpoints").mkdir(parents=True)
     (job.folder(tmp_path) / "recipe.yaml").write_text("half a rec")
-    _, failed = compare.compare(arms, [0], end, tmp_path, shared=TINY, progress=Silent())
+    _, failed = compare.compare(arms, [0], Terms(end, TINY), tmp_path, progress=Silent())
     assert failed == []
 
 
@@ -244,10 +245,10 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path)
 def test_a_result_that_can_not_be_read_is_a_run_that_failed(tmp_path):
     """And stops no other."""
     arms, end = [Arm("flow_grpo_fast")], {"budget": PER_ITERATION}
-    first = planned(arms, [0, 1], end, TINY)[0]
+    first = planned(arms, [0, 1], Terms(end, TINY))[0]
     first.folder(tmp_path).mkdir(parents=True)
     (first.folder(tmp_path) / "evaluation.json").write_text("{}")
-    results, failed = compare.compare(arms, [0, 1], end, tmp_path, shared=TINY, progress=Silent())
+    results, failed = compare.compare(arms, [0, 1], Terms(end, TINY), tmp_path, progress=Silent())
     assert [job.seed for job in failed] == [0]
     assert [result["seed"] for result in results] == [1]
     assert "is not a run folder" in first.folder(tmp_path).with_suffix(".log").read_text()
@@ -257,7 +258,7 @@ def test_a_result_that_can_not_be_read_is_a_run_that_failed(tmp_path):
 def test_results_that_are_none_are_refused(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(InputError, match=r"results\.json (is torn|holds no)"):
-        compare.stored_results(tmp_path)
+        stored_results(tmp_path)
     assert (tmp_path / "results.json").read_text() == content
 
 
@@ -351,8 +352,8 @@ def test_one_seed_shows_no_difference():
 def test_a_rate_is_given_once(tmp_path):
     with pytest.raises(InputError, match="--learning-rates chooses it"):
         compare.compare(
-            [Arm("quickstart")], [0], {"updates": 1}, tmp_path,
-            shared=["optimizer.learning_rate=1e-3"], learning_rates=["1e-4"], progress=Silent(),
+            [Arm("quickstart")], [0], Terms({"updates": 1}, ["optimizer.learning_rate=1e-3"]),
+            tmp_path, learning_rates=["1e-4"], progress=Silent(),
         )  # fmt: skip
 
 
@@ -361,7 +362,7 @@ def test_results_of_an_older_version_are_refused(tmp_path):
     del old["test"]["measure"]
     (tmp_path / "results.json").write_text(json.dumps({"results": [old]}))
     with pytest.raises(InputError, match="is of an older version; give another --out"):
-        compare.stored_results(tmp_path)
+        stored_results(tmp_path)
 
 
 def test_the_rate_is_chosen_by_the_last_validation_score():

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from entroflow.cli.main import main
 from entroflow.errors import InputError
 from entroflow.llm import recipe as recipes
-from entroflow.llm.embedded import BASE
+from entroflow.llm.embedded import BASE, Sampling
 from entroflow.llm.problems import judge, problems_of, solved
 from entroflow.llm.run import load_model, resume, train
 from entroflow.report.llm_page import write_llm_report
@@ -164,7 +164,7 @@ def test_a_lora_is_all_that_is_trained_and_saved(tmp_path):
     model, tokenizer = load_model(str(whole.path))
     again = judge(
         model, tokenizer, problems_of(recipes.load("countdown").task, tokenizer).test[:6], solved,
-        each=4, most_words=18, temperature=1.0, seed=0, batch_size=256,
+        Sampling(each=4, most_words=18),
     )  # fmt: skip
     found = json.loads((whole.path / "evaluation.json").read_text())
     assert [[said for said, _ in row["tuned"]] for row in found["answers"]] == again.said
@@ -316,6 +316,6 @@ def test_two_processes_train_judge_and_go_on(tmp_path):
     model, tokenizer = load_model("embedded")
     alone = judge(
         model, tokenizer, problems_of(recipes.load("countdown").task, tokenizer).test[:6], solved,
-        each=4, most_words=18, temperature=1.0, seed=0, batch_size=8,
+        Sampling(each=4, most_words=18, batch_size=8),
     )  # fmt: skip
     assert json.loads((whole.path / "base.json").read_text())["said"] == alone.said

@@ -20,7 +20,7 @@ import tiny_llm
 from entroflow.cli.main import main
 from entroflow.errors import InputError, RecipeError
 from entroflow.llm import recipe as recipes
-from entroflow.llm.embedded import BASE, answers
+from entroflow.llm.embedded import BASE, Sampling, answers
 from entroflow.llm.pretrain import Reading, judged, read
 from entroflow.llm.problems import judge, problems_of, solved
 from entroflow.llm.recipe import Task
@@ -79,8 +79,7 @@ def test_the_model_it_saves_is_the_one_it_judged(done):
     now = model.state_dict()
     assert any(not torch.equal(value, now[name]) for name, value in base.items())
     problems = problems_of(Task(), tokenizer)
-    again = judge(model, tokenizer, problems.test[:6], solved, each=4, most_words=18,
-                  temperature=1.0, seed=0, batch_size=256)  # fmt: skip
+    again = judge(model, tokenizer, problems.test[:6], solved, Sampling(each=4, most_words=18))
     found = json.loads((done.path / "evaluation.json").read_text())
     assert [[said for said, _ in row["tuned"]] for row in found["answers"]] == again.said
     assert found["tuned"]["avg@4"][0] == pytest.approx(again.right.double().mean().item())
@@ -246,7 +245,7 @@ def test_settings_that_a_model_brings_do_not_change_what_is_sampled(tmp_path):
     own = model.generation_config
 
     def said():
-        found = answers(model, tokenizer, ["a", "b"], each=8, most_words=40, seed=3)
+        found = answers(model, tokenizer, ["a", "b"], Sampling(each=8, most_words=40, seed=3))
         return [answer for mine in found for answer in mine]
 
     first = said()
@@ -289,7 +288,7 @@ def test_a_reward_that_fails_is_said_in_one_line(tmp_path, name, said):
 # --- recipes and wrong input ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*recipes.shipped()])
+@pytest.mark.parametrize("name", [*recipes.LAYOUT.recipes])
 def test_shipped_recipes_can_be_read_and_written(name, tmp_path):
     recipe = recipes.load(name)
     path = tmp_path / "again.yaml"
@@ -371,7 +370,7 @@ def test_wrong_input_is_one_line(arguments, said, monkeypatch, capsys, tmp_path)
 def test_recipes_are_listed_and_printed(monkeypatch, capsys):
     code, out, _ = entroflow(monkeypatch, capsys, "llm", "recipes")
     assert code == 0
-    assert {line.split()[0] for line in out.splitlines()} == {*recipes.shipped()}
+    assert {line.split()[0] for line in out.splitlines()} == {*recipes.LAYOUT.recipes}
     code, out, _ = entroflow(monkeypatch, capsys, "llm", "recipes", "countdown")
     assert code == 0
     assert "learning_rate" in out
@@ -399,7 +398,8 @@ main()
 
     assert run("recipes").returncode == 0
     assert run("llm", "--help").returncode == 0
-    for command in (("train",), ("recipes",), ("evaluate",), ("pretrain",)):
+    assert "countdown" in run("llm", "recipes").stdout
+    for command in (("train",), ("recipes", "countdown"), ("evaluate",), ("pretrain",)):
         found = run("llm", *command)
         assert found.returncode == 2, command
         assert "pip install 'entroflow[llm]'" in found.stderr

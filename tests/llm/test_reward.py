@@ -18,7 +18,7 @@ from datasets import Dataset
 import tiny_llm
 from entroflow.errors import InputError
 from entroflow.llm import recipe as recipes
-from entroflow.llm.embedded import sampled
+from entroflow.llm.embedded import Sampling, sampled
 from entroflow.llm.problems import judge, problems_of
 from entroflow.llm.recipe import Task
 from entroflow.llm.reward import GIVEN, check_arguments, guarded
@@ -104,7 +104,7 @@ def test_the_tokens_of_an_answer_end_with_the_one_that_ends_it(tmp_path):
     """What fills up a batch of answers is part of none, as in TRL."""
     tiny_llm.save_qwen2(tmp_path)
     model, tokenizer = load_model(str(tmp_path))
-    (found,) = sampled(model, tokenizer, ["a"], each=64, most_words=16, seed=0)
+    (found,) = sampled(model, tokenizer, ["a"], Sampling(each=64, most_words=16))
     ended = [answer for answer in found if tokenizer.eos_token_id in answer.tokens]
     assert 0 < len(ended) < len(found)
     for answer in found:
@@ -176,14 +176,14 @@ def test_a_chat_is_judged_with_messages_as_trl_gives_them(tmp_path):
         return [1.0] * len(completions)
 
     rows = [{"prompt": [{"role": "user", "content": "a"}]}]
-    settings = {"each": 2, "most_words": 4, "temperature": 1.0, "seed": 0, "batch_size": 8}
-    judge(model, tokenizer, rows, reward, **settings)
+    sampling = Sampling(each=2, most_words=4)
+    judge(model, tokenizer, rows, reward, sampling)
     tokenizer.response_template = {
         "defaults": {"role": "assistant", "by": "template"},
         "start_anchor": "<|im_start|>assistant\n",
         "fields": {"content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"}},
     }
-    judge(model, tokenizer, rows, reward, **settings)
+    judge(model, tokenizer, rows, reward, sampling)
     for (completions, prompts), made in zip(calls, (None, "template"), strict=True):
         assert prompts == [rows[0]["prompt"]] * 2
         for (message,) in completions:
@@ -262,10 +262,10 @@ def test_what_is_no_function_is_refused(given):
 def test_a_reward_that_never_has_a_number_is_refused_before_training():
     model, tokenizer = load_model("embedded")
     rows = [{"prompt": "1 2 3 4 -> 10 :"}]
-    settings = {"each": 2, "most_words": 4, "temperature": 1.0, "seed": 0, "batch_size": 8}
+    sampling = Sampling(each=2, most_words=4)
     with pytest.raises(InputError, match="no number for any of 2 answers"):
-        judge(model, tokenizer, rows, lambda **_: [None, None], **settings)
-    found = judge(model, tokenizer, rows, lambda **_: [None, 1.0], **settings)
+        judge(model, tokenizer, rows, lambda **_: [None, None], sampling)
+    found = judge(model, tokenizer, rows, lambda **_: [None, 1.0], sampling)
     assert found.right.tolist() == [[False, True]]
 
 

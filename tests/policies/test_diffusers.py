@@ -18,7 +18,7 @@ from entroflow.errors import InputError
 from entroflow.ledger import Ledger
 from entroflow.recipe.load import chosen_type, load_recipe, shipped_recipes
 from entroflow.runs.folder import RunFolder
-from entroflow.runs.sample import open_policy
+from entroflow.runs.open import open_policy
 from entroflow.sampling.kernels import ODE
 from entroflow.sampling.solver import integrate
 from entroflow.training.forecast import expected_of, rehearse

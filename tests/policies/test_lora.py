@@ -16,7 +16,7 @@ from entroflow.checks.doctor import Verdict, examine
 from entroflow.cli import main as cli
 from entroflow.errors import InputError
 from entroflow.recipe.load import load_recipe
-from entroflow.runs.sample import open_policy
+from entroflow.runs.open import open_policy
 from entroflow.training.trainer import Trainer
 
 pytest.importorskip("diffusers")

@@ -170,7 +170,7 @@ def test_a_changed_recipe_of_a_language_model_is_read_or_refused(tmp_path):
     pytest.importorskip("trl")
     from entroflow.llm import recipe as llm_recipes
 
-    shipped = llm_recipes.shipped()
+    shipped = llm_recipes.LAYOUT.recipes
     texts = [path.read_text(encoding="utf-8") for path in shipped.values()]
     texts += [llm_recipes.load(name).to_yaml() for name in shipped]
     assert fuzzed(llm_recipes.load, texts, cases=500, folder=tmp_path) > 5

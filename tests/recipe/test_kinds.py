@@ -9,7 +9,8 @@ import pytest
 
 from entroflow.cli import main as cli
 from entroflow.recipe.kinds import SECTIONS_OF_ONE, Kind, kind_of
-from entroflow.recipe.load import SECTIONS, load_recipe
+from entroflow.recipe.load import load_recipe
+from entroflow.recipe.registry import SECTIONS
 from entroflow.recipe.text import parse_yaml
 from entroflow.runs.folder import RunFolder
 

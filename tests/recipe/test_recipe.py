@@ -15,16 +15,9 @@ from ruamel.yaml import YAML
 
 from entroflow.errors import RecipeError
 from entroflow.recipe.imports import imported
-from entroflow.recipe.load import (
-    COMPONENTS,
-    PLAIN,
-    SECTIONS,
-    build_recipe,
-    load_component,
-    load_recipe,
-    recipe_titles,
-    shipped_recipes,
-)
+from entroflow.recipe.load import build_recipe, load_component, load_recipe, shipped_recipes
+from entroflow.recipe.read import titles
+from entroflow.recipe.registry import COMPONENTS, IMAGES, PLAIN, SECTIONS
 from entroflow.rewards.base import FunctionReward
 from tiny_run import only
 
@@ -161,10 +154,10 @@ def test_every_key_of_a_shipped_file_arrives(name):
 
 
 def test_titles_name_every_shipped_recipe():
-    titles = recipe_titles()
-    assert list(titles) == SHIPPED
-    assert all(titles.values())
-    assert "2505.05470" in titles["flow_grpo"]
+    shown = titles(IMAGES)
+    assert list(shown) == SHIPPED
+    assert all(title for title, _ in shown.values())
+    assert "2505.05470" in shown["flow_grpo"][1]
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,14 @@ import entroflow
 from entroflow.cli import main as cli
 from entroflow.cli import trust
 from entroflow.comparison import runner as compare
+from entroflow.comparison.jobs import Arm, Job
 from entroflow.errors import InputError, RecipeError, UntrustedError
 from entroflow.recipe import imports as users_code
 from entroflow.recipe.load import described, load_component, load_recipe
+from entroflow.recipe.read import read
+from entroflow.recipe.registry import IMAGES
 from entroflow.runs.evaluate import _part
-from entroflow.runs.sample import Opened
+from entroflow.runs.open import Opened
 from tiny_run import only
 
 PLACES = {
@@ -315,7 +318,7 @@ def test_the_runs_of_a_comparison_are_trusted_as_it_is(stranger, monkeypatch):
         asked.append(command)
 
     monkeypatch.setattr(compare._Children, "run", run)
-    job = compare.Job(compare.Arm("quickstart"), (), "hash", 0, "base")
+    job = Job(Arm("quickstart"), (), "hash", 0, "base")
     for trusted in (False, True):
         compare._run(job, Path("out"), compare._Children(), trusted)
     assert ["--trust" in command for command in asked] == [False, True]
@@ -325,9 +328,9 @@ def test_an_evaluation_does_not_go_on_without_a_reward_that_is_not_trusted(stran
     folder, module, ran = stranger
     recipe = written(folder, f"reward: {{type: {module}.score}}")
     with pytest.raises(UntrustedError):
-        _part(Opened(None, (), recipe), "reward")
+        _part(Opened(None, (), read(recipe, (), IMAGES)), "reward")
     assert not ran.exists()
-    assert _part(Opened(None, (), recipe, trust=True), "reward") is not None
+    assert _part(Opened(None, (), read(recipe, (), IMAGES), trust=True), "reward") is not None
 
 
 def test_nobody_is_asked_where_several_processes_run(monkeypatch):
@@ -425,8 +428,8 @@ def test_a_run_folder_elsewhere_needs_trust_for_its_server(stranger):
     with pytest.raises(UntrustedError):
         load_recipe(recipe)
     with pytest.raises(UntrustedError):
-        _part(Opened(None, (), recipe), "reward")
-    rewards = _part(Opened(None, (), recipe, trust=True), "reward")
+        _part(Opened(None, (), read(recipe, (), IMAGES)), "reward")
+    rewards = _part(Opened(None, (), read(recipe, (), IMAGES), trust=True), "reward")
     assert rewards.parts["reward"].reward.model == "m"
 
 

@@ -16,7 +16,8 @@ from ruamel.yaml import YAML
 
 from entroflow.errors import RecipeError, one_line, printable, quoted
 from entroflow.recipe.load import build_recipe, chosen_type, load_component, load_recipe
-from entroflow.recipe.text import LARGEST, MOST, as_yaml, override_of, parse_yaml
+from entroflow.recipe.read import LARGEST
+from entroflow.recipe.text import MOST, as_yaml, override_of, parse_yaml
 from entroflow.runs.folder import folder_name
 
 SECTIONS = ("a", "b")

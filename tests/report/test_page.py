@@ -22,7 +22,8 @@ from entroflow.credit.trace import Trajectories
 from entroflow.evaluation.base import Evaluated
 from entroflow.recipe.load import build_recipe
 from entroflow.report.page import write_report
-from entroflow.runs.folder import EVALUATION, METRICS, RunError, RunFolder
+from entroflow.runs.files import METRICS
+from entroflow.runs.folder import EVALUATION, RunError, RunFolder
 from entroflow.writing import write_text
 
 TITLE = "<script>alert('title')</script> & co"

@@ -33,13 +33,14 @@ from entroflow.contents import RunError, read_object
 from entroflow.errors import InputError
 from entroflow.locks import one_writer
 from entroflow.report.page import write_report
+from entroflow.runs.best import best_of
 from entroflow.runs.export import export
 from entroflow.runs.files import (
     Best,
     Comparison,
     TrajectoriesFile,
 )
-from entroflow.runs.folder import RunFolder, best_of
+from entroflow.runs.folder import RunFolder
 from entroflow.writing import (
     part_of,
     whole_folder,

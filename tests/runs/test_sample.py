@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 
 from entroflow.cli import main as cli
-from entroflow.runs.sample import Opened, draw
+from entroflow.recipe.read import read
+from entroflow.recipe.registry import IMAGES
+from entroflow.runs.open import Opened
+from entroflow.runs.sample import draw
 from entroflow.shapes.grammar import parse
 from entroflow.shapes.scenes import lay_out, render
 from gaussian_policy import GaussianPolicy
@@ -43,7 +46,7 @@ def bars(path, rows, columns, side=SIDE):
 
 
 def drawn(policy, prompts, out, models=("base",)):
-    opened = Opened(policy, models, "quickstart")
+    opened = Opened(policy, models, read("quickstart", (), IMAGES))
     draw(opened, prompts, count=2, steps=1, guidance=None, seed=0, out=out)
 
 

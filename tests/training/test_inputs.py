@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 import entroflow
 from entroflow.checkpoints import DIGESTS, read_state
 from entroflow.cli import main as cli
-from entroflow.comparison.runner import Arm, planned
+from entroflow.comparison.jobs import Arm, Terms, planned
 from entroflow.component import Component
 from entroflow.errors import InputError
 from entroflow.recipe.load import build_recipe
@@ -312,7 +312,7 @@ def test_results_are_kept_by_place_where_no_digest_tells_the_content(tmp_path):
         (tmp_path / folder / "w.txt").write_text(folder)
         own = [f"reward.type={__name__}.Reads", f"reward.file={tmp_path / folder / 'w.txt'}"]
         own += [f"reward.cache={tmp_path / cache / 'cache'}", *QUICK]
-        (job,) = planned([Arm("quickstart", tuple(own))], [0], {"updates": 1})
+        (job,) = planned([Arm("quickstart", tuple(own))], [0], Terms({"updates": 1}))
         keys.append(job.key)
     assert len({key["recipe_hash"] for key in keys}) == 1
     assert keys[0] == keys[2] != keys[1]
@@ -324,7 +324,7 @@ def test_results_of_a_comparison_are_of_what_the_files_held(tmp_path):
     keys = []
     for text in ("a red circle\n", "a blue ring\n", "a red circle\n\n"):
         path.write_text(text)
-        (job,) = planned([arm], [0], {"budget": "300k"})
+        (job,) = planned([arm], [0], Terms({"budget": "300k"}))
         keys.append(tuple(job.key.values()))
     assert keys[0] == keys[2] != keys[1]
 
@@ -337,10 +337,10 @@ def test_code_that_was_edited_is_warned_of_and_makes_other_results(tmp_path, mon
         "def bright(images, prompts, metadata):\n    return images.mean(dim=(1, 2, 3))\n"
     )
     own = ["reward.type=edited_rewards.bright", *QUICK]
-    (before,) = planned([Arm("quickstart", tuple(own))], [0], {"updates": 1})
+    (before,) = planned([Arm("quickstart", tuple(own))], [0], Terms({"updates": 1}))
     run = entroflow.train("quickstart", own, run=tmp_path / "run", stop_after=1)
     code.write_text(code.read_text() + "# quicker\n")
-    (after,) = planned([Arm("quickstart", tuple(own))], [0], {"updates": 1})
+    (after,) = planned([Arm("quickstart", tuple(own))], [0], Terms({"updates": 1}))
     assert before.key != after.key
     entroflow.resume(run.path, stop_after=2)
     assert f"edited_rewards.bright: {code} was changed since" in caplog.text

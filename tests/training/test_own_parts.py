@@ -13,7 +13,7 @@ import entroflow
 from entroflow.errors import InputError, UntrustedError
 from entroflow.objectives.base import Objective
 from entroflow.objectives.transitions import transitions_of
-from entroflow.runs.sample import open_policy
+from entroflow.runs.open import open_policy
 from entroflow.training.trainer import Trainer
 from tiny_run import HERE, Brightness, PixelPolicy, brightness, recipe, train
 

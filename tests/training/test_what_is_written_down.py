@@ -15,7 +15,7 @@ from PIL import Image
 
 import entroflow
 from entroflow.policies.shapes.policy import ShapesPolicyConfig
-from entroflow.runs.folder import METRICS
+from entroflow.runs.files import METRICS
 from tiny_run import HERE, ROLLOUTS, PixelPolicy, Shift, brightness, final_tensors, train
 
 

@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from entroflow.checks.examination import examine_reward
 from entroflow.checks.findings import DoubtfulError, Finding, NotPossibleError, Verdict, finding_of
@@ -25,8 +26,10 @@ from entroflow.evaluation.images import draw
 from entroflow.evaluation.prompt_checks import remarks_on_prompts
 from entroflow.exploration.summary import summary_of
 from entroflow.noise import Address, Stream, gaussian
+from entroflow.policies.base import HasPipeline, OnDevice
 from entroflow.prompts import ListedSource, Prompt
-from entroflow.recipe.load import Recipe, changed
+from entroflow.recipe.build import changed
+from entroflow.recipe.load import Recipe
 from entroflow.report.wording import count, duration, size
 from entroflow.rewards.combined import as_rewards
 from entroflow.rewards.parts import Part
@@ -92,24 +95,24 @@ class _Patient:
 
     def memory(self) -> str:
         """Computed from the configuration of the model, held against what the device has."""
-        compute = getattr(self.recipe.policy, "memory", None)
-        if compute is None:
+        policy = self.recipe.policy
+        if not isinstance(policy, OnDevice):
             raise NotPossibleError("not computed for a policy of this kind")
-        found = compute(
+        memory = policy.memory(
             guidance=self.recipe.sampling.guidance,
             batch_size=self.recipe.sampling.batch_size,
             micro_batch=self.recipe.optimizer.micro_batch,
         )
-        kept = ", ".join(f"{name} {size(held)}" for name, held in found.kept.items())
-        passing = ", ".join(f"{name} {size(held)}" for name, held in found.passing.items())
-        there, where = _memory_there(getattr(self.recipe.policy, "device", None))
+        kept = ", ".join(f"{name} {size(held)}" for name, held in memory.kept.items())
+        passing = ", ".join(f"{name} {size(held)}" for name, held in memory.passing.items())
+        there, where = _memory_there(policy.device)
         said = (
-            f"computed: {size(found.peak)} at most, of {size(there)} that {where} has. Always "
+            f"computed: {size(memory.peak)} at most, of {size(there)} that {where} has. Always "
             f"there: {kept}. One of these at a time: {passing}."
         )
-        if found.peak > there:
+        if memory.peak > there:
             raise InputError(f"{said} {SMALLER}")
-        if found.peak > FULL * there:
+        if memory.peak > FULL * there:
             raise DoubtfulError(f"{said} The allocator needs some of it, too. {SMALLER}")
         return said
 
@@ -147,7 +150,7 @@ class _Patient:
     def parity(self) -> str:
         """A rollout without noise is the pipeline's own image, from the same latents."""
         recipe, policy = self.recipe, self._built()
-        if not hasattr(policy, "by_pipeline"):
+        if not isinstance(policy, HasPipeline):
             raise NotPossibleError("there is no other program that samples from this policy")
         prompts = [prompt.text for prompt in self._batch()[:1]]
         steps, guidance = recipe.sampling.steps, recipe.sampling.guidance
@@ -210,8 +213,8 @@ class _Patient:
         batch = self.recipe.sampling.batch_size
         plan = first_plan(self._planned())
         groups = len(plan.group[plan.scored].unique())
-        asked = getattr(objective, "minibatches", 1)
-        updates = asked if isinstance(asked, int) else len(summary_of(plan)["steps"])
+        minibatches = objective.minibatches
+        updates = minibatches if isinstance(minibatches, int) else len(summary_of(plan)["steps"])
         states = math.ceil(plan.trained_states() / updates)
         said = (
             f"{len(plan.prompts)} prompts, {groups} groups, {int(plan.scored.sum())} images; "
@@ -245,11 +248,11 @@ class _Patient:
         number = self.recipe.run.keep_checkpoints + 2
         free = shutil.disk_usage(Path.cwd()).free
         said = f"{size(number * one)} for {number} checkpoints; {size(free)} are free here"
-        cache = getattr(self.recipe.policy, "cache", None)
-        if cache is not None:
+        policy = self.recipe.policy
+        if isinstance(policy, OnDevice) and policy.cache is not None:
             cond = self._built().encode([self._batch()[0].text])
             kept = sum(t.numel() * t.element_size() for t in cond.tensors.values())
-            said += f"; {size(kept)} more for each prompt in {cache}"
+            said += f"; {size(kept)} more for each prompt in {policy.cache}"
         if number * one > free:
             raise InputError(f"{said}: go to another folder, or keep fewer (run.keep_checkpoints).")
         return said
@@ -356,5 +359,7 @@ def _divisor(number: int, most: int) -> int:
 
 def _with(component: Any, fields: dict[str, Any]) -> Any:
     """A component with other values for those of the fields that it has."""
-    known = {key: value for key, value in fields.items() if hasattr(component, key)}
-    return changed(component, known, "doctor") if known else component
+    if not isinstance(component, BaseModel):
+        return component
+    own = {key: value for key, value in fields.items() if key in type(component).model_fields}
+    return changed(component, own, "doctor") if own else component

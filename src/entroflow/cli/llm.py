@@ -90,6 +90,7 @@ def train(
         from entroflow.cli.show import llm_progress
         from entroflow.llm import recipe as recipes
         from entroflow.llm import run as runs
+        from entroflow.recipe.imports import search_beside
         from entroflow.recipe.kinds import RECIPE, Kind
         from entroflow.runs.folder import REPORT, RunFolder
 
@@ -98,7 +99,7 @@ def train(
             name = str(RunFolder.open(resume, Kind.LANGUAGE_MODEL).path / RECIPE)
         recipe = recipes.load(name, overrides, trust=trust)
         trust = is_trusted(trust, recipe.refuse_strangers)
-        recipe = recipes.load(name, overrides, trust=trust)
+        search_beside(recipe.found_in, trust)
         with llm_progress(recipe.run.updates) as watch:
             if resume is not None:
                 folder = runs.resume(resume, overrides, watch, trust=trust)
@@ -133,13 +134,13 @@ def evaluate(
 
         trust = is_trusted(trust, lambda: recipe_of(model).refuse_strangers())
     with _extra(), working("evaluating", quiet=as_json):
-        found = evaluate_model(
+        passing = evaluate_model(
             model, problems=problems, each=each, temperature=temperature, seed=seed, trust=trust
         )
     if as_json:
-        print(to_json(found, indent=1))
+        print(to_json(passing, indent=1))
     else:
-        print_table(pass_table(found))
+        print_table(pass_table(passing))
 
 
 @app.command()
@@ -150,14 +151,15 @@ def recipes(
 ) -> None:
     """List the shipped recipes for language models, or print one."""
     with _extra():
-        from entroflow.llm import recipe as known
+        from entroflow.llm.recipe import LAYOUT, load
+        from entroflow.recipe.read import titles
 
         if name is not None:
-            print(known.load(name).to_yaml(), end="")
+            print(load(name).to_yaml(), end="")
             return
-        found = {each: known.load(each).title for each in known.shipped()}
-    width = max(map(len, found))
-    for each, title in found.items():
+    shown = titles(LAYOUT)
+    width = max(map(len, shown))
+    for each, (title, _) in shown.items():
         print(f"{each:<{width}}  {title}")
 
 

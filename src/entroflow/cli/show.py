@@ -26,7 +26,7 @@ from rich.table import Table
 
 from entroflow.checks.findings import Finding, Verdict
 from entroflow.checks.noise_floors import Floor
-from entroflow.comparison.runner import Job
+from entroflow.comparison.jobs import Job
 from entroflow.comparison.table import Row, smallest_difference
 from entroflow.contents import read_object
 from entroflow.errors import one_line, printable
@@ -160,17 +160,17 @@ def _watched(metrics: Metrics, monitors: Mapping[str, float]) -> list[str]:
         if key.startswith("eval/win_rate")
         or (key == "eval/reward" and "eval/win_rate" not in metrics)
     }
-    known = {
+    shown = {
         name: value
         for name, value in rewards.items()
         if value is not None and not math.isnan(value)
     }
-    known |= {name: value for name, value in monitors.items() if name not in drifts}
-    shown = [f"{name} {value:.3g}" for name, value in known.items()]
+    shown |= {name: value for name, value in monitors.items() if name not in drifts}
+    texts = [f"{name} {value:.3g}" for name, value in shown.items()]
     if drifts and metrics["iteration"]:
         farthest = max(drifts, key=lambda name: abs(drifts[name]))
-        shown.append(f"{farthest} {drifts[farthest]:+.1f} sd")
-    return shown
+        texts.append(f"{farthest} {drifts[farthest]:+.1f} sd")
+    return texts
 
 
 def evaluation_table(summary: dict[str, Any]) -> Table:
@@ -221,8 +221,9 @@ def evaluation_table(summary: dict[str, Any]) -> Table:
 
 def _decimals(value: float | None, places: int, sign: str = "") -> str:
     """A number with the minus sign that intervals have; a dash where there is none."""
-    known = value is not None and not math.isnan(value)
-    return f"{value:{sign}.{places}f}".replace("-", "−") if known else "–"
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:{sign}.{places}f}".replace("-", "−")
 
 
 class _ComparisonProgress:
@@ -239,16 +240,16 @@ class _ComparisonProgress:
     def done(self, job: Job, result: Mapping[str, Any] | None) -> None:
         """See `compare.Progress`."""
         self._progress.update(self._task, advance=1)
-        said = "failed"
+        outcome = "failed"
         if result is not None:
             models = result["test"]["models"]
             before, after = (
                 models[name]["scores"]["overall"]["value"] for name in ("base", "tuned")
             )
-            said = f"score {before:.3f} -> {after:.3f} in {result['training_seconds']:.0f} s"
-            said += f" ({result['version']})"
+            outcome = f"score {before:.3f} -> {after:.3f} in {result['training_seconds']:.0f} s"
+            outcome += f" ({result['version']})"
         console.print(
-            f"{plain(job.arm.name)}  seed {job.seed}  {plain(said)}",
+            f"{plain(job.arm.name)}  seed {job.seed}  {plain(outcome)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -336,16 +337,16 @@ def print_findings(findings: Iterator[Finding]) -> list[str]:
         failed += [finding.check] if finding.verdict is Verdict.FAILED else []
 
 
-def floors_table(found: Mapping[str, Floor]) -> Table:
+def floors_table(floors: Mapping[str, Floor]) -> Table:
     """A line for each reward: its noise, spread, signal and floor."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("reward")
     for heading in ("noise", "spread in a group", "signal", "floor", "failed"):
         table.add_column(heading, justify="right")
-    for name, one in found.items():
+    for name, floor in floors.items():
         table.add_row(
-            plain(name), f"{one.noise:.3g}", f"{one.spread:.3g}", f"{one.signal:.0%}",
-            f"{one.floor:.2g}", f"{one.failed:.0%}" if one.failed else "",
+            plain(name), f"{floor.noise:.3g}", f"{floor.spread:.3g}", f"{floor.signal:.0%}",
+            f"{floor.floor:.2g}", f"{floor.failed:.0%}" if floor.failed else "",
         )  # fmt: skip
     return table
 
@@ -414,21 +415,23 @@ def llm_progress(updates: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
             judged = {k: v for k, v in line.items() if k.startswith("eval/") and "_" not in k}
             if judged:
                 n = max(int(key.partition("@")[2]) for key in judged)
-                found = [f"{kind}@{n} {judged[f'eval/{kind}@{n}']:.3f}" for kind in ("avg", "pass")]
+                values = [
+                    f"{kind}@{n} {judged[f'eval/{kind}@{n}']:.3f}" for kind in ("avg", "pass")
+                ]
                 entropy = (
                     f"  entropy {line['token_entropy']:.3f}" if "token_entropy" in line else ""
                 )
-                console.print(f"update {line['iteration']:>5}  {'  '.join(found)}{entropy}")
+                console.print(f"update {line['iteration']:>5}  {'  '.join(values)}{entropy}")
 
         yield watch
 
 
-def pass_table(found: Mapping[str, Any]) -> Table:
+def pass_table(passing: Mapping[str, Any]) -> Table:
     """Avg@k and Pass@k of a model."""
-    table = Table(title=f"{found['problems']} test problems", title_justify="left")
+    table = Table(title=f"{passing['problems']} test problems", title_justify="left")
     for heading in ("measure", "value", "95% interval"):
         table.add_column(heading)
-    for name, values in found.items():
+    for name, values in passing.items():
         if name != "problems":
             value, low, high = values
             table.add_row(name.capitalize(), f"{value:.3f}", f"[{low:.3f}, {high:.3f}]")

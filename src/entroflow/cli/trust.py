@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from entroflow.errors import InputError, UntrustedError
+
+if TYPE_CHECKING:
+    from entroflow.recipe.load import Recipe
 
 Trust = Annotated[
     bool,
@@ -46,6 +50,32 @@ def is_trusted(trust: bool, refuse: Callable[[], None]) -> bool:
         # Whoever loads the recipe says so.
         return False
     return False
+
+
+def loaded(trust: bool, recipe: str | Path, changes: Sequence[str]) -> tuple[Recipe, bool]:
+    """A recipe with changes to it, and whether it may do what needs trust; see `is_trusted`."""
+    from entroflow.recipe.load import recipe_of
+    from entroflow.recipe.read import read
+    from entroflow.recipe.registry import IMAGES
+
+    written = read(recipe, changes, IMAGES)
+    trust = is_trusted(trust, written.refuse_strangers)
+    return recipe_of(written, trust=trust), trust
+
+
+def is_trusted_recipe(trust: bool, recipe: str | Path, changes: Sequence[str] = ()) -> bool:
+    """The same where the recipe itself is of no use."""
+    from entroflow.recipe.read import read
+    from entroflow.recipe.registry import IMAGES
+
+    return is_trusted(trust, lambda: read(recipe, changes, IMAGES).refuse_strangers())
+
+
+def is_trusted_run(trust: bool, run: Path | None) -> bool:
+    """Whether a run folder may do what needs trust."""
+    from entroflow.recipe.kinds import RECIPE
+
+    return trust if run is None else is_trusted_recipe(trust, run / RECIPE)
 
 
 def _is_terminal() -> bool:

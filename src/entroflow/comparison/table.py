@@ -46,12 +46,12 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
     for result in results:
         arm = result["arm"]
         arms.setdefault(",".join([arm["recipe"], *arm["overrides"]]), []).append(result)
-    return sorted((_row(name, found) for name, found in arms.items()), key=lambda row: -row.score)
+    return sorted((_row(name, of) for name, of in arms.items()), key=lambda row: -row.score)
 
 
-def _row(name: str, found: Sequence[Mapping[str, Any]]) -> Row:
+def _row(name: str, results: Sequence[Mapping[str, Any]]) -> Row:
     def mean(value: Callable[[Mapping[str, Any]], float]) -> float:
-        return statistics.fmean(value(result) for result in found)
+        return statistics.fmean(value(result) for result in results)
 
     def ratio(monitor: str) -> float:
         def of(result: Mapping[str, Any]) -> float:
@@ -61,12 +61,12 @@ def _row(name: str, found: Sequence[Mapping[str, Any]]) -> Row:
 
         return mean(of)
 
-    tests = [result["test"] for result in found]
+    tests = [result["test"] for result in results]
     scores = [test["models"]["tuned"]["scores"]["overall"]["value"] for test in tests]
     monitors = dict.fromkeys(name for test in tests for name in test["models"]["base"]["monitors"])
     return Row(
         name=name,
-        seeds=len(found),
+        seeds=len(results),
         iterations=mean(lambda r: r["iterations"]),
         weighted_evaluations=mean(lambda r: r["ledger"]["ledger/weighted_evaluations"]),
         measure=tests[0]["measure"]["name"],
@@ -75,7 +75,7 @@ def _row(name: str, found: Sequence[Mapping[str, Any]]) -> Row:
         gain=mean(lambda r: r["test"]["gain"]["value"]),
         monitors={name: ratio(name) for name in monitors},
         minutes=mean(lambda r: r["training_seconds"]) / 60,
-        versions=frozenset(result["version"] for result in found),
+        versions=frozenset(result["version"] for result in results),
     )
 
 
@@ -105,8 +105,8 @@ def detectable(arms: Sequence[tuple[int, float]], power: float = 0.8, level: flo
 def best_by_validation(results: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The result whose last evaluation on validation prompts is the best."""
 
-    def standing(result: Mapping[str, Any]) -> float:
+    def last_score(result: Mapping[str, Any]) -> float:
         score = result["curve"][-1]["eval/score"]
         return -math.inf if score is None else float(score)
 
-    return max(results, key=standing)
+    return max(results, key=last_score)

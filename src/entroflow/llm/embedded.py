@@ -55,6 +55,24 @@ def new_model(seed: int) -> LlamaForCausalLM:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled.
+
+    Attributes:
+        each: answers to a question.
+        most_words: tokens after which an answer ends in any case.
+        temperature: 0 takes the likeliest token.
+        batch_size: most answers at a time; each batch draws from its own seed.
+    """
+
+    each: int
+    most_words: int
+    temperature: float = 1.0
+    seed: int = 0
+    batch_size: int = 256
+
+
+@dataclass(frozen=True)
 class Answer:
     """A sampled answer.
 
@@ -69,11 +87,12 @@ class Answer:
 
 
 def answers(
-    model: Any, tokenizer: PreTrainedTokenizerFast, questions: list[str], **settings: Any
+    model: Any, tokenizer: PreTrainedTokenizerFast, questions: list[str], sampling: Sampling
 ) -> list[list[str]]:
     """The texts of `sampled`."""
-    found = sampled(model, tokenizer, questions, **settings)
-    return [[answer.text for answer in mine] for mine in found]
+    return [
+        [answer.text for answer in mine] for mine in sampled(model, tokenizer, questions, sampling)
+    ]
 
 
 @torch.no_grad()
@@ -81,27 +100,20 @@ def sampled(
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
     questions: list[str],
+    sampling: Sampling,
     *,
-    each: int,
-    most_words: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 256,
     special_tokens: bool = True,
 ) -> list[list[Answer]]:
     """Sampled answers to questions, `each` to every one; all of them in every process.
 
-    The processes of accelerate share the work, which changes no answer.
+    The processes of accelerate share the work, which changes no answer. The global random state is
+    left as it was.
 
     Args:
         model: of transformers, for causal language modelling.
-        each: answers to a question.
-        most_words: tokens after which an answer ends in any case.
-        temperature: 0 takes the likeliest token.
-        seed: of the sampling; the global random state is left as it was.
-        batch_size: most answers at a time; each batch draws from its own seed.
         special_tokens: whether the tokenizer adds its own; not to questions that have them.
     """
+    each, batch_size = sampling.each, sampling.batch_size
     asked = [question for question in questions for _ in range(each)]
     device = next(model.parameters()).device
     starts = range(0, len(asked), batch_size)
@@ -113,18 +125,18 @@ def sampled(
     said: list[tuple[int, list[Answer]]] = []
     training = model.training
     model.eval()
-    by_chance = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    by_chance = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
     own = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)}
     ends = sorted(end for end in own if end is not None)
     settings = GenerationConfig(
-        max_new_tokens=most_words, pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=sampling.most_words, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=ends,
-        **(by_chance if temperature else {"do_sample": False}),
+        **(by_chance if sampling.temperature else {"do_sample": False}),
     )  # fmt: skip
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with forked, _without_own_settings(model):
         for start in mine:
-            source = generator(seed, Stream.EVALUATION, row=start)
+            source = generator(sampling.seed, Stream.EVALUATION, row=start)
             torch.manual_seed(int(source.integers(2**62)))
             given = tokenizer(
                 asked[start : start + batch_size], return_tensors="pt", padding=True,

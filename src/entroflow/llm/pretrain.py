@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entroflow.evaluation.base import mean_over_prompts
 from entroflow.llm.countdown import LONGEST, fault, puzzles, puzzles_with_answers
-from entroflow.llm.embedded import answers, new_model, new_tokenizer
+from entroflow.llm.embedded import Sampling, answers, new_model, new_tokenizer
 from entroflow.llm.passing import avg_at, pass_at
 from entroflow.writing import (
     refuse_used,
@@ -107,8 +107,8 @@ def judged(
     """Avg@k and Pass@k on validation puzzles: value, and 95% interval over puzzles."""
     asked = puzzles("validation", settings.held_out, settings.seed)
     said = answers(
-        model, tokenizer, [puzzle.text for puzzle in asked], each=settings.each,
-        most_words=LONGEST + 1, seed=settings.seed,
+        model, tokenizer, [puzzle.text for puzzle in asked],
+        Sampling(settings.each, LONGEST + 1, seed=settings.seed),
     )  # fmt: skip
     right = torch.tensor(
         [

@@ -22,7 +22,7 @@ from entroflow.errors import InputError
 from entroflow.evaluation.base import mean_over_prompts
 from entroflow.evaluation.prompt_checks import remarks_on_texts
 from entroflow.llm.countdown import Puzzle, fault, puzzles
-from entroflow.llm.embedded import Answer, sampled
+from entroflow.llm.embedded import Answer, Sampling, sampled
 from entroflow.llm.passing import avg_at, pass_at
 from entroflow.llm.recipe import Task
 from entroflow.llm.reward import NOT_GIVEN, Reward, check_arguments, guarded
@@ -226,19 +226,13 @@ def judge(
     tokenizer: Any,
     rows: Rows,
     reward: Reward,
-    *,
-    each: int,
-    most_words: int,
-    temperature: float,
-    seed: int,
-    batch_size: int,
+    sampling: Sampling,
     state: TrainerState | None = None,
 ) -> Judged:
-    """Sample `each` answers to every problem; right is what earns more than a half.
+    """Sample answers to every problem; right is what earns more than a half.
 
     Args:
         rows, reward: see `Problems`. It is called with the same arguments as while training.
-        most_words, temperature, seed, batch_size: see `embedded.answers`.
         state: of the training, for the reward; as before its first update if None.
 
     Raises:
@@ -251,12 +245,9 @@ def judge(
         if chat else row["prompt"]
         for row in rows
     ]  # fmt: skip
-    said = sampled(
-        model, tokenizer, asked, each=each, most_words=most_words, temperature=temperature,
-        seed=seed, batch_size=batch_size, special_tokens=not chat,
-    )  # fmt: skip
+    said = sampled(model, tokenizer, asked, sampling, special_tokens=not chat)
     flat = [answer for mine in said for answer in mine]
-    columns = {key: [row[key] for row in rows for _ in range(each)] for key in rows[0]}
+    columns = {key: [row[key] for row in rows for _ in range(sampling.each)] for key in rows[0]}
     earned = reward(
         completions=[_message(tokenizer, one) for one in flat] if chat else [a.text for a in flat],
         prompts=columns.pop("prompt"),
@@ -275,7 +266,7 @@ def judge(
     if missing:
         log.warning("%d of %d answers have no reward, and count as wrong.", missing, len(flat))
     right = torch.tensor([value is not None and value > 0.5 for value in earned])
-    return Judged([[a.text for a in mine] for mine in said], right.view(len(rows), each))
+    return Judged([[a.text for a in mine] for mine in said], right.view(len(rows), sampling.each))
 
 
 def _message(tokenizer: Any, answer: Answer) -> list[dict[str, Any]]:

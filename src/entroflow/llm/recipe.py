@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from entroflow.component import Component
 from entroflow.errors import RecipeError, quoted
 from entroflow.llm.clips import MOST, MU_B, MU_V
-from entroflow.places import PathOrName, Places, with_override, without_folders
-from entroflow.recipe.imports import refuse_untrusted, search_beside
-from entroflow.recipe.kinds import LANGUAGE_MODELS, Kind, language_model_identity
-from entroflow.recipe.messages import explained, hint
-from entroflow.recipe.text import (
-    TEXTS,
-    as_yaml,
-    fields_of,
-    holder_of,
-    name_of_recipe,
-    override_of,
-    read_recipe,
-    texts_of,
-)
+from entroflow.places import PathOrName
+from entroflow.recipe.build import Source
+from entroflow.recipe.identity import language_model_identity, short_hash
+from entroflow.recipe.imports import refuse_untrusted
+from entroflow.recipe.kinds import LANGUAGE_MODELS, Kind
+from entroflow.recipe.load import assembled, recipe_yaml
+from entroflow.recipe.messages import hint
+from entroflow.recipe.read import read
+from entroflow.recipe.registry import Layout
+from entroflow.recipe.text import TEXTS
 
 EMBEDDED_WEIGHTS = LANGUAGE_MODELS.parent / "base" / "model.safetensors"
-FOUND_IN = "found_in"
-"""Key of a run's recipe: the folder of the recipe file, where a reward of the user's may lie."""
 EMBEDDED = "embedded"
 
 
@@ -132,7 +125,6 @@ PARTS: dict[str, type[Component]] = {
     "model": Model, "task": Task, "clip": Clip, "evaluation": Evaluation, "run": Run,
 }  # fmt: skip
 """The sections whose keys are ours."""
-SECTIONS = (*PARTS, "trainer")
 OURS = (
     "output_dir", "max_steps", "seed", "report_to", "logging_steps", "logging_strategy",
     "logging_first_step", "save_strategy", "log_completions", "entropy_clip",
@@ -156,6 +148,9 @@ REFUSED = {
 """Settings of TRL that no recipe makes -> why."""
 PLAIN: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str}
 """Types of settings that are checked: what a value must be."""
+
+
+LAYOUT = Layout(Kind.LANGUAGE_MODEL, LANGUAGE_MODELS, {**PARTS, "trainer": None})
 
 
 @dataclass(frozen=True)
@@ -186,19 +181,20 @@ class LLMRecipe:
         The weights in the package are part of it. Of a path its last name counts; what is there is
         digested in the checkpoints.
         """
-        content = {key: getattr(self, key).model_dump(mode="json") for key in PARTS}
-        content |= {"run": {"updates": self.run.updates}, "trainer": dict(self.trainer)}
+        content = {**self._sections(), "run": {"updates": self.run.updates}}
         del content["evaluation"]
         if self.model.path == EMBEDDED:
             content["weights"] = hashlib.blake2b(EMBEDDED_WEIGHTS.read_bytes()).hexdigest()
-        text = json.dumps(without_folders(content, LANGUAGE_MODELS), sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+        return short_hash(content, LANGUAGE_MODELS)
 
     @property
     def identity(self) -> str:
         """A short hash of all that a resumed run may not change."""
-        content = {key: getattr(self, key).model_dump(mode="json") for key in PARTS}
-        return language_model_identity({**content, "trainer": dict(self.trainer)})
+        return language_model_identity(self._sections())
+
+    def _sections(self) -> dict[str, Any]:
+        parts = {key: getattr(self, key).model_dump(mode="json") for key in PARTS}
+        return {**parts, "trainer": dict(self.trainer)}
 
     @property
     def has_own_reward(self) -> bool:
@@ -217,9 +213,8 @@ class LLMRecipe:
     def to_yaml(self) -> str:
         """With every key of ours written out; `load` reads it back."""
         texts = {key: getattr(self, key) for key in TEXTS if getattr(self, key)}
-        parts = {key: getattr(self, key).model_dump(mode="json") for key in PARTS}
-        home = {FOUND_IN: str(self.found_in)} if self.found_in and self.has_own_reward else {}
-        return as_yaml({"name": self.name, **home, **texts, **parts, "trainer": dict(self.trainer)})
+        home = self.found_in if self.has_own_reward else None
+        return recipe_yaml(self.name, home, {**texts, **self._sections()})
 
     def trl_settings(self, output: Path) -> dict[str, Any]:
         """What `EntropyGRPOConfig` is made of."""
@@ -232,11 +227,6 @@ class LLMRecipe:
             "entropy_clip_mu": clip.mu, "entropy_clip_sides": clip.sides,
             "entropy_clip_most": clip.most, "entropy_clip_denominator": clip.denominator,
         }  # fmt: skip
-
-
-def shipped() -> dict[str, Path]:
-    """Name -> file of the recipes in the package."""
-    return {path.stem: path for path in sorted(LANGUAGE_MODELS.glob("*.yaml"))}
 
 
 def load(
@@ -254,33 +244,11 @@ def load(
     Raises:
         RecipeError: unknown recipe, section or key; a value of the wrong type or out of range.
     """
-    name, mapping, folder = read_recipe(str(name_or_path), shipped(), Kind.LANGUAGE_MODEL)
-    overridden: Any = {}
-    for override in overrides:
-        keys, value = override_of(override, SECTIONS)
-        holder_of(mapping, keys, override)[keys[-1]] = value
-        overridden = with_override(overridden, keys)
-    if (home := mapping.pop(FOUND_IN, None)) is not None:
-        if not isinstance(home, str):
-            raise RecipeError(f"{name}: {FOUND_IN} must be a folder, not {quoted(home)}.")
-        folder = Path(home)
-    search_beside(folder, trust)
-    name = name_of_recipe(mapping, name)
-    for key in mapping:
-        if key not in SECTIONS and key not in TEXTS:
-            known = [*SECTIONS, *TEXTS]
-            raise RecipeError(f"{name}: unknown section {quoted(key)}{hint(key, known)}")
-    parts: dict[str, Any] = dict(texts_of(mapping, name))
-    for section, kind in PARTS.items():
-        fields = fields_of(mapping.get(section), f"{name}: {section}")
-        try:
-            part = kind.model_validate(fields, strict=True)
-        except ValidationError as error:
-            raise RecipeError(explained(error, kind, f"{name}: {section}")) from None
-        parts[section] = part.placed(Places(folder, overridden).within(section))
-    trainer = fields_of(mapping.get("trainer"), f"{name}: trainer")
-    _check_trainer(trainer, f"{name}: trainer")
-    return LLMRecipe(name=name, **parts, trainer=trainer, found_in=folder)
+    written = read(name_or_path, overrides, LAYOUT)
+    written.search(trust)
+    name, parts, _ = assembled(written.mapping, written.name, LAYOUT, Source(written.places))
+    _check_trainer(parts["trainer"], f"{name}: trainer")
+    return LLMRecipe(name=name, **parts, found_in=written.home)
 
 
 def _check_trainer(fields: Mapping[str, Any], where: str) -> None:

@@ -16,6 +16,7 @@ from entroflow.checkpoints import write_digests
 from entroflow.contents import RunError, read_object
 from entroflow.errors import InputError
 from entroflow.evaluation.base import mean_over_prompts
+from entroflow.llm.embedded import Sampling
 from entroflow.llm.passing import avg_at, pass_at
 from entroflow.llm.problems import Judged, Problems, judge
 from entroflow.llm.recipe import LLMRecipe
@@ -104,10 +105,12 @@ class Recorder(TrainerCallback):
         ):  # fmt: skip
             return judge(
                 model, trainer.processing_class, [*rows][: settings.problems],
-                self.problems.reward, each=settings.each,
-                most_words=trainer.args.max_completion_length or LONGEST,
-                temperature=settings.temperature, seed=self.recipe.run.seed,
-                batch_size=settings.batch_size, state=trainer.state,
+                self.problems.reward,
+                Sampling(
+                    settings.each, trainer.args.max_completion_length or LONGEST,
+                    settings.temperature, self.recipe.run.seed, settings.batch_size,
+                ),
+                trainer.state,
             )  # fmt: skip
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -41,7 +41,7 @@ from entroflow.checkpoints import (
     check_digests,
 )
 from entroflow.errors import InputError
-from entroflow.llm.embedded import BASE
+from entroflow.llm.embedded import BASE, Sampling
 from entroflow.llm.grpo import EntropyGRPOConfig
 from entroflow.llm.problems import Problems, judge, problems_of
 from entroflow.llm.recipe import EMBEDDED, LLMRecipe, Model, load
@@ -329,7 +329,7 @@ def evaluate(
     Args:
         path: see `load_model`.
         problems, each: how many, and answers to each.
-        temperature, seed: see `embedded.answers`.
+        temperature, seed: see `embedded.Sampling`.
         trust: see `recipe.load`.
 
     Returns:
@@ -357,9 +357,7 @@ def evaluate(
         )
     if problems > len(known.test):
         raise InputError(f"there are {len(known.test)} test problems, not {problems}.")
-    found = judge(
-        model, tokenizer, known.test[:problems], known.reward, each=each, seed=seed,
-        most_words=recipe.trainer.get("max_completion_length", LONGEST),
-        temperature=temperature, batch_size=recipe.evaluation.batch_size, state=state,
-    )  # fmt: skip
-    return {"problems": problems, **found.numbers()}
+    longest = recipe.trainer.get("max_completion_length", LONGEST)
+    sampling = Sampling(each, longest, temperature, seed, recipe.evaluation.batch_size)
+    judged = judge(model, tokenizer, known.test[:problems], known.reward, sampling, state)
+    return {"problems": problems, **judged.numbers()}

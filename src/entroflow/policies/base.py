@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -33,6 +34,39 @@ class PolicyConfig(Protocol):
 
     def build(self) -> Policy:
         """The policy with its weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device.
+
+    Attributes:
+        kept: what lies there all the time, by its name.
+        passing: what comes and goes, by the work it is for; at any time only one of them.
+    """
+
+    kept: Mapping[str, int]
+    passing: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        """The most that lies there at once."""
+        return sum(self.kept.values()) + max(self.passing.values())
+
+
+@runtime_checkable
+class OnDevice(Protocol):
+    """Settings of a policy that can say what it takes on a device before any weights are loaded."""
+
+    device: str | None
+    """Name of the device; None: that of the machine."""
+
+    cache: Path | None
+    """Folder that keeps text embeddings."""
+
+    def memory(self, *, guidance: float, batch_size: int, micro_batch: int) -> Memory:
+        """Of a run with these settings."""
         ...
 
 
@@ -92,6 +126,35 @@ class ReadsPrompts(Protocol):
         Raises:
             InputError: one of the prompts [P] can't be encoded.
         """
+        ...
+
+
+@runtime_checkable
+class Exports(Protocol):
+    """A policy that writes its weights in the form that other programs load."""
+
+    def export(self, folder: Path, *, merged: bool) -> None:
+        """Write the active weights into an empty folder.
+
+        Args:
+            merged: as a whole model, also where only a part of it is trained.
+        """
+        ...
+
+
+@runtime_checkable
+class HasPipeline(Policy, Protocol):
+    """A policy over a pipeline that can sample by itself, to be compared with."""
+
+    dtype: torch.dtype
+    """In which the network computes."""
+
+    def own_sigmas(self, steps: int) -> Tensor:
+        """The grid [steps + 1] of the pipeline, whatever the recipe wants."""
+        ...
+
+    def by_pipeline(self, prompts: Sequence[str], x: Tensor, steps: int, guidance: float) -> Tensor:
+        """Latents [P, *latent_shape] that the pipeline's own call leads x to, on its own grid."""
         ...
 
 

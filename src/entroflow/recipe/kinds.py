@@ -5,16 +5,12 @@ Each kind has commands of its own, which refuse the other kind and name the comm
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 from collections.abc import Mapping
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 from typing import Any
-
-from entroflow.places import without_folders
 
 LANGUAGE_MODELS = Path(str(resources.files("entroflow"))) / "llm" / "recipes"
 """Folder of the shipped recipes for language models."""
@@ -68,12 +64,3 @@ def other_recipe(name: str, recipe: Mapping[str, Any], kind: Kind) -> str:
     if actual is None or actual is kind:
         return ""
     return f"{name} is a recipe for {actual}; `{TRAIN[actual]}` takes it."
-
-
-def language_model_identity(recipe: Mapping[str, Any]) -> str:
-    """A short hash of all in a resolved recipe that a resumed run may not change."""
-    fixed = (*SECTIONS_OF_ONE[Kind.LANGUAGE_MODEL], "evaluation")
-    seed = (recipe.get("run") or {}).get("seed")
-    content = {**{key: recipe.get(key) for key in fixed}, "run": {"seed": seed}}
-    text = json.dumps(without_folders(content, LANGUAGE_MODELS), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

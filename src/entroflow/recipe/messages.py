@@ -61,12 +61,13 @@ def _of_all_forms(errors: Sequence[ErrorDetails]) -> ErrorDetails:
     forms = [
         error["msg"].partition(", unable")[0].removeprefix("Input should be ") for error in errors
     ]
-    said = "Input should be " + ", or ".join(dict.fromkeys(forms))
-    return {**deepest, "loc": path, "msg": said.replace("array", "list").replace("tuple", "list")}
+    message = "Input should be " + ", or ".join(dict.fromkeys(forms))
+    message = message.replace("array", "list").replace("tuple", "list")
+    return {**deepest, "loc": path, "msg": message}
 
 
-def hint(word: str, known: Sequence[str]) -> str:
-    """The end of a sentence about an unknown word: what may have been meant, or what is known."""
-    near = get_close_matches(str(word)[:QUOTED], known, n=1, cutoff=0.5)
-    listed = f" (known: {', '.join(known)})." if len(known) <= 16 else "."
+def hint(word: str, words: Sequence[str]) -> str:
+    """The end of a sentence about an unknown word: what may have been meant, or all words."""
+    near = get_close_matches(str(word)[:QUOTED], words, n=1, cutoff=0.5)
+    listed = f" (known: {', '.join(words)})." if len(words) <= 16 else "."
     return f"; did you mean {near[0]!r}?{listed if not near else ''}" if near else f"{listed}"

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
-import stat
 from collections.abc import Mapping, Sequence
 from io import StringIO
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer
@@ -19,11 +15,8 @@ from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import MappingNode, ScalarNode
 
 from entroflow.errors import QUOTED, RecipeError, one_line, quoted
-from entroflow.recipe.kinds import RECIPE, TRAIN, Kind, other_recipe, other_run
 from entroflow.recipe.messages import hint
 
-LARGEST = 2**20
-"""Bytes of a recipe file."""
 MOST, DEEPEST = 8000, 50
 """Values of a recipe with its aliases written out, ten characters counting as one; their depth."""
 TEXTS = ("title", "paper", "notes")
@@ -43,72 +36,6 @@ def names_and_changes(arguments: Sequence[str] | None) -> tuple[list[str], list[
     if len(names) > 1:
         raise RecipeError(f"one recipe at a time, not {' and '.join(names)}.")
     return names, [argument for argument in arguments or [] if "=" in argument]
-
-
-def read_recipe(
-    name: str, shipped: Mapping[str, Path], kind: Kind
-) -> tuple[str, dict[str, Any], Path | None]:
-    """A recipe by its name in the package or its file.
-
-    Args:
-        shipped: name -> file of those in the package.
-        kind: that the recipe must be of.
-
-    Returns:
-        Its name, what it holds, and the folder of the user's that it lies in; None for a shipped
-        one.
-
-    Raises:
-        RecipeError: there is none, it is no YAML file of a recipe's size, a run folder, or of the
-            other kind.
-    """
-    if name in shipped:
-        return name, parse_yaml(shipped[name].read_text(encoding="utf-8"), name), None
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml") and not os.path.exists(path):
-        raise RecipeError(f"there is no recipe {quoted(name)}{hint(name, list(shipped))}")
-    if os.path.isfile(path / RECIPE):
-        _refuse_run(path, kind)
-    mapping = parse_yaml(_text_of(path), path.stem)
-    if message := other_recipe(name, mapping, kind):
-        raise RecipeError(message)
-    return path.stem, mapping, path.resolve().parent
-
-
-def _refuse_run(folder: Path, kind: Kind) -> NoReturn:
-    """Say that a run folder is no recipe.
-
-    Raises:
-        RecipeError: always.
-    """
-    recipe = folder / RECIPE
-    if message := other_run(folder, parse_yaml(_text_of(recipe), str(recipe)), kind):
-        raise RecipeError(message)
-    raise RecipeError(
-        f"{folder} is a run folder, not a recipe: {recipe} is its recipe, and `{TRAIN[kind]} "
-        f"--resume {shlex.quote(str(folder))}` goes on with it."
-    )
-
-
-def _text_of(path: Path) -> str:
-    try:
-        # What is no file, as a device or a pipe, may never end.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise RecipeError(f"{path} is not a YAML file.")
-        with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
-    except FileNotFoundError:
-        raise RecipeError(f"there is no recipe file {path}.") from None
-    except RecipeError:
-        raise
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"the recipe file {path} can't be read: {error}.") from None
-    if len(content) > LARGEST:
-        raise RecipeError(f"{path} is not a recipe: it has more than {LARGEST:,} bytes.")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path} is not a YAML file in UTF-8.") from None
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:

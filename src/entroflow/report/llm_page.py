@@ -19,7 +19,8 @@ from entroflow.contents import (
     read_text,
 )
 from entroflow.errors import InputError
-from entroflow.recipe.kinds import RECIPE, language_model_identity
+from entroflow.recipe.identity import language_model_identity
+from entroflow.recipe.kinds import RECIPE
 from entroflow.recipe.text import parse_yaml
 from entroflow.report.figures import (
     BLUE,
@@ -39,12 +40,8 @@ from entroflow.report.figures import (
 from entroflow.report.rendering import rendered
 from entroflow.report.thinning import thinned_metrics, thinning
 from entroflow.report.wording import Interval
-from entroflow.runs.folder import (
-    EVALUATION,
-    METRICS,
-    REPORT,
-    RunFolder,
-)
+from entroflow.runs.files import METRICS
+from entroflow.runs.folder import EVALUATION, REPORT, RunFolder
 from entroflow.runs.llm_files import LLMRecipeText, PassingComparison, logged_at, read_progress
 from entroflow.writing import write_text
 

@@ -22,21 +22,17 @@ from entroflow.contents import (
     read_text,
 )
 from entroflow.errors import RecipeError
+from entroflow.recipe.identity import warn_of_another_recipe
 from entroflow.recipe.kinds import RECIPE
-from entroflow.recipe.load import LATER_SECTIONS, SECTIONS, Recipe, warn_of_another_recipe
+from entroflow.recipe.load import Recipe
+from entroflow.recipe.registry import LATER_SECTIONS, SECTIONS
 from entroflow.recipe.text import TEXTS, parse_yaml
 from entroflow.report import attention, curves, examples, judging, outcome, trajectories
 from entroflow.report.rendering import rendered
 from entroflow.report.thinning import thinned_metrics, thinning
 from entroflow.report.wording import count
-from entroflow.runs.files import Comparison
-from entroflow.runs.folder import (
-    EVALUATION,
-    METRICS,
-    REPORT,
-    RunFolder,
-    spent,
-)
+from entroflow.runs.files import METRICS, Comparison
+from entroflow.runs.folder import EVALUATION, REPORT, RunFolder, spent
 from entroflow.settings import ENDS, Monitors, Run
 from entroflow.writing import write_text
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from entroflow.report.figures import MOST_POINTS, is_finite
-from entroflow.runs.folder import METRICS, RunFolder
+from entroflow.runs.files import METRICS
+from entroflow.runs.folder import RunFolder
 
 MOST_DETAILS = 1000
 """Iterations whose details are kept: columns of a heat map."""

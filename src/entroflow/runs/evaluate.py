@@ -9,9 +9,9 @@ from typing import Any
 from entroflow.errors import InputError, RecipeError, UntrustedError
 from entroflow.evaluation.base import HeldOutEvaluation
 from entroflow.evaluation.base_and_tuned import compare_with_base
-from entroflow.recipe.load import changed
+from entroflow.recipe.build import changed
 from entroflow.runs.inputs import held_out_of
-from entroflow.runs.sample import Opened, open_policy
+from entroflow.runs.open import Opened, open_policy
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +46,10 @@ def evaluate(
         raise InputError(f"split is validation or test, not {split!r}.")
     folder = None if run is None else Path(run)
     opened = open_policy(folder, trust=trust)
-    recipe = opened.recipe
     evaluation = opened.part("evaluation")
     if not isinstance(evaluation, HeldOutEvaluation):
         raise InputError(
-            f"the evaluation of {recipe} can't be repeated on other prompts: "
+            f"the evaluation of {run or opened.recipe.name} can't be repeated on other prompts: "
             f"{type(evaluation).__name__} does not derive from HeldOutEvaluation."
         )
     for key, now in held_out_of(evaluation).items():
@@ -61,13 +60,14 @@ def evaluate(
     run_settings = opened.part("run")
     if seed is not None:
         changed(run_settings, {"seed": seed}, "run")
+    monitors = _part(opened, "monitors")
     summary, _ = compare_with_base(
         opened.policy,
         changed(evaluation.on_test_prompts(), settings, "evaluation"),
         seed=run_settings.test_seed if seed is None else seed,
         batch_size=opened.part("sampling").batch_size,
         reward=_part(opened, "reward"),
-        monitors=getattr(_part(opened, "monitors"), "rewards", {}),
+        monitors={} if monitors is None else monitors.rewards,
         with_tuned="tuned" in opened.models,
     )
     return {"iteration": opened.iteration, **summary}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from entroflow.errors import InputError
-from entroflow.runs.sample import open_policy
+from entroflow.policies.base import Exports
+from entroflow.runs.open import open_policy
 from entroflow.version import package_version
 from entroflow.writing import (
     refuse_used,
@@ -47,13 +48,13 @@ def export(
     run, out = Path(run), Path(out)
     refuse_used(out)
     opened = open_policy(run, weights, trust=trust)
-    write = getattr(opened.policy, "export", None)
-    if write is None:
-        raise InputError(f"a {type(opened.policy).__name__} can't be exported: it has no export().")
+    policy = opened.policy
+    if not isinstance(policy, Exports):
+        raise InputError(f"a {type(policy).__name__} can't be exported: it has no export().")
     base = opened.policy.weights.digest("reference")
     with whole_folder(out) as made:
         with opened.policy.weights("ema"):
-            write(made, merged=merged)
+            policy.export(made, merged=merged)
         about = {
             "run": run.name, "iteration": opened.iteration, "weights": weights,
             "base": base, "version": package_version(),

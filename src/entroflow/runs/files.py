@@ -21,6 +21,7 @@ from entroflow.contents import (
     unreadable,
 )
 
+METRICS = "metrics.jsonl"
 MEASURED = ("ledger/", "eval/", "drift/", "reward/", "policy/", "credit/")
 """Keys of a line of metrics that begin so are numbers."""
 

@@ -14,7 +14,6 @@ report.html             made from the above
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import shutil
@@ -33,7 +32,6 @@ from entroflow.checkpoints import CheckpointError, checkpoints_of
 from entroflow.contents import (
     RunError,
     checked,
-    read_object,
 )
 from entroflow.contents import read_text as text_of
 from entroflow.credit.trace import Trajectories
@@ -42,11 +40,8 @@ from entroflow.evaluation.base import Evaluated
 from entroflow.locks import one_writer
 from entroflow.recipe.kinds import RECIPE, Kind, kind_of, other_run
 from entroflow.recipe.text import parse_yaml
-from entroflow.runs.files import (
-    Best,
-    StartLine,
-    read_lines,
-)
+from entroflow.runs import best
+from entroflow.runs.files import METRICS, StartLine, read_lines
 from entroflow.writing import (
     PART,
     remove_parts,
@@ -58,17 +53,9 @@ from entroflow.writing import (
 
 log = logging.getLogger(__name__)
 
-
-METRICS, REPORT, EVALUATION = "metrics.jsonl", "report.html", "evaluation.json"
-
-
-BEST = "best.json"
-
-
+REPORT, EVALUATION = "report.html", "evaluation.json"
 END = "...\n"
 """The end of a YAML document: a recipe without it is torn."""
-
-
 SHEET_COLUMNS = 6
 
 
@@ -78,7 +65,7 @@ def folder_name(name: str) -> str:
 
 
 def spent(line: Mapping[str, Any]) -> dict[str, float]:
-    """What a run had taken at one line of its metrics, for `Run.share_done`."""
+    """What a run has spent at one line of its metrics, for `Run.share_done`."""
     return {
         "iterations": line["iteration"],
         "budget": line.get("ledger/weighted_evaluations", 0),
@@ -228,20 +215,20 @@ class RunFolder:
         numbers = [line["iteration"] for line in lines]
         end = max([*numbers, *(int(path.name) for path in self.all_checkpoints()[-1:])], default=-1)
         if lacking := end + 1 - len({*numbers}):
-            known = {*numbers}
-            first = next(n for n in count() if n not in known)
+            there = {*numbers}
+            first = next(n for n in count() if n not in there)
             return f"lacks {lacking} of {end + 1} iterations, the first of them {first}"
         if len(numbers) > end + 1:
             return "has an iteration twice"
         return "" if numbers == sorted(numbers) else "is out of order"
 
     def metrics_until(
-        self, iteration: int, taken: Mapping[str, Any] | None = None
+        self, iteration: int, state: Mapping[str, Any] | None = None
     ) -> list[dict[str, Any]]:
         """The lines up to an iteration, in order and each once.
 
         Args:
-            taken: what the line of the iteration must hold, as the checkpoint knows it.
+            state: what the line of the iteration must hold, by the checkpoint.
 
         Raises:
             RunError: lines are torn or missing, contradict each other, or are of another run.
@@ -262,7 +249,7 @@ class RunFolder:
                 f"{iteration}, where the latest checkpoint is, the first of them {whole}"
                 f"{self._without_metrics(whole)}"
             )
-        for key, value in (taken or {}).items():
+        for key, value in (state or {}).items():
             if (written := by_iteration[iteration].get(key, value)) != value:
                 raise RunError(
                     f"{path} is of another run, or was changed: {key} of iteration {iteration} is "
@@ -322,21 +309,21 @@ class RunFolder:
         strip = torch.cat(list(evaluated.images), dim=-1)
         picture = pictures.to_png(strip)
         write_bytes(self.examples / f"{name}.png", picture)
-        known = {
+        content = {
             "captions": list(evaluated.captions),
             "passed": list(evaluated.passed),
             "picture": pictures.digest_of(picture),
         }
-        write_text(self.examples / f"{name}.json", to_json(known) + "\n")
+        write_text(self.examples / f"{name}.json", to_json(content) + "\n")
 
     def save_trajectories(self, iteration: int, shown: Trajectories) -> None:
-        """Rollouts to look at: a sheet with a row of images for each, and what is known of them."""
+        """Rollouts to look at: a sheet with a row of images for each, and what steps earned."""
         sheet = torch.cat([torch.cat(list(row), dim=-1) for row in shown.images], dim=-2)
         name = f"{iteration:08d}"
         picture = pictures.to_png(sheet / 255)
         write_bytes(self.trajectories / f"{name}.png", picture)
-        known = {**shown.known, "picture": pictures.digest_of(picture)}
-        write_text(self.trajectories / f"{name}.json", to_json(known) + "\n")
+        content = {**shown.known, "picture": pictures.digest_of(picture)}
+        write_text(self.trajectories / f"{name}.json", to_json(content) + "\n")
 
     # --- checkpoints ---------------------------------------------------------------------------
 
@@ -348,7 +335,7 @@ class RunFolder:
         keep: int,
     ) -> Path:
         """Write a checkpoint; of the older ones only the latest `keep - 1` and the best remain."""
-        folder = self.checkpoints / f"{iteration:08d}"
+        folder = self.checkpoint(iteration)
         checkpoints.write_checkpoint(folder, tensors, state)
         self.prune(keep)
         return folder
@@ -362,118 +349,36 @@ class RunFolder:
         if not outdated:
             return
         try:
-            marked = self._best(self._fault())
+            kept = best.marked_checkpoint(self)
         except InputError as error:
             log.warning("no checkpoint is removed, as the best is not known: %s", str(error))
             return
         for folder in outdated:
-            if marked is None or folder != self._checkpoint(marked["iteration"]):
+            if folder != kept:
                 shutil.rmtree(folder)
 
     def mark_best(self, iteration: int, score: float, by: str = "reward") -> None:
-        """Name the checkpoint of `iteration` the best by evaluation, and what it was judged by."""
-        content = {"iteration": iteration, "score": score, "by": by}
-        write_text(self.checkpoints / BEST, to_json(content) + "\n")
+        """Name the checkpoint of `iteration` the best by an evaluation, `eval/<by>`."""
+        best.mark(self, {"iteration": iteration, "score": score, "by": by})
 
     def best(self) -> Path | None:
-        """The best checkpoint by evaluation; None if no evaluation has told.
-
-        Where `best.json` can't be read, names what is not there, or is of another run, the metrics
-        tell; that is warned of, also where they can't.
-        """
-        try:
-            marked = self._best(self._fault(compare=True))
-        except InputError as error:
-            log.warning("%s", str(error))
-            return None
-        return None if marked is None else self._checkpoint(marked["iteration"])
+        """The best checkpoint by evaluation; see `best.best_checkpoint`."""
+        return best.best_checkpoint(self)
 
     def best_score(self, by: str = "reward") -> float:
-        """The score of the best checkpoint; -inf if there is none, or it was judged by another.
-
-        Raises:
-            InputError: see `mend_best`.
-        """
-        marked = self._best(self._fault())
-        return marked["score"] if marked and marked["by"] == by else -math.inf
+        """The score of the best checkpoint; see `best.best_score`."""
+        return best.best_score(self, by)
 
     def choose_best_by(self, by: str) -> None:
-        """Name the best checkpoint by another evaluation, where it was chosen by another."""
-        marked = self._best(self._fault())
-        if marked is None or marked["by"] == by:
-            return
-        there = [int(each.name) for each in self.all_checkpoints()]
-        if best := best_of(self.metrics(), by, there):
-            log.warning(
-                "the best checkpoint is chosen by eval/%s from now on: %08d, and no longer %08d by "
-                "eval/%s.", by, best["iteration"], marked["iteration"], marked["by"],
-            )  # fmt: skip
-            self.mark_best(**best)
+        """Name the best checkpoint by another evaluation; see `best.choose_by`."""
+        best.choose_by(self, by)
 
     def mend_best(self) -> None:
-        """Write `best.json` anew where it can't be gone by; see `best`.
+        """Write `best.json` anew where it can't be gone by; see `best.mend`."""
+        best.mend(self)
 
-        Raises:
-            InputError: the metrics can't tell, either.
-        """
-        fault = self._fault(compare=True)
-        if fault is not None and (marked := self._best(fault)):
-            self.mark_best(**marked)
-
-    def _best(self, fault: str | None) -> dict[str, Any] | None:
-        """`iteration`, `score` and `by` of the best checkpoint."""
-        path = self.checkpoints / BEST
-        if fault is None:
-            marked = read_object(path, Best)
-            return {key: marked.get(key, "reward") for key in Best.model_fields}
-        lines, there = self.metrics(), [int(each.name) for each in self.all_checkpoints()]
-        monitors = parse_yaml(text_of(self.path / RECIPE), RECIPE).get("monitors")
-        by = monitors.get("best") if isinstance(monitors, Mapping) else None
-        best = best_of(lines, by or "reward", there)
-        if best is not None:
-            log.warning(
-                "%s So checkpoint %08d is the best, by eval/%s in %s.",
-                fault or f"{path} is missing.", best["iteration"], best["by"], METRICS,
-            )  # fmt: skip
-        elif there and (fault or not lines):
-            gap = self.gap(lines)
-            raise RunError(
-                f"{fault or f'{path} is missing.'} Which checkpoint is the best can't be told by "
-                f"{METRICS}{f', which {gap}' if gap else ''}."
-            )
-        return best
-
-    def _fault(self, compare: bool = False) -> str | None:
-        """Why `best.json` can't be gone by; nothing to say where it is missing, None if it can.
-
-        Args:
-            compare: also with the metrics, which are long.
-        """
-        path = self.checkpoints / BEST
-        if not path.exists():
-            return ""
-        try:
-            marked = read_object(path, Best, remedy=".")
-        except RunError as error:
-            return str(error)
-        iteration = marked["iteration"]
-        if not self._checkpoint(iteration).is_dir():
-            return f"{path} names checkpoint {iteration}, which is not there."
-        if compare and self._is_of_another_run(marked):
-            return f"{path} is of another run: {METRICS} has no such score at {iteration}."
-        return None
-
-    def _is_of_another_run(self, marked: Mapping[str, Any]) -> bool:
-        """Whether the metrics contradict `best.json`; they don't where they can't be read."""
-        try:
-            lines = self.metrics()
-        except RunError:
-            return False
-        by = marked.get("by", "reward")
-        of = [line for line in lines if line["iteration"] == marked["iteration"]]
-        return any(_selection_score(line, by) != marked["score"] for line in of)
-
-    def _checkpoint(self, iteration: int) -> Path:
+    def checkpoint(self, iteration: int) -> Path:
+        """The folder of the checkpoint of an iteration, which may not be there."""
         return self.checkpoints / f"{iteration:08d}"
 
     def all_checkpoints(self) -> list[Path]:
@@ -486,37 +391,9 @@ class RunFolder:
         Raises:
             CheckpointError: there is none.
         """
-        found = self.all_checkpoints()
-        if not found:
+        saved = self.all_checkpoints()
+        if not saved:
             raise CheckpointError(
                 f"{self.path} has no checkpoint to go on from; remove it and start anew."
             )
-        return found[-1]
-
-
-def best_of(
-    lines: Sequence[Mapping[str, Any]], by: str, checkpoints: Sequence[int]
-) -> dict[str, Any] | None:
-    """`iteration`, `score` and `by` of the best checkpoint by the metrics, the first of equals.
-
-    Args:
-        by: which of `eval/...`; a line that was selected by another one says so itself.
-        checkpoints: iterations of those that are there.
-    """
-    scores = {
-        line["iteration"]: score
-        for line in lines
-        if line["iteration"] in checkpoints and (score := _selection_score(line, by)) is not None
-    }
-    if not scores:
-        return None
-    best = max(scores, key=lambda iteration: scores[iteration])
-    return {"iteration": best, "score": scores[best], "by": by}
-
-
-def _selection_score(line: Mapping[str, Any], by: str) -> float | None:
-    """What a checkpoint was compared with others by."""
-    # A reward that only compares images may leave that to the score.
-    key = "score" if by == "reward" and line.get("selected_by") == "score" else by
-    score = line.get(f"eval/{key}")
-    return None if score is None else float(score)
+        return saved[-1]

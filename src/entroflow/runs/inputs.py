@@ -68,14 +68,14 @@ def files_of(component: Any, where: str) -> dict[str, dict[str, str]]:
     """
     if not isinstance(component, Component):
         return {}
-    found: dict[str, dict[str, str]] = {}
+    inputs: dict[str, dict[str, str]] = {}
     for key in component.read_from:
         path = getattr(component, key)
         if isinstance(path, Path) and path.is_file():
-            found[f"{where}.{key}"] = {"of": str(path), "digest": digest_of_file(path)}
+            inputs[f"{where}.{key}"] = {"of": str(path), "digest": digest_of_file(path)}
     for key, part in _parts_of(component, where):
-        found |= files_of(part, key)
-    return found
+        inputs |= files_of(part, key)
+    return inputs
 
 
 def check_parts(component: Any, where: str) -> None:
@@ -92,8 +92,8 @@ def check_parts(component: Any, where: str) -> None:
     try:
         component.check()
     except InputError as error:
-        said = str(error)
-        raise InputError(said if said.startswith(where) else f"{where}: {said}") from None
+        message = str(error)
+        raise InputError(message if message.startswith(where) else f"{where}: {message}") from None
     for key, part in _parts_of(component, where):
         check_parts(part, key)
 

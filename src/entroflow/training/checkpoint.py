@@ -15,7 +15,8 @@ from entroflow.checkpoints import (
     read_run_state,
     read_tensors,
 )
-from entroflow.recipe.load import Recipe, identity_of, warn_of_another_recipe
+from entroflow.recipe.identity import identity_of, warn_of_another_recipe
+from entroflow.recipe.load import Recipe
 from entroflow.runs.inputs import check_inputs, warn_of_changed_code
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from entroflow.ledger import Ledger
 from entroflow.places import hinting_at_moved, is_path, paths_in
 from entroflow.policies.base import Policy
 from entroflow.recipe.kinds import RECIPE, Kind
-from entroflow.recipe.load import SECTIONS, Recipe, chosen_type, load_recipe
+from entroflow.recipe.load import Recipe, chosen_type, load_recipe
+from entroflow.recipe.registry import SECTIONS
 from entroflow.report.page import write_report
 from entroflow.rewards.combined import AnyReward
 from entroflow.runs.events import Events

@@ -7,7 +7,8 @@ from functools import cached_property
 
 from entroflow.places import paths_in
 from entroflow.prompts import ListedSource
-from entroflow.recipe.load import SECTIONS, Recipe
+from entroflow.recipe.load import Recipe
+from entroflow.recipe.registry import SECTIONS
 from entroflow.rewards.combined import Rewards
 from entroflow.runs.inputs import (
     Inputs,

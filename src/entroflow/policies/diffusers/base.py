@@ -22,7 +22,7 @@ from entroflow.component import Component
 from entroflow.errors import InputError
 from entroflow.places import PathOrName
 from entroflow.policies.attention import is_watched
-from entroflow.policies.base import Condition, Reading, WeightSets
+from entroflow.policies.base import Condition, Memory, Reading, WeightSets
 from entroflow.policies.diffusers.embeddings import EmbeddingCache, origin_of
 from entroflow.policies.diffusers.joint_attention import shown_attention
 from entroflow.policies.diffusers.loading import is_one_file
@@ -36,7 +36,7 @@ from entroflow.policies.diffusers.lora import (
     start_lora,
 )
 from entroflow.policies.diffusers.lora_files import read_lora
-from entroflow.policies.diffusers.memory import Memory, memory_of
+from entroflow.policies.diffusers.memory import memory_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MOST_IN_MEMORY = 512

@@ -11,7 +11,6 @@ import importlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from entroflow.policies.base import Condition
+from entroflow.policies.base import Condition, Memory
 from entroflow.policies.diffusers.loading import UNREADABLE, no_pipeline
 
 if TYPE_CHECKING:
@@ -31,24 +30,6 @@ FLOAT32_ON_CUDA = ("layer_norm", "group_norm", "softmax")
 """What CUDA's autocast computes in float32 and that of the CPU does not."""
 KEPT_COPIES = 4
 """Of what is trained, without gradients: AdamW's two moments, moving average, reference."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on the device.
-
-    Attributes:
-        kept: what lies there all the time, by its name.
-        passing: what comes and goes, by the work it is for; at any time only one of them.
-    """
-
-    kept: Mapping[str, int]
-    passing: Mapping[str, int]
-
-    @property
-    def peak(self) -> int:
-        """The most that lies there at once."""
-        return sum(self.kept.values()) + max(self.passing.values())
 
 
 def memory_of(
