@@ -23,15 +23,11 @@ SMALL = 96
 LARGEST = 192
 """Pixels; larger images are shown reduced to this, so that the page stays small."""
 MOST_BETWEEN = 3
-PNG, KNOWN = ".png", ".json"
+PNG, RECORD = ".png", ".json"
 
 
-@dataclass(frozen=True)
-class Example:
-    """One image: its `data:` address and whether it is strictly right (None: not judged)."""
-
-    source: str
-    passed: bool | None
+Example = tuple[str, bool | None]
+"""One image: its `data:` address and whether it is strictly right (None: not scored)."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class ExampleGrid:
 
     Attributes:
         columns: [c] headings.
-        right: [c] how many images of the column are strictly right (None: not judged).
+        right: [c] how many images of the column are strictly right (None: not scored).
         rows: [n] caption and one image per column.
         large: whether images have more pixels than `SMALL` along a side.
         reduced: whether the images are shown smaller than they are.
@@ -58,15 +54,16 @@ class ExampleGrid:
         return max(1, (6 if self.large else 12) // (len(self.columns) + 1))
 
     @property
-    def judged(self) -> bool:
-        """Whether it is known of any image if it is right."""
+    def scored(self) -> bool:
+        """Whether any image was scored."""
         return any(number is not None for number in self.right)
 
 
 def over_iterations(folder: RunFolder, last: int) -> ExampleGrid | None:
     """The examples at the first and last evaluation up to iteration `last`, and some in between."""
     names = numbered(folder.examples, last)
-    shown = [names[i] for i in _spread(len(names))]
+    most = min(len(names), MOST_BETWEEN + 2)
+    shown = [names[round(i * (len(names) - 1) / max(1, most - 1))] for i in range(most)]
     return example_grid(folder, [(name, f"iteration {int(name)}") for name in shown])
 
 
@@ -95,46 +92,37 @@ def example_grid(folder: RunFolder, columns: Sequence[tuple[str, str]]) -> Examp
 
 
 def numbered(folder: Path, last: int) -> list[str]:
-    """Names of what is saved up to iteration `last`, in order: pictures with what is known of them.
+    """Names of what is saved up to iteration `last`, in order: pictures with their records.
 
     One without the other is left out, which is warned of.
     """
-    kinds = [{path.stem for path in folder.glob(f"[0-9]*{end}")} for end in (PNG, KNOWN)]
-    found = {name for name in kinds[0] | kinds[1] if name.isdecimal() and int(name) <= last}
-    for name in sorted(found - (kinds[0] & kinds[1])):
-        _warn_without(folder / f"{name}{KNOWN if name in kinds[0] else PNG}")
-    return sorted(found & kinds[0] & kinds[1], key=int)
+    kinds = [{path.stem for path in folder.glob(f"[0-9]*{end}")} for end in (PNG, RECORD)]
+    names = {name for name in kinds[0] | kinds[1] if name.isdecimal() and int(name) <= last}
+    for name in sorted(names - (kinds[0] & kinds[1])):
+        _warn_without(folder / f"{name}{RECORD if name in kinds[0] else PNG}")
+    return sorted(names & kinds[0] & kinds[1], key=int)
 
 
 def _warn_without(path: Path) -> None:
     log.warning("%s is missing; the report does without what belongs to it.", path)
 
 
-def _spread(count: int) -> list[int]:
-    """Indices of the first, the last and up to `MOST_BETWEEN` in between, evenly."""
-    most = min(count, MOST_BETWEEN + 2)
-    return [round(i * (count - 1) / max(1, most - 1)) for i in range(most)]
-
-
 def _read(folder: Path, name: str) -> tuple[list[str], list[Example], int]:
     """Captions, examples and side in pixels of one strip; empty if it is not there."""
-    picture, known = folder / f"{name}{PNG}", folder / f"{name}{KNOWN}"
-    if not (picture.exists() and known.exists()):
-        if picture.exists() or known.exists():
-            _warn_without(known if picture.exists() else picture)
+    picture, record = folder / f"{name}{PNG}", folder / f"{name}{RECORD}"
+    if not (picture.exists() and record.exists()):
+        if picture.exists() or record.exists():
+            _warn_without(record if picture.exists() else picture)
         return [], [], 0
-    content = read_object(known, Examples)
+    content = read_object(record, Examples)
     captions, passed = content["captions"], content.get("passed") or []
     strip = read_picture(picture, content.get("picture"))
     side = strip.height
     if strip.width != side * len(captions):
         return [], [], 0
     examples = [
-        Example(
-            source=data_address(strip.crop((i * side, 0, (i + 1) * side, side))),
-            passed=passed[i] if i < len(passed) else None,
-        )
-        for i in range(len(captions))
+        (data_address(strip.crop((i * side, 0, (i + 1) * side, side))), right)
+        for i, right in enumerate([*passed, *[None] * len(captions)][: len(captions)])
     ]
     return captions, examples, side
 
@@ -142,14 +130,14 @@ def _read(folder: Path, name: str) -> tuple[list[str], list[Example], int]:
 def data_address(image: Image.Image) -> str:
     """An image as a `data:` address; a large one reduced."""
     buffer = io.BytesIO()
-    if image.height > LARGEST:
-        image = image.resize((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-        image.save(buffer, format="JPEG", quality=85)
-        return "data:image/jpeg;base64," + b64encode(buffer.getvalue()).decode()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + b64encode(buffer.getvalue()).decode()
+    large = image.height > LARGEST
+    if large:
+        image.resize((LARGEST, LARGEST), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
+    else:
+        image.save(buffer, "PNG", optimize=True)
+    return f"data:image/{'jpeg' if large else 'png'};base64,{b64encode(buffer.getvalue()).decode()}"
 
 
 def _right(examples: Sequence[Example]) -> int | None:
-    judged = [example.passed for example in examples if example.passed is not None]
-    return sum(judged) if judged else None
+    scored = [passed for _, passed in examples if passed is not None]
+    return sum(scored) if scored else None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from io import BytesIO
 from typing import Any
 
 from entroflow.report.figures import MOST_POINTS, is_finite
 from entroflow.runs.folder import METRICS, RunFolder
+
+log = logging.getLogger(__name__)
 
 MOST_DETAILS = 1000
 """Iterations whose details are kept: columns of a heat map."""
@@ -20,7 +24,7 @@ def thinned_metrics(folder: RunFolder) -> list[dict[str, Any]]:
     """The metrics of a run with all their numbers, but details of `MOST_DETAILS` lines at most.
 
     What was measured by step is the mean over a stretch of lines, at the last of them; what was
-    measured of attention is that of evenly spaced lines and of the last.
+    measured of attention is that of evenly spaced lines and of the last. A gap is warned of.
 
     Raises:
         RunError: a line is torn.
@@ -44,38 +48,34 @@ def thinned_metrics(folder: RunFolder) -> list[dict[str, Any]]:
                 del line[name]
         # Names of one line are not those of the next, unless they are made so.
         kept.append({sys.intern(key): value for key, value in line.items()})
+    if gap := folder.gap(kept):
+        log.warning("%s %s; the report shows the others.", folder.path / METRICS, gap)
     return kept
 
 
 def _details(folder: RunFolder) -> dict[str, int]:
-    """How many lines have details of each kind, without reading them."""
+    """How many lines have details of each kind, without parsing them."""
     counts = {BY_STEP: 0, ATTENTION: 0}
-    marks = {name: f'"{name}": {{"'.encode() for name in counts}
-    for line in _raw(folder):
-        for name, mark in marks.items():
-            counts[name] += mark in line
+    path = folder.path / METRICS
+    with path.open("rb") if path.exists() else BytesIO() as file:
+        for line in file:
+            for name in counts:
+                counts[name] += f'"{name}": {{"'.encode() in line
     return counts
 
 
-def _raw(folder: RunFolder) -> Iterator[bytes]:
-    path = folder.path / METRICS
-    if path.exists():
-        with path.open("rb") as file:
-            yield from file
-
-
 def mean_by_step(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Mean of every quantity at every step, over the lines that know it."""
+    """Mean of every quantity at every step, over the lines that have it."""
     if len(lines) == 1:
         return dict(lines[0])
-    known: dict[str, dict[str, list[float]]] = {}
+    every: dict[str, dict[str, list[float]]] = {}
     for line in lines:
         for name, by in line.items():
             for step, value in (by or {}).items():
-                values = known.setdefault(name, {}).setdefault(step, [])
+                values = every.setdefault(name, {}).setdefault(step, [])
                 values += [value] if is_finite(value) else []
     return {
-        name: {step: _mean(values) for step, values in by.items()} for name, by in known.items()
+        name: {step: _mean(values) for step, values in by.items()} for name, by in every.items()
     }
 
 

@@ -1,0 +1,173 @@
+"""A panel: what it reads, how that is drawn, and how to read it; one function draws a list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any
+
+from entroflow.report import figures
+from entroflow.report.figures import Figure, Metrics, is_finite, series
+from entroflow.report.wording import Interval, number
+
+Drawing = tuple[Figure | None, str]
+"""A figure, and what is found in words, which may stand without a figure."""
+NOTHING: Drawing = (None, "")
+ROUNDING, RELATIVE_ROUNDING = 1e-7, 1e-9
+"""Differences up to this, in numbers near 1, are rounding of float32, and not drawn; and as a share
+of the largest value, for means in float64."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What a panel of the report is to show.
+
+    Attributes:
+        keys: what it reads: one metric, or several with their names for the legend.
+        draw: the kind of drawing, a function of the source and this panel.
+        options: of this kind of drawing.
+        wide: whether it is as wide as the page.
+    """
+
+    title: str
+    reading: str
+    keys: str | Mapping[str, str]
+    draw: Callable[[Any, Panel], Drawing]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    wide: bool = False
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Metric -> its name in the legend."""
+        return {self.keys: self.title} if isinstance(self.keys, str) else self.keys
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A panel with its figure, or with a finding in words, or both."""
+
+    panel: Panel
+    figure: Figure | None
+    finding: str
+
+
+def drawn(panels: Sequence[Panel], source: Any) -> list[Drawn]:
+    """The panels for which the source (mostly the metrics) has something to show."""
+    every = [Drawn(panel, *panel.draw(source, panel)) for panel in panels]
+    return [each for each in every if each.figure or each.finding]
+
+
+def lines(metrics: Metrics, panel: Panel) -> Drawing:
+    """Metrics over iterations; those that never change are given in words.
+
+    Options: `per`, the name of an iteration; `curve`, never in words; `band`, an interval from
+    `KEY_low` to `KEY_high` around the first metric; `smooth`, its moving mean; `colors`, `height`,
+    `axis`; `levels`, lines across.
+    """
+    option = panel.options.get
+    per, colors = option("per", "iteration"), cycle(option("colors", figures.COLORS))
+    traces = [
+        figures.line(name, next(colors), *series(metrics, key)) for key, name in panel.names.items()
+    ]
+    traces = [trace for trace in traces if trace["x"]]
+    constants = {trace["name"]: constant(trace["y"], per) for trace in traces}
+    if traces and all(constants.values()) and not option("curve"):
+        alone = len(constants) == 1
+        return None, " ".join(s if alone else f"{name}: {s}" for name, s in constants.items())
+    if all(len(trace["x"]) < 2 for trace in traces):
+        return NOTHING
+    axis = dict(option("axis", {"rangemode": "tozero"}))
+    if option("smooth") and (window := len(traces[0]["x"]) // 10) > 1:
+        name, (x, y) = f"mean of {2 * window + 1} {per}s", (traces[0][key] for key in "xy")
+        smooth = figures.line(name, figures.BLUE, x, figures.moving_mean(y, window))
+        marker = {"size": 4, "color": figures.GRAY, "opacity": 0.6}
+        traces[:1] = [traces[0] | {"mode": "markers", "marker": marker}, smooth]
+    if option("band"):
+        traces = [*_interval(metrics, next(iter(panel.names))), *traces]
+    if len(traces) == 1 and _are_few_counts(traces[0]["y"]):
+        kept = {name: traces[0][name] for name in ("x", "y", "name", "hovertemplate")}
+        traces = [kept | {"type": "bar", "marker": {"color": figures.BLUE}}]
+        axis |= {"dtick": 1} if max(kept["y"]) <= 5 else {}
+    levels = {"xaxis": {"title": {"text": per}}, "yaxis": axis, "shapes": option("levels", [])}
+    return figures.figure_of(traces, option("height", 230), **levels), ""
+
+
+def _interval(metrics: Metrics, key: str) -> list[dict[str, Any]]:
+    """The band of a metric, where all its values have an interval."""
+    there = [entry for entry in metrics if is_finite(entry.get(key))]
+    (x, low), (_, high) = (series(there, f"{key}_{end}") for end in ("low", "high"))
+    return figures.band(x, low, high) if len(low) == len(high) == len(there) else []
+
+
+def _are_few_counts(values: Sequence[float]) -> bool:
+    return len(values) <= figures.MOST_POINTS and all(isinstance(value, int) for value in values)
+
+
+def by_step(metrics: Metrics, panel: Panel) -> Drawing:
+    """A quantity of `by_step` as a heat map, step x iteration.
+
+    Options: `zero`, the value that is drawn as 0; `diverging`, whether it lies on both sides of
+    it, and is known up to rounding.
+    """
+    entries = [entry for entry in metrics if entry.get("by_step")]
+    values = [entry["by_step"].get(panel.keys) or {} for entry in entries]
+    steps = sorted({int(step) for by in values for step in by})
+    zero, diverging = (panel.options.get(name, 0) for name in ("zero", "diverging"))
+    rows = [
+        [by[step] - zero if is_finite(by.get(step)) else None for by in values]
+        for step in map(str, steps)
+    ]
+    flat = [value for row in rows for value in row if value is not None]
+    finding = constant(flat, "step and iteration", ROUNDING if diverging else 0.0)
+    if not flat or finding:
+        return None, finding
+    labels = [figures.step_label(step, figures.grid_of(metrics)) for step in steps]
+    x = [entry["iteration"] for entry in entries]
+    return figures.heat_map(x, labels, rows, bool(diverging)), ""
+
+
+def constant(values: Sequence[float], per: str, rounding: float = 0.0) -> str:
+    """A sentence if all values are equal up to rounding, else nothing."""
+    rounding = max(rounding, RELATIVE_ROUNDING * max(map(abs, values), default=0.0))
+    if not values or max(values) - min(values) > rounding:
+        return ""
+    level = "0" if max(map(abs, values)) <= rounding else number(values[0])
+    exact = "" if len(set(values)) == 1 else " up to rounding"
+    return f"{level}{exact} at {f'every {per}' if len(values) > 1 else f'the only {per} so far'}."
+
+
+def scatter(points: Mapping[str, tuple[Sequence[float], ...]], panel: Panel) -> Figure:
+    """Clouds of points by name. Options: `axes`, the titles of both; `hover`; `colors`."""
+    option = panel.options
+    traces = [
+        {"name": name, "mode": "markers", "hovertemplate": f"{option['hover']}<extra></extra>",
+         "x": list(x), "y": list(y), "marker": {"color": color, "size": 5, "opacity": 0.6}}
+        for (name, (x, y)), color in zip(points.items(), option["colors"], strict=False) if x
+    ]  # fmt: skip
+    xaxis, yaxis = ({"title": {"text": title}} for title in option["axes"])
+    return figures.figure_of(traces, xaxis=xaxis, yaxis=yaxis)
+
+
+def bars(scores: Mapping[str, Mapping[str, Interval]], panel: Panel) -> Drawing:
+    """Scores of models beside each other: model -> what was scored -> score; of several alone."""
+    if all(len(of_model) < 2 for of_model in scores.values()):
+        return NOTHING
+    # The base is gray, the last (the tuned) blue.
+    colors = [figures.GRAY, *[figures.ORANGE] * (len(scores) - 2), figures.BLUE]
+    traces = []
+    for (name, of_model), color in zip(scores.items(), colors, strict=False):
+        each = of_model.values()
+        errors = {
+            "type": "data", "symmetric": False, "color": "#6b7280", "thickness": 1.5, "width": 3,
+            "array": [score.high - score.value for score in each],
+            "arrayminus": [score.value - score.low for score in each],
+        }  # fmt: skip
+        traces.append({
+            "type": "bar", "name": name, "marker": {"color": color}, "error_y": errors,
+            "x": list(of_model), "y": [score.value for score in each],
+            "hovertemplate": f"{name}: %{{y:.3g}}<extra></extra>",
+        })  # fmt: skip
+    axes = {"xaxis": {"title": None}, "yaxis": panel.options}
+    grouped: Any = {"barmode": "group", "bargap": 0.25, "bargroupgap": 0.06, "showlegend": True}
+    return figures.figure_of(traces, 340, **axes, **grouped), ""
