@@ -32,10 +32,12 @@ def run(*lines):
 
 
 def panel(metrics, title):
-    (one,) = [each for each in drawn(PANELS, metrics) if each.panel.title.startswith(title)]
-    if one.figure is not None:
-        go.Figure(one.figure)
-    return one
+    ((figure, finding),) = [
+        drawing for panel, *drawing in drawn(PANELS, metrics) if panel.title.startswith(title)
+    ]
+    if figure is not None:
+        go.Figure(figure)
+    return figure or {}, finding
 
 
 def test_without_a_measurement_there_is_no_section():
@@ -45,28 +47,28 @@ def test_without_a_measurement_there_is_no_section():
 
 def test_curves_are_of_iterations_from_first_to_last_with_what_explored():
     metrics = run(*(line(n) for n in range(1, 21)))
-    traces = panel(metrics, "Attention entropy").figure["data"]
+    traces = panel(metrics, "Attention entropy")[0]["data"]
     assert len(traces) == CURVES
     assert traces[0]["name"] == "iteration 1"
     assert traces[-1]["name"] == "iteration 20"
     assert traces[-1]["y"] == [0.7, 0.6, 0.7, 0.8]
     sizes = traces[0]["marker"]["size"]
     assert sizes[1] == sizes[2] > sizes[0] == sizes[3]
-    assert len({trace["line"]["color"] for trace in traces}) == CURVES
+    assert len({trace["opacity"] for trace in traces}) == CURVES
 
 
 def test_steps_that_never_change_are_said_and_those_that_do_are_drawn():
-    said = panel(run(line(1), line(2)), "Steps that explored")
-    assert said.finding == "1, 2 at every iteration."
+    _, said = panel(run(line(1), line(2)), "Steps that explored")
+    assert said == "1, 2 at every iteration."
     metrics = run(line(1), line(2, explored=[0, 2]))
-    (heat,) = panel(metrics, "Steps that explored").figure["data"]
+    (heat,) = panel(metrics, "Steps that explored")[0]["data"]
     assert heat["z"] == [[0, 1], [1, 0], [1, 1], [0, 0]]
     assert heat["y"][1] == "1 · 0.75"
 
 
 def test_shifts_are_bands_around_their_median():
     metrics = run(line(1, shift=[0.0, 0.2, 0.1, None]), line(2, shift=[0.3, 0.5, 0.4, 9.0]))
-    least, most, *_, median = panel(metrics, "How far attention").figure["data"]
+    least, most, *_, median = panel(metrics, "How far attention")[0]["data"]
     assert least["y"] == [0.0, 0.3]
     assert most["y"] == [0.2, 9.0]
     assert median["y"] == [0.1, 0.5]
@@ -74,14 +76,14 @@ def test_shifts_are_bands_around_their_median():
 
 def test_prompts_are_placed_by_rank_and_relative_spread():
     """By hand: ranks 0, 1, 1/3, 2/3 of shifts 1, 4, 2, 3; spreads over their mean of 0.25."""
-    dots = panel(run(line(1)), "Do they have").figure["data"]
+    dots = panel(run(line(1)), "Do they have")[0]["data"]
     fewer, more = dots
     assert fewer["x"] == pytest.approx([0, 1 / 3])
     assert fewer["y"] == pytest.approx([0.4, 0.8])
     assert more["x"] == pytest.approx([1, 2 / 3])
     assert more["y"] == pytest.approx([1.6, 1.2])
     # Nobody moved: no rank.
-    titles = [each.panel.title for each in drawn(PANELS, run(line(1, shift=[0.0] * 4)))]
+    titles = [one.title for one, *_ in drawn(PANELS, run(line(1, shift=[0.0] * 4)))]
     assert not any(title.startswith("Do they") for title in titles)
 
 
@@ -91,8 +93,9 @@ def test_correlations_have_a_mean_with_its_interval():
                   line(4, correlation=None))  # fmt: skip
     reach = stats.t.ppf(0.975, 2) * math.sqrt(sum((v - 0.7 / 3) ** 2 for v in values) / 2 / 3)
     low, high = 0.7 / 3 - reach, 0.7 / 3 + reach
-    finding = panel(metrics, "Do they have").finding
-    assert f": +0.23 [{low:+.2f}, {high:+.2f}] over 3 iterations." in finding
+    finding = panel(metrics, "Do they have")[1]
+    interval = f"[{low:+.2f}, {high:+.2f}]".replace("-", "−")
+    assert f": +0.23 {interval} over 3 iterations." in finding
 
 
 def table(metrics):

@@ -27,13 +27,13 @@ from entroflow.exploration.summary import summary_of
 from entroflow.noise import Stream, gaussian
 from entroflow.prompts import ListedSource, Prompt
 from entroflow.recipe.load import Recipe, changed
-from entroflow.report.wording import count, duration, size
 from entroflow.rewards.base import AnyReward, FunctionReward
 from entroflow.rewards.mixture import rewards_of
 from entroflow.sampling.kernels import ODE
 from entroflow.sampling.solver import integrate
 from entroflow.settings import ENDS
 from entroflow.training.trainer import Trainer
+from entroflow.wording import count, duration, size
 
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """How far a rollout without noise may be from the pipeline's own, relative to its size.

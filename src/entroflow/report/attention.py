@@ -12,7 +12,7 @@ from entroflow.report import figures
 from entroflow.report.figures import BLUE, GRAY, Metrics, figure_of, is_finite, line, step_label
 from entroflow.report.panels import NOTHING, Drawing, Panel, drawn, scatter
 from entroflow.report.rendering import Section, table
-from entroflow.report.wording import number
+from entroflow.wording import number
 
 CURVES = 5
 """Iterations whose curve is drawn."""
@@ -26,7 +26,9 @@ def attention(metrics: Metrics) -> list[Section]:
     if not measured:
         return []
     iteration, last = measured[-1]
-    rows = prompt_rows(last)
+    columns = (last[key] for key in ("prompt", "shift", "size", "spread"))
+    order = sorted(zip(*columns, strict=True), key=lambda row: -(row[1] or 0.0))
+    rows = [(prompt, _number(shift), size, _number(std)) for prompt, shift, size, std in order]
     half = MOST_PROMPTS // 2
     shown = rows if len(rows) <= MOST_PROMPTS else [*rows[:half], *rows[-half:]]
     left_out = f"The most and the least moved; {len(rows) - len(shown)} in between are left out."
@@ -45,13 +47,6 @@ def attention(metrics: Metrics) -> list[Section]:
     return [Section("attention", "What attention says", title, lead, blocks)]
 
 
-def prompt_rows(measured: Mapping[str, Any]) -> list[Sequence[object]]:
-    """Of an iteration, by shift: prompt, shift, rollouts, standard deviation of the reward."""
-    columns = (measured[key] for key in ("prompt", "shift", "size", "spread"))
-    rows = sorted(zip(*columns, strict=True), key=lambda row: -(row[1] or 0.0))
-    return [(prompt, _number(shift), size, _number(std)) for prompt, shift, size, std in rows]
-
-
 def _number(value: Any) -> str:
     return number(value) if is_finite(value) else "–"
 
@@ -67,25 +62,20 @@ def _allocated(measured: Sequence[tuple[int, Mapping[str, Any]]]) -> bool:
 
 
 def _curves(metrics: Metrics, panel: Panel) -> Drawing:
-    """From gray to blue as the training goes on; what explored is marked."""
+    """From pale to full as the training goes on; what explored is marked."""
     measured, grid = _measured(metrics), figures.grid_of(metrics)
     places = sorted({round(i * (len(measured) - 1) / (CURVES - 1)) for i in range(CURVES)})
     traces = []
     for rank, place in enumerate(places):
         iteration, each = measured[place]
-        color = _between("#c3c8d0", BLUE, rank / max(len(places) - 1, 1))
         steps = list(range(len(each["entropy"])))
         sizes = [9 if step in each["explored"] else 3 for step in steps]
-        marked = {"mode": "lines+markers", "marker": {"color": color, "size": sizes}}
-        traces.append(line(f"iteration {iteration}", color, steps, each["entropy"]) | marked)
+        marked = {"mode": "lines+markers", "marker": {"color": BLUE, "size": sizes}}
+        fresh = {"opacity": 0.3 + 0.7 * rank / max(len(places) - 1, 1)}
+        traces.append(line(f"iteration {iteration}", BLUE, steps, each["entropy"]) | marked | fresh)
     steps = list(range(len(grid) - 1))
     ticks = {"tickvals": steps, "ticktext": [step_label(step, grid) for step in steps]}
     return figure_of(traces, 340, xaxis={"title": {"text": "step · sigma"}, **ticks}), ""
-
-
-def _between(one: str, other: str, share: float) -> str:
-    parts = [(int(one[i : i + 2], 16), int(other[i : i + 2], 16)) for i in (1, 3, 5)]
-    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in parts)
 
 
 def _explored(metrics: Metrics, panel: Panel) -> Drawing:
@@ -147,7 +137,8 @@ def _correlation(metrics: Metrics) -> str:
         reach = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
         interval = f" [{mean - reach:+.2f}, {mean + reach:+.2f}]"
     over = f"{len(values)} iteration{'s' if interval else ''}"
-    return f"Mean of the rank correlations (95% interval): {mean:+.2f}{interval} over {over}."
+    words = f"Mean of the rank correlations (95% interval): {mean:+.2f}{interval} over {over}."
+    return words.replace("-", "−")
 
 
 PANELS = (
@@ -166,5 +157,5 @@ PANELS = (
           "iteration's mean. AEGPO expects the dots to rise: an interval of Spearman's rank "
           "correlations above 0. It takes iterations for independent.", "attention", _deviations,
           {"axes": ("rank of the shift", "standard deviation"), "colors": (GRAY, BLUE),
-           "hover": "%{y:.2f} times the mean"}),
+           "hover": "%{y:.2f} times the mean"}, wide=True),
 )  # fmt: skip

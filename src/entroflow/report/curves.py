@@ -154,9 +154,6 @@ HOOD = (
     Panel("Zero-variance groups",
           "Groups whose images all earned the same reward: they teach nothing.",
           "reward/tied_groups", lines),
-    Panel("Failed rewards",
-          "Images that could not be scored. They are left out, never counted as 0.",
-          "reward/failed", lines),
 )  # fmt: skip
 
 BY_STEP = (
@@ -176,16 +173,17 @@ BY_STEP = (
 
 
 def failures(metrics: Metrics) -> Panel:
-    """Why images could not be scored, where some could not."""
-    prefix = "reward/failed/"
-    names = {key: key.removeprefix(prefix) for key in sorted(keys_of(metrics, prefix))}
-    reading = "Images without a reward: what became of the questions, or of the call."
-    return Panel("Failed rewards by status", reading, names, _statuses)
+    """How many images could not be scored, and why."""
+    statuses = sorted(keys_of(metrics, "reward/failed/"))
+    names = {"reward/failed": "all"} | {key: key.split("/", 2)[2] for key in statuses}
+    return Panel("Failed rewards by status" if statuses else "Failed rewards",
+                 "Images that could not be scored. They are left out, never counted as 0.",
+                 names if statuses else "reward/failed", _failures)  # fmt: skip
 
 
-def _statuses(metrics: Metrics, panel: Panel) -> Drawing:
+def _failures(metrics: Metrics, panel: Panel) -> Drawing:
     """A status is written down only where there is one."""
-    none = dict.fromkeys(panel.names, 0)
+    none = {key: 0 for key in panel.names if key != "reward/failed"}
     return lines([{**none, **entry} for entry in metrics if "reward/failed" in entry], panel)
 
 
@@ -205,30 +203,29 @@ def _rows(metrics: Metrics, panel: Panel) -> Drawing:
          "line": {"color": styles[name][0], "width": styles[name][1]}}
         for name, (x, y) in ways.items() if x
     ]  # fmt: skip
-    if not traces:
-        return NOTHING
     labels = ["anchor" if kind["role"] == "anchor" else f"{kind['count']} ×" for kind in kinds]
     axis = {"tickvals": list(range(len(kinds))), "ticktext": labels, "showgrid": False,
             "range": [len(kinds) - 0.4, -0.6]}  # fmt: skip
     over = {"title": {"text": "step"}, "showgrid": False}
-    return figure_of(traces, min(520, 130 + 16 * len(kinds)), xaxis=over, yaxis=axis), ""
+    figure = figure_of(traces, min(520, 130 + 16 * len(kinds)), xaxis=over, yaxis=axis)
+    return (figure, "") if traces else NOTHING
 
 
 def _entropies(metrics: Metrics, panel: Panel) -> Drawing:
-    steps = _plan(metrics).get("steps")
-    if not steps:
-        return NOTHING
-    shown = ("sigma", "sigma_next", "std", "entropy")
+    steps = _plan(metrics).get("steps", [])
     trace = {
         "type": "bar", "marker": {"color": BLUE},
         "x": [f"{step['start']}–{step['end']}" for step in steps],
         "y": [math.exp(step["entropy"]) for step in steps],
-        "customdata": [[step[key] for key in shown] for step in steps],
+        "customdata": [
+            [step[key] for key in ("sigma", "sigma_next", "std", "entropy")] for step in steps
+        ],
         "hovertemplate": "sigma %{customdata[0]:.3f} to %{customdata[1]:.3f}<br>"
                          "std %{customdata[2]:.3f}, %{customdata[3]:.2f} nats<extra></extra>",
     }  # fmt: skip
     over = {"title": {"text": "step (start–end)"}, "type": "category"}
-    return figure_of([trace], xaxis=over, yaxis={"rangemode": "tozero"}), ""
+    figure = figure_of([trace], xaxis=over, yaxis={"rangemode": "tozero"})
+    return (figure, "") if steps else NOTHING
 
 
 def _plan(metrics: Metrics) -> Mapping[str, Any]:

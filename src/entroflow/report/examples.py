@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,6 @@ class ExampleGrid:
     """The same captions in every column.
 
     Attributes:
-        columns: [c] headings.
         right: [c] how many images of the column are strictly right (None: not scored).
         rows: [n] caption and one image per column.
         large: whether images have more pixels than `SMALL` along a side.
@@ -64,15 +63,16 @@ def over_iterations(folder: RunFolder, last: int) -> ExampleGrid | None:
     names = numbered(folder.examples, last)
     most = min(len(names), MOST_BETWEEN + 2)
     shown = [names[round(i * (len(names) - 1) / max(1, most - 1))] for i in range(most)]
-    return example_grid(folder, [(name, f"iteration {int(name)}") for name in shown])
+    return example_grid(folder, {name: f"iteration {int(name)}" for name in shown})
 
 
-def example_grid(folder: RunFolder, columns: Sequence[tuple[str, str]]) -> ExampleGrid | None:
-    """A grid of the saved examples named in `columns` (name, heading); None if there are none.
+def example_grid(folder: RunFolder, columns: Mapping[str, str]) -> ExampleGrid | None:
+    """A grid of the saved examples named in `columns`, name -> heading; None if there are none.
 
     Columns whose files are missing, or whose captions differ from the last column's, are left out.
     """
-    read = [(heading, *_read(folder.examples, name)) for name, heading in columns]
+    names = _whole(folder.examples, list(columns))
+    read = [(columns[name], *_read(folder.examples, name)) for name in names]
     whole = [column for column in read if column[1]]
     if not whole:
         return None
@@ -92,31 +92,26 @@ def example_grid(folder: RunFolder, columns: Sequence[tuple[str, str]]) -> Examp
 
 
 def numbered(folder: Path, last: int) -> list[str]:
-    """Names of what is saved up to iteration `last`, in order: pictures with their records.
-
-    One without the other is left out, which is warned of.
-    """
-    kinds = [{path.stem for path in folder.glob(f"[0-9]*{end}")} for end in (PNG, RECORD)]
-    names = {name for name in kinds[0] | kinds[1] if name.isdecimal() and int(name) <= last}
-    for name in sorted(names - (kinds[0] & kinds[1])):
-        _warn_without(folder / f"{name}{RECORD if name in kinds[0] else PNG}")
-    return sorted(names & kinds[0] & kinds[1], key=int)
+    """Names of what is saved up to iteration `last`, in order."""
+    stems = {path.stem for path in folder.glob("[0-9]*") if path.suffix in (PNG, RECORD)}
+    names = (name for name in stems if name.isdecimal() and int(name) <= last)
+    return _whole(folder, sorted(names, key=int))
 
 
-def _warn_without(path: Path) -> None:
-    log.warning("%s is missing; the report does without what belongs to it.", path)
+def _whole(folder: Path, names: Sequence[str]) -> list[str]:
+    """Those of which there are a picture and its record; one without the other is warned of."""
+    missing = {name: [end for end in (PNG, RECORD) if not (folder / f"{name}{end}").exists()]
+               for name in names}  # fmt: skip
+    for lost in (folder / f"{name}{ends[0]}" for name, ends in missing.items() if len(ends) == 1):
+        log.warning("%s is missing; the report does without what belongs to it.", lost)
+    return [name for name, ends in missing.items() if not ends]
 
 
 def _read(folder: Path, name: str) -> tuple[list[str], list[Example], int]:
-    """Captions, examples and side in pixels of one strip; empty if it is not there."""
-    picture, record = folder / f"{name}{PNG}", folder / f"{name}{RECORD}"
-    if not (picture.exists() and record.exists()):
-        if picture.exists() or record.exists():
-            _warn_without(record if picture.exists() else picture)
-        return [], [], 0
-    content = read_object(record, Examples)
+    """Captions, examples and side in pixels of one strip; empty if they are not as many."""
+    content = read_object(folder / f"{name}{RECORD}", Examples)
     captions, passed = content["captions"], content.get("passed") or []
-    strip = read_picture(picture, content.get("picture"))
+    strip = read_picture(folder / f"{name}{PNG}", content.get("picture"))
     side = strip.height
     if strip.width != side * len(captions):
         return [], [], 0

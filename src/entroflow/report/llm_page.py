@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from entroflow.contents import RunError, checked, read_object, read_text
 from entroflow.errors import InputError
 from entroflow.recipe.kinds import RECIPE, language_model_identity
 from entroflow.recipe.text import parse_yaml
-from entroflow.report.figures import BLUE, TEAL, Metrics
+from entroflow.report.figures import BLUE, TEAL, Metrics, is_finite
 from entroflow.report.panels import NOTHING, Drawing, Panel, bars, drawn, lines, scatter
-from entroflow.report.rendering import Head, Section, compared, table, write_page
+from entroflow.report.rendering import Section, compared, table, write_page
 from entroflow.report.thinning import thinned_metrics, thinning
-from entroflow.report.wording import Interval
 from entroflow.runs.folder import EVALUATION, METRICS, RunFolder
 from entroflow.runs.llm_files import LLMRecipeText, PassingComparison, logged_at, read_progress
+from entroflow.wording import Interval
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +44,8 @@ def write_llm_report(folder: RunFolder) -> Path:
     evaluation = read_object(path, PassingComparison) if path.exists() else {}
     _warn_of_other_runs(folder, language_model_identity(made_by), metrics, evaluation)
     done = metrics[-1]["iteration"] if metrics else 0
-    name, seed, at = (
-        made_by.get("name", "recipe"),
-        made_by["run"]["seed"],
-        shlex.quote(str(folder.path)),
-    )
+    name, seed = made_by.get("name", "recipe"), made_by["run"]["seed"]
+    at = shlex.quote(str(folder.path))
     commands = [
         ("Run it again with another seed:",
          f"entroflow llm train {at}/recipe.yaml run.seed={seed + 1}"),
@@ -69,19 +66,15 @@ def write_llm_report(folder: RunFolder) -> Path:
         ("entropy control", CLIPS[made_by["clip"]["type"]]), ("seed", seed),
         ("", f"{done} of {made_by['run']['updates']} updates"),
     ]  # fmt: skip
-    title, notes = made_by.get("title") or name, made_by.get("notes", "")
-    head = Head("report of a language model's run", title, run, notes)
-    return write_page(folder, head, sections)
+    title, kind = made_by.get("title") or name, "report of a language model's run"
+    notes = made_by.get("notes", "")
+    return write_page(folder, sections, kind=kind, title=title, run=run, notes=notes)
 
 
 def _warn_of_other_runs(
     folder: RunFolder, identity: str, metrics: Metrics, evaluation: Mapping[str, Any]
 ) -> None:
-    """Warn where recipe, metrics, evaluation and the latest checkpoint are not of one run.
-
-    Args:
-        identity: of the recipe.
-    """
+    """Warn where the recipe's identity, metrics, evaluation and checkpoint are not of one run."""
     if evaluation and evaluation.get("recipe") not in (None, identity):
         log.warning("the recipe was changed since %s was made by it.", folder.path / EVALUATION)
     for checkpoint in folder.all_checkpoints()[-1:]:
@@ -105,11 +98,13 @@ def _outcome(evaluation: Mapping[str, Any]) -> list[Section]:
     """Every number of both models, and what was gained."""
     if not evaluation:
         return []
+    ends = ("value", "low", "high")
     scores = {
-        model: {name.capitalize(): _interval(each) for name, each in evaluation[model].items()}
-        for model in ("base", "tuned")
-    }
-    gains = {name.capitalize(): _interval(each).signed for name, each in evaluation["gain"].items()}
+        model: {name.capitalize(): Interval.of(dict(zip(ends, values, strict=True)))
+                for name, values in evaluation[model].items()}
+        for model in ("base", "tuned", "gain")
+    }  # fmt: skip
+    gains = {name: gain.signed for name, gain in scores.pop("gain").items()}
     title = f"Base and tuned model on {evaluation['problems']} test problems"
     lead = (
         "Avg@k is the share of right answers, Pass@k the probability that one of k is right. "
@@ -121,13 +116,10 @@ def _outcome(evaluation: Mapping[str, Any]) -> list[Section]:
 
 
 BASE_AND_TUNED = Panel(
-    "Pass@k", "What control of entropy is for shows on the right, where one of many is enough.",
+    "Avg@k and Pass@k",
+    "What control of entropy is for shows on the right, where one answer of many is enough.",
     "scores", bars, {"range": [0, 1.02]}, True,
 )  # fmt: skip
-
-
-def _interval(values: Sequence[float | None]) -> Interval:
-    return Interval.of(dict(zip(("value", "low", "high"), values, strict=True)))
 
 
 def _answers(evaluation: Mapping[str, Any]) -> list[Section]:
@@ -144,9 +136,7 @@ def _answers(evaluation: Mapping[str, Any]) -> list[Section]:
         prompt = row["prompt"]
         words = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         blocks += [("part", (words, "")), table(["model", "answer", "times", "right"], rows)]
-    lead = (
-        "The most frequent answers of each model, how often they came, and whether they are right."
-    )
+    lead = "The most frequent answers of each model, how often they came, and if they are right."
     return [Section("answers", "Answers", "Some answers to test problems", lead, blocks)]
 
 
@@ -171,28 +161,27 @@ def _right(metrics: Metrics) -> list[Panel]:
 
 def change_correlation(metrics: Metrics) -> tuple[int, float | None]:
     """Number of updates with both changes of entropy, and their rank correlation; None if none."""
-    pairs = _changes(metrics)
-    if len(pairs) < 3 or any(len(set(side)) == 1 for side in zip(*pairs, strict=True)):
-        return len(pairs), None
-    predicted, measured = zip(*pairs, strict=True)
-    return len(pairs), float(stats.spearmanr(list(predicted), list(measured)).statistic)
+    predicted, measured = _changes(metrics)
+    if len(predicted) < 3 or len({*predicted}) == 1 or len({*measured}) == 1:
+        return len(predicted), None
+    return len(predicted), float(stats.spearmanr(predicted, measured).statistic)
 
 
-def _changes(metrics: Metrics) -> list[tuple[float, float]]:
-    """Of every update that has both: the predicted change of entropy, and the measured one."""
-    pairs = [tuple(entry.get(key) for key in CHANGES.keys) for entry in metrics]
-    return [pair for pair in pairs if None not in pair]  # type: ignore[misc]
+def _changes(metrics: Metrics) -> tuple[list[float], list[float]]:
+    """Of the updates that have both: predicted changes of entropy, and measured ones."""
+    keys = list(CHANGES.names)
+    whole = [entry for entry in metrics if all(is_finite(entry.get(key)) for key in keys)]
+    predicted, measured = ([entry[key] for entry in whole] for key in keys)
+    return predicted, measured
 
 
 def _change(metrics: Metrics, panel: Panel) -> Drawing:
-    pairs = _changes(metrics)
-    if len(pairs) < 3:
-        return NOTHING
     updates, correlation = change_correlation(metrics)
+    if updates < 3:
+        return NOTHING
+    figure = scatter({"updates": _changes(metrics)}, panel)
     finding = f"Rank correlation over {updates} updates: {correlation or 0.0:+.2f}."
-    predicted, measured = zip(*pairs, strict=True)
-    figure = scatter({"updates": (predicted, measured)}, panel)
-    return figure, "" if correlation is None else finding
+    return figure, "" if correlation is None else finding.replace("-", "−")
 
 
 CHANGES = Panel(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from entroflow.evaluation.base import Measure
@@ -13,38 +13,25 @@ from entroflow.report.examples import example_grid
 from entroflow.report.figures import Metrics, is_finite, series
 from entroflow.report.panels import Panel, bars, drawn
 from entroflow.report.rendering import Block, Section, compared, table
-from entroflow.report.wording import Interval, count, duration, number
 from entroflow.runs.folder import RunFolder
 from entroflow.settings import Monitors
+from entroflow.wording import Interval, count, duration, number
 
 Evaluation = Mapping[str, Any]
 """A comparison of base and tuned weights, as `evaluation.json` has it; empty if there is none."""
 
 LEDGER = {
-    "network_evaluations": "network evaluations",
-    "weighted_evaluations": "weighted evaluations",
-    "check_evaluations": "evaluations for run-time checks",
-    "reward_calls": "images scored",
-    "decodes": "images decoded",
-    "optimizer_steps": "optimizer steps",
+    "network_evaluations": "network evaluations", "weighted_evaluations": "weighted evaluations",
+    "check_evaluations": "evaluations for run-time checks", "reward_calls": "images scored",
+    "decodes": "images decoded", "optimizer_steps": "optimizer steps",
     "held_out_network_evaluations": "evaluations for held-out scores",
     "held_out_reward_calls": "images scored for them",
-}
+}  # fmt: skip
 COUNTED = (
     "One network evaluation is one image once through the network; in weighted evaluations a "
     "forward and backward pass counts three. Neither depends on the machine. What the held-out "
     "scores cost is counted apart."
 )
-
-
-@dataclass(frozen=True)
-class Headline:
-    """The outcome in one line: `measure`: names and scores, the gain, and what to make of it."""
-
-    measure: str
-    scores: Sequence[tuple[str, Interval]]
-    verdict: str
-    gain: Interval | None = None
 
 
 def prompts_of(settings: Mapping[str, Any]) -> str:
@@ -62,11 +49,11 @@ def measure_of(metrics: Metrics, evaluation: Evaluation) -> Measure:
 
 def headline(
     metrics: Metrics, evaluation: Evaluation, complete: bool, settings: Mapping[str, Any]
-) -> Headline | None:
-    """The comparison with the base if it was made, else the run's evaluations, if there were any.
+) -> dict[str, Any] | None:
+    """The outcome in one line: measure, scores by name, gain, and what to make of it.
 
-    Args:
-        settings: of the evaluation, from the recipe.
+    It is the comparison with the base if it was made, else the run's evaluations, if there were
+    any. `settings` are those of the evaluation, from the recipe.
     """
     measure = measure_of(metrics, evaluation)
     if {"base", "tuned"} <= evaluation.get("models", {}).keys():
@@ -82,10 +69,11 @@ def headline(
         verdict += "; test prompts are evaluated when the run is complete." if to_come else "."
     ends = [scored[0], *scored[1:][-1:]]
     scores = [(f"iteration {entry['iteration']}", _score(entry)) for entry in ends]
-    return Headline(_titled(measure, prompts_of(settings)), scores, verdict)
+    title = _titled(measure, prompts_of(settings))
+    return {"measure": title, "scores": scores, "verdict": verdict, "gain": None}
 
 
-def _compared(evaluation: Evaluation, measure: Measure, complete: bool) -> Headline:
+def _compared(evaluation: Evaluation, measure: Measure, complete: bool) -> dict[str, Any]:
     models, gain = evaluation["models"], Interval.of(evaluation["gain"])
     scores = {name: Interval.of(model["scores"]["overall"]) for name, model in models.items()}
     if gain.low > 0:
@@ -104,7 +92,8 @@ def _compared(evaluation: Evaluation, measure: Measure, complete: bool) -> Headl
     if not complete:
         verdict += " The run has gone on since this comparison; it is made anew at the end."
     both = [(name, scores[name]) for name in ("base", "tuned")]
-    return Headline(_titled(measure, prompts_of(evaluation)), both, verdict, gain)
+    title = _titled(measure, prompts_of(evaluation))
+    return {"measure": title, "scores": both, "verdict": verdict, "gain": gain}
 
 
 def _titled(measure: Measure, prompts: str) -> str:
@@ -121,11 +110,8 @@ def costs(metrics: Metrics, evaluation: Evaluation, state: Mapping[str, Any]) ->
     """The ledger at the latest iteration and of the comparison, and the time of a checkpoint."""
     # Not every line has every count: evaluations are counted where there was one.
     latest = {key: value for entry in metrics for key, value in entry.items()}
-    amounts = [
-        (name, count(latest[f"ledger/{key}"]))
-        for key, name in LEDGER.items()
-        if f"ledger/{key}" in latest
-    ]
+    counts = {name: latest.get(f"ledger/{key}") for key, name in LEDGER.items()}
+    amounts = [(name, count(each)) for name, each in counts.items() if each is not None]
     also = ""
     if "cost" in evaluation:
         spent = count(evaluation["cost"]["network_evaluations"])
@@ -163,13 +149,9 @@ def _stages(state: Mapping[str, Any], evaluation: Evaluation) -> list[tuple[str,
 
 
 def skills(
-    folder: RunFolder, evaluation: Evaluation, measure: Measure, recipe: Mapping[str, Any]
+    folder: RunFolder, evaluation: Evaluation, measure: Measure, resolved: Mapping[str, Any]
 ) -> list[Section]:
-    """Scores and images of the models that were compared; nothing if none were.
-
-    Args:
-        recipe: resolved.
-    """
+    """Scores and images of the models that were compared; nothing if none were."""
     names = _model_names(evaluation)
     if not names:
         return []
@@ -178,26 +160,29 @@ def skills(
         of = evaluation["models"][model]["scores"]
         order = sorted(of, key=lambda skill: skill != "overall")
         scores[name] = {skill.replace("_", " "): Interval.of(of[skill]) for skill in order}
-    setting = _setting(evaluation)
+    images = count(evaluation["models"]["base"]["scores"]["overall"]["images"])
+    guidance = f", guidance {evaluation['guidance']:g}" if evaluation["guidance"] != 1 else ""
+    setting = (
+        f"{images} images per model, {evaluation['steps']} steps without noise{guidance}, the same "
+        "start for each."
+    )
     axis = {"range": [0, 1.02]} if measure.share else {}
     by_skill = drawn(
         [Panel(measure.name.capitalize(), setting, "scores", bars, axis, True)], scores
     )
-    examples = example_grid(folder, [(f"test_{model}", name) for model, name in names.items()])
+    examples = example_grid(folder, {f"test_{model}": name for model, name in names.items()})
     marks = "; marks as above" if examples and examples.scored else ""
     also = ("Examples", f"The same captions and noise for each model{marks}.")
-    seen = " on captions that neither training nor any choice has seen"
     lead = (
-        f"{'Bars are scores' if by_skill else 'Scores'}"
-        f"{seen if _is_unseen(evaluation, recipe) else ''} with 95% intervals; two differ clearly "
-        f"where theirs don’t overlap. {_guidance_note(evaluation)}"
+        f"{'Bars are scores' if by_skill else 'Scores'}{_unseen(evaluation, resolved)} with 95% "
+        "intervals; two differ clearly where theirs don’t overlap. "
     )
     title = f"Score{' by skill' if by_skill else ''} on {prompts_of(evaluation)}"
     blocks = [
         ("panels", by_skill), ("soft", "" if by_skill else setting), compared("skill", scores),
         ("part", also if examples else None), ("examples", examples),
     ]  # fmt: skip
-    return [Section("skills", "Base and tuned", title, lead, blocks)]
+    return [Section("skills", "Base and tuned", title, lead + _guidance_note(evaluation), blocks)]
 
 
 def _guided(evaluation: Evaluation) -> str:
@@ -207,25 +192,21 @@ def _guided(evaluation: Evaluation) -> str:
 
 
 def _guidance_note(evaluation: Evaluation) -> str:
-    """Which guidance scale suits the base best, and what it costs."""
-    scales = ", ".join(f"{each['guidance']:g}" for each in evaluation["guidance_tried"])
-    tried = f"on validation prompts (tried: {scales})"
-    if len(evaluation["guidance_tried"]) == 1:
+    """Which guidance scale suits the base best."""
+    tried = [f"{each['guidance']:g}" for each in evaluation["guidance_tried"]]
+    if len(tried) <= 1:
         return ""
-    if not _guided(evaluation):
-        return f"No other guidance scale suits the base better {tried}."
-    guided, plain = (evaluation["models"][name]["passes"] for name in ("base_guided", "base"))
-    cost = f"; it takes {guided} network passes per step, the others {plain}"
-    best = f"Guidance {_guided(evaluation)} suits the base best {tried}"
-    return f"{best}{cost if guided != plain else ''}."
+    best = f"Guidance {evaluation['best_guidance']:g} suits the base best"
+    return f"{best} on validation prompts (tried: {', '.join(tried)})."
 
 
-def _is_unseen(evaluation: Evaluation, recipe: Mapping[str, Any]) -> bool:
+def _unseen(evaluation: Evaluation, resolved: Mapping[str, Any]) -> str:
     """Whether the run can have learnt or chosen nothing on the prompts of the comparison."""
-    training, watched = recipe["prompts"], recipe["evaluation"]
-    splits = (training.get("split"), watched.get("split"))
-    of_shapes = training.get("type") == watched.get("type") == "shapes" and None not in splits
-    return of_shapes and evaluation["split"] not in splits
+    splits = [resolved[section].get("split") for section in ("prompts", "evaluation")]
+    types = [resolved[section].get("type") for section in ("prompts", "evaluation")]
+    if types != ["shapes", "shapes"] or None in splits or evaluation["split"] in splits:
+        return ""
+    return " on captions that neither training nor any choice has seen"
 
 
 def _model_names(evaluation: Evaluation) -> dict[str, str]:
@@ -236,14 +217,6 @@ def _model_names(evaluation: Evaluation) -> dict[str, str]:
         names["base_guided"] = f"base, guidance {_guided(evaluation)}"
     names["tuned"] = "tuned"
     return {model: name for model, name in names.items() if model in models}
-
-
-def _setting(evaluation: Evaluation) -> str:
-    """How the models were compared, in one sentence."""
-    images = evaluation["models"]["base"]["scores"]["overall"]["images"]
-    guidance = f", guidance {evaluation['guidance']:g}" if evaluation["guidance"] != 1 else ""
-    how = f"{evaluation['steps']} steps without noise{guidance}, the same start for each."
-    return f"{count(images)} images per model, {how}"
 
 
 def blind_spots(
@@ -261,10 +234,10 @@ def blind_spots(
     of_both = [_monitor(f"eval/{name}", base[name], tuned[name]) for name in both]
     title = "What the reward can’t see"
     lead = "Nothing trains on these numbers, so a policy that cheats its reward shows here first."
+    panels = held_out_rewards(metrics, list(watching.rewards))
     blocks = [
         ("warnings", alarms(metrics, stopped)),
-        ("panels", drawn(held_out_rewards(metrics, list(watching.rewards)), metrics)),
-        ("panels", drawn([drifts(metrics, watching.band, prompts)], metrics)),
+        ("panels", drawn([*panels, drifts(metrics, watching.band, prompts)], metrics)),
         table(["monitor", "first evaluation", "latest", "ratio"], rows),
         ("part", (f"On {prompts_of(evaluation)}", "") if of_both else None),
         table(["monitor", "base", "tuned", "ratio"], of_both),

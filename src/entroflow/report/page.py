@@ -25,13 +25,13 @@ from entroflow.report import curves, examples, outcome
 from entroflow.report.attention import attention
 from entroflow.report.figures import Metrics
 from entroflow.report.panels import drawn
-from entroflow.report.rendering import Head, Section, write_page
+from entroflow.report.rendering import Section, write_page
 from entroflow.report.thinning import thinned_metrics, thinning
 from entroflow.report.trajectories import credit
-from entroflow.report.wording import count
 from entroflow.runs.files import Comparison
 from entroflow.runs.folder import EVALUATION, METRICS, RunFolder, spent
 from entroflow.settings import ENDS, Monitors, Run
+from entroflow.wording import count
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,10 @@ log = logging.getLogger(__name__)
 def write_report(folder: RunFolder) -> Path:
     """Write `report.html` from what the run folder has, and return its path."""
     made_by, text, run = _read_recipe(folder.path / RECIPE)
-    metrics, evaluation = thinned_metrics(folder), _read_evaluation(folder)
+    metrics, path = thinned_metrics(folder), folder.path / EVALUATION
+    evaluation = read_object(path, Comparison) if path.exists() else {}
+    if evaluation and "measure" not in evaluation:
+        raise RunError(f"{path} is of an older version; remove it to do without.")
     state = _latest_state(folder, made_by, metrics)
     prompts = outcome.prompts_of(made_by.resolved["evaluation"])
     measure = outcome.measure_of(metrics, evaluation)
@@ -67,9 +70,8 @@ def write_report(folder: RunFolder) -> Path:
         ("recipe", made_by.name), ("paper", made_by.paper), ("hash", made_by.hash),
         ("seed", run.seed), ("", _extent(run, metrics) + ("" if complete else ", not complete")),
     ]  # fmt: skip
-    title = made_by.title or made_by.name
-    head = Head("report of a training run", title, names, made_by.notes)
-    return write_page(folder, head, sections)
+    title, kind = made_by.title or made_by.name, "report of a training run"
+    return write_page(folder, sections, kind=kind, title=title, run=names, notes=made_by.notes)
 
 
 def _read_recipe(path: Path) -> tuple[Recipe, str, Run]:
@@ -100,14 +102,6 @@ def _read_recipe(path: Path) -> tuple[Recipe, str, Run]:
     return Recipe(name=name, **texts, **unbuilt, resolved=resolved), text, run
 
 
-def _read_evaluation(folder: RunFolder) -> dict[str, Any]:
-    path = folder.path / EVALUATION
-    evaluation = read_object(path, Comparison) if path.exists() else {}
-    if evaluation and "measure" not in evaluation:
-        raise RunError(f"{path} is of an older version; remove it to do without.")
-    return evaluation
-
-
 def _latest_state(folder: RunFolder, made_by: Recipe, metrics: Metrics) -> dict[str, Any]:
     """State of the latest checkpoint, empty if there is none; warns of one of another run."""
     latest = folder.all_checkpoints()[-1:]
@@ -134,14 +128,14 @@ def _curves(metrics: Metrics, measure: Measure, prompts: str, done: int) -> Sect
 
 
 def _examples(progress: examples.ExampleGrid | None, prompts: str) -> Section:
-    marks = (
-        "; a green border with a check mark is a strictly right image, a red one with a cross not"
-    )
     lead = (
         f"Each row is one of the {prompts}, sampled from one fixed noise, so whatever changes from "
-        f"left to right is the training{marks if progress and progress.scored else ''}."
-        f"{' Images are reduced.' if progress and progress.reduced else ''}"
+        "left to right is the training."
     )
+    if progress and progress.scored:
+        lead += " Strictly right images have a green border and a check mark, others a red cross."
+    if progress and progress.reduced:
+        lead += " Images are reduced."
     title = "The same prompts and noise over the training"
     return Section("examples", "Examples", title, lead, [("examples", progress)])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from entroflow.report import figures
 from entroflow.report.figures import Figure, Metrics, is_finite, series
-from entroflow.report.wording import Interval, number
+from entroflow.wording import Interval, number
 
 Drawing = tuple[Figure | None, str]
 """A figure, and what is found in words, which may stand without a figure."""
@@ -43,19 +43,10 @@ class Panel:
         return {self.keys: self.title} if isinstance(self.keys, str) else self.keys
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A panel with its figure, or with a finding in words, or both."""
-
-    panel: Panel
-    figure: Figure | None
-    finding: str
-
-
-def drawn(panels: Sequence[Panel], source: Any) -> list[Drawn]:
-    """The panels for which the source (mostly the metrics) has something to show."""
-    every = [Drawn(panel, *panel.draw(source, panel)) for panel in panels]
-    return [each for each in every if each.figure or each.finding]
+def drawn(panels: Sequence[Panel], source: Any) -> list[tuple[Panel, Figure | None, str]]:
+    """The panels for which the source (mostly the metrics) has something to show, and that."""
+    every = [(panel, *panel.draw(source, panel)) for panel in panels]
+    return [(panel, figure, finding) for panel, figure, finding in every if figure or finding]
 
 
 def lines(metrics: Metrics, panel: Panel) -> Drawing:
@@ -77,7 +68,8 @@ def lines(metrics: Metrics, panel: Panel) -> Drawing:
         return None, " ".join(s if alone else f"{name}: {s}" for name, s in constants.items())
     if all(len(trace["x"]) < 2 for trace in traces):
         return NOTHING
-    axis = dict(option("axis", {"rangemode": "tozero"}))
+    # Few iterations would get ticks between them.
+    ticks = {"dtick": 1} if max(trace["x"][-1] for trace in traces) < 10 else {}
     if option("smooth") and (window := len(traces[0]["x"]) // 10) > 1:
         name, (x, y) = f"mean of {2 * window + 1} {per}s", (traces[0][key] for key in "xy")
         smooth = figures.line(name, figures.BLUE, x, figures.moving_mean(y, window))
@@ -85,12 +77,12 @@ def lines(metrics: Metrics, panel: Panel) -> Drawing:
         traces[:1] = [traces[0] | {"mode": "markers", "marker": marker}, smooth]
     if option("band"):
         traces = [*_interval(metrics, next(iter(panel.names))), *traces]
-    if len(traces) == 1 and _are_few_counts(traces[0]["y"]):
-        kept = {name: traces[0][name] for name in ("x", "y", "name", "hovertemplate")}
-        traces = [kept | {"type": "bar", "marker": {"color": figures.BLUE}}]
-        axis |= {"dtick": 1} if max(kept["y"]) <= 5 else {}
-    levels = {"xaxis": {"title": {"text": per}}, "yaxis": axis, "shapes": option("levels", [])}
-    return figures.figure_of(traces, option("height", 230), **levels), ""
+    axes = {
+        "xaxis": {"title": {"text": per}, **ticks},
+        "yaxis": option("axis", {"rangemode": "tozero"}),
+    }
+    height, levels = option("height", 230), option("levels", [])
+    return figures.figure_of(traces, height, **axes, shapes=levels), ""
 
 
 def _interval(metrics: Metrics, key: str) -> list[dict[str, Any]]:
@@ -98,10 +90,6 @@ def _interval(metrics: Metrics, key: str) -> list[dict[str, Any]]:
     there = [entry for entry in metrics if is_finite(entry.get(key))]
     (x, low), (_, high) = (series(there, f"{key}_{end}") for end in ("low", "high"))
     return figures.band(x, low, high) if len(low) == len(high) == len(there) else []
-
-
-def _are_few_counts(values: Sequence[float]) -> bool:
-    return len(values) <= figures.MOST_POINTS and all(isinstance(value, int) for value in values)
 
 
 def by_step(metrics: Metrics, panel: Panel) -> Drawing:

@@ -13,22 +13,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import entroflow
-from entroflow.report.wording import Interval
 from entroflow.runs.folder import REPORT, RunFolder
 from entroflow.streams import HANDLER
+from entroflow.wording import Interval
 from entroflow.writing import write_text
 
 Block = tuple[str, Any]
-
-
-@dataclass(frozen=True)
-class Head:
-    """What a page begins with; `run` has name and value of what tells this run from others."""
-
-    kind: str
-    title: str
-    run: Sequence[tuple[str, object]]
-    notes: str
 
 
 @dataclass(frozen=True)
@@ -57,8 +47,11 @@ def compared(of: str, scores: Mapping[str, Mapping[str, Interval | str]]) -> Blo
     return table([of if len(first) > 1 else "", *scores], rows)
 
 
-def write_page(folder: RunFolder, head: Head, sections: Sequence[Section]) -> Path:
-    """Write `report.html` into a run folder, and return its path; an older one is replaced."""
+def write_page(folder: RunFolder, sections: Sequence[Section], **head: object) -> Path:
+    """Write `report.html` into a run folder, and return its path; an older one is replaced.
+
+    `head` is the kind of page, its title, notes, and what tells the run from others (name, value).
+    """
     # Only pages need plotly: importing it takes longer than most commands do.
     from plotly.offline import get_plotlyjs
 
@@ -67,7 +60,7 @@ def write_page(folder: RunFolder, head: Head, sections: Sequence[Section]) -> Pa
     environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
     shown = [section for section in sections if any(content for _, content in section.blocks)]
     page = environment.get_template("page.html.j2").render(
-        head=head, sections=shown, version=entroflow.__version__, plotly_js=get_plotlyjs()
+        sections=shown, version=entroflow.__version__, plotly_js=get_plotlyjs(), **head
     )
     # A folder's name may be in another encoding than the page.
     written = page.encode("utf-8", HANDLER).decode("utf-8", "replace")

@@ -43,7 +43,8 @@ def thinned_metrics(folder: RunFolder) -> list[dict[str, Any]]:
             if name == BY_STEP:
                 stretch.append(line[name])
                 if shown:
-                    line[name], stretch = mean_by_step(stretch), []
+                    means = mean_by_step(stretch) if len(stretch) > 1 else line[name]
+                    line[name], stretch = means, []
             if not shown:
                 del line[name]
         # Names of one line are not those of the next, unless they are made so.
@@ -55,36 +56,30 @@ def thinned_metrics(folder: RunFolder) -> list[dict[str, Any]]:
 
 def _details(folder: RunFolder) -> dict[str, int]:
     """How many lines have details of each kind, without parsing them."""
-    counts = {BY_STEP: 0, ATTENTION: 0}
     path = folder.path / METRICS
+    counts = {BY_STEP: 0, ATTENTION: 0}
     with path.open("rb") if path.exists() else BytesIO() as file:
         for line in file:
-            for name in counts:
-                counts[name] += f'"{name}": {{"'.encode() in line
+            counts = {name: n + (f'"{name}": {{"'.encode() in line) for name, n in counts.items()}
     return counts
 
 
 def mean_by_step(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Mean of every quantity at every step, over the lines that have it."""
-    if len(lines) == 1:
-        return dict(lines[0])
     every: dict[str, dict[str, list[float]]] = {}
     for line in lines:
         for name, by in line.items():
             for step, value in (by or {}).items():
                 values = every.setdefault(name, {}).setdefault(step, [])
                 values += [value] if is_finite(value) else []
-    return {
-        name: {step: _mean(values) for step, values in by.items()} for name, by in every.items()
-    }
+    return {name: {step: _mean(of) for step, of in by.items()} for name, by in every.items()}
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    if not values:
-        return None
-    low, high = min(values), max(values)
-    # Equal values have themselves as their mean, without rounding.
-    return low if low == high else sum(values) / len(values)
+    """The mean, if there is one; equal values have themselves as theirs, without rounding."""
+    if not values or min(values) == max(values):
+        return values[0] if values else None
+    return sum(values) / len(values)
 
 
 def thinning(metrics: Sequence[Mapping[str, Any]]) -> str:

@@ -20,11 +20,9 @@ from entroflow.runs.folder import RunFolder
 
 TURNING = (
     Panel("Turning points",
-          "Per rollout: the steps that earned all that followed instead of their increment.",
-          "credit/turning_points", lines),
-    Panel("Dropped by balancing",
-          "Per rollout: turning points that earned their increment after all, so that as many are "
-          "gains as losses.", "credit/dropped", lines),
+          "Per rollout: the steps that earned all that followed instead of their increment; those "
+          "that balancing dropped earned it after all, so that as many are gains as losses.",
+          {"credit/turning_points": "turning points", "credit/dropped": "dropped"}, lines),
     Panel("Plain and consistent disagree",
           "Share of the rollouts with turning points for which the two definitions find different "
           "ones. Consistent ones are those of the plain that the rest of the trajectory agrees "
@@ -50,7 +48,7 @@ def credit(folder: RunFolder, metrics: Metrics, last: int) -> list[Section]:
         _strips(folder.trajectories, name, figures.grid_of(metrics))
         for name in dict.fromkeys([names[-1], names[0]])
     ]
-    turning = any(entry.get(str(panel.keys)) for entry in metrics for panel in TURNING[:2])
+    turning = any(entry.get(key) for entry in metrics for key in TURNING[0].names)
     lead = (
         "Each image is what the ODE makes of the state at that point, without further noise; the "
         "last is the rollout’s own. Below it is its reward; between two images stand the step with "
@@ -67,8 +65,7 @@ def credit(folder: RunFolder, metrics: Metrics, last: int) -> list[Section]:
     blocks = [
         ("part", (f"At iteration {latest['iteration']}", which)), ("strips", latest),
         *(("older_strips", strips) for strips in oldest),
-        ("panels", drawn(TURNING if turning else (), metrics)),
-        ("pairs", drawn(STEPS if turning else STEPS[1:], metrics)),
+        ("pairs", drawn([*TURNING, *STEPS] if turning else STEPS[1:], metrics)),
     ]  # fmt: skip
     return [Section("credit", "Who gets the credit", title, lead, blocks)]
 
@@ -148,7 +145,7 @@ MAP = Panel(
 
 def _places(rewards: Sequence[float | None]) -> int:
     """Decimals that show two digits of the largest increment."""
-    pairs = [(a, b) for a, b in pairwise(rewards) if a is not None and b is not None]
+    pairs = ((a, b) for a, b in pairwise(rewards) if a is not None and b is not None)
     largest = max((abs(b - a) for a, b in pairs), default=0.0)
     return min(6, max(0, 1 - math.floor(math.log10(largest)))) if largest else 2
 
