@@ -158,5 +158,5 @@ finally:
     )
     mebibytes, seconds = map(float, done.stderr.splitlines()[-1].split())
     assert mebibytes < 500
-    assert seconds < 20
+    assert seconds < 10
     assert (folder.path / "report.html").stat().st_size < 10e6

@@ -506,7 +506,7 @@ def test_prompts_and_guidance_are_those_of_the_recipe_and_the_comparison(make_ru
     for said in (
         "Score on validation prompts Always on the same validation prompts and noise",
         "Statistics of the images for validation prompts",
-        "Each row is one of the validation prompts",
+        "A row is one of the validation prompts",
         "Score by skill on test prompts",
         "captions that neither training nor any choice has seen",
         "Guidance 1.5 suits the base best on validation prompts (tried: 1, 1.5, 2).",

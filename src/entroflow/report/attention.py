@@ -63,7 +63,7 @@ def _allocated(measured: Sequence[tuple[int, Mapping[str, Any]]]) -> bool:
 
 def _curves(metrics: Metrics, panel: Panel) -> Drawing:
     """From pale to full as the training goes on; what explored is marked."""
-    measured, grid = _measured(metrics), figures.grid_of(metrics)
+    measured, grid = _measured(metrics), figures.plan_of(metrics)["grid"]
     places = sorted({round(i * (len(measured) - 1) / (CURVES - 1)) for i in range(CURVES)})
     traces = []
     for rank, place in enumerate(places):
@@ -79,7 +79,7 @@ def _curves(metrics: Metrics, panel: Panel) -> Drawing:
 
 
 def _explored(metrics: Metrics, panel: Panel) -> Drawing:
-    measured, grid = _measured(metrics), figures.grid_of(metrics)
+    measured, grid = _measured(metrics), figures.plan_of(metrics)["grid"]
     only, *others = dict.fromkeys(tuple(each["explored"]) for _, each in measured)
     if not others:
         return None, f"{', '.join(map(str, only))} at every iteration."

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from entroflow.evaluation.base import Measure
-from entroflow.report.figures import BLUE, COLORS, GRAY, ORANGE, Metrics, figure_of, rule, series
+from entroflow.report import figures
+from entroflow.report.figures import BLUE, GRAY, ORANGE, Metrics, figure_of, plan_of, rule
 from entroflow.report.panels import NOTHING, Drawing, Panel, by_step, lines
 
 MOST_ROWS = 32
@@ -78,12 +79,11 @@ def held_out_rewards(metrics: Metrics, monitors: Sequence[str]) -> list[Panel]:
 
 def drifts(metrics: Metrics, band: float, prompts: str) -> Panel:
     """How far statistics have moved; the band as dashed lines, the farthest in colour."""
-    reach = {key: max(map(abs, series(metrics, key)[1]), default=0.0)
-             for key in keys_of(metrics, "drift/")}  # fmt: skip
-    keys = sorted(reach, key=reach.__getitem__, reverse=True)
+    keys = keys_of(metrics, "drift/")
+    keys.sort(key=lambda key: -max(map(abs, figures.series(metrics, key)[1]), default=0.0))
     options = {
         "curve": True, "height": 340, "axis": {"title": {"text": "sd of the base's images"}},
-        "colors": [*COLORS[:4], *[GRAY] * len(keys)],
+        "colors": [*figures.COLORS[:4], *[GRAY] * len(keys)],
         "levels": [rule(GRAY, "dash", y=-band), rule(GRAY, "dash", y=band), rule(GRAY, "dot", y=0)],
     }  # fmt: skip
     return Panel(
@@ -151,8 +151,7 @@ HOOD = (
           "How far the policy has moved from the base model, per latent value. If it grows while "
           "the score does not, a larger kl_beta or a smaller learning rate loses nothing.",
           "policy/kl", lines),
-    Panel("Zero-variance groups",
-          "Groups whose images all earned the same reward: they teach nothing.",
+    Panel("Zero-variance groups", "Groups whose rewards are all the same: they teach nothing.",
           "reward/tied_groups", lines),
 )  # fmt: skip
 
@@ -165,20 +164,17 @@ BY_STEP = (
           "advantage_size", by_step),
     Panel("Loss", "Mean of the loss term. Blue is above 0, orange below.", "loss", by_step,
           {"diverging": True}),
-    Panel("KL to the reference", "Where along the way the policy leaves the base model.", "kl",
-          by_step),
-    Panel("Weighted KL", "The same times the step length, as the loss has it.", "weighted_kl",
-          by_step),
+    Panel("KL to the reference", "Where along the way the policy leaves the base.", "kl", by_step),
+    Panel("Weighted KL", "The same times the step length, as in the loss.", "weighted_kl", by_step),
 )  # fmt: skip
 
 
 def failures(metrics: Metrics) -> Panel:
     """How many images could not be scored, and why."""
-    statuses = sorted(keys_of(metrics, "reward/failed/"))
-    names = {"reward/failed": "all"} | {key: key.split("/", 2)[2] for key in statuses}
-    return Panel("Failed rewards by status" if statuses else "Failed rewards",
-                 "Images that could not be scored. They are left out, never counted as 0.",
-                 names if statuses else "reward/failed", _failures)  # fmt: skip
+    names = {key: key.split("/", 2)[2] for key in sorted(keys_of(metrics, "reward/failed/"))}
+    title = "Failed rewards by status" if names else "Failed rewards"
+    reading = "Images that could not be scored. They are left out, never counted as 0."
+    return Panel(title, reading, {"reward/failed": "all", **names}, _failures)
 
 
 def _failures(metrics: Metrics, panel: Panel) -> Drawing:
@@ -188,7 +184,8 @@ def _failures(metrics: Metrics, panel: Panel) -> Drawing:
 
 
 def _rows(metrics: Metrics, panel: Panel) -> Drawing:
-    kinds = _plan(metrics).get("rows", [])[:MOST_ROWS]
+    plan = plan_of(metrics)
+    kinds = plan["rows"][:MOST_ROWS] if plan["steps"] else []
     styles = {"ODE": (GRAY, 2), "random, trained": (BLUE, 6), "random": (ORANGE, 6)}
     ways: dict[str, tuple[list[Any], list[Any]]] = {name: ([], []) for name in styles}
     for y, kind in enumerate(kinds):
@@ -212,7 +209,7 @@ def _rows(metrics: Metrics, panel: Panel) -> Drawing:
 
 
 def _entropies(metrics: Metrics, panel: Panel) -> Drawing:
-    steps = _plan(metrics).get("steps", [])
+    steps = plan_of(metrics)["steps"]
     trace = {
         "type": "bar", "marker": {"color": BLUE},
         "x": [f"{step['start']}–{step['end']}" for step in steps],
@@ -226,12 +223,6 @@ def _entropies(metrics: Metrics, panel: Panel) -> Drawing:
     over = {"title": {"text": "step (start–end)"}, "type": "category"}
     figure = figure_of([trace], xaxis=over, yaxis={"rangemode": "tozero"})
     return (figure, "") if steps else NOTHING
-
-
-def _plan(metrics: Metrics) -> Mapping[str, Any]:
-    """The plan of the first iteration, if it has stochastic steps."""
-    plan = (metrics[0].get("plan") if metrics else None) or {}
-    return plan if plan.get("steps") else {}
 
 
 PLAN = (

@@ -25,20 +25,16 @@ LARGEST = 192
 MOST_BETWEEN = 3
 PNG, RECORD = ".png", ".json"
 
-
 Example = tuple[str, bool | None]
 """One image: its `data:` address and whether it is strictly right (None: not scored)."""
 
 
 @dataclass(frozen=True)
 class ExampleGrid:
-    """The same captions in every column.
+    """The same captions in every column: [n] rows of a caption and [c] images.
 
-    Attributes:
-        right: [c] how many images of the column are strictly right (None: not scored).
-        rows: [n] caption and one image per column.
-        large: whether images have more pixels than `SMALL` along a side.
-        reduced: whether the images are shown smaller than they are.
+    `right` has how many images of a column are strictly right (None: not scored); `large` images
+    have more pixels than `SMALL` along a side, `reduced` ones are shown smaller than they are.
     """
 
     columns: Sequence[str]
@@ -46,16 +42,6 @@ class ExampleGrid:
     rows: Sequence[tuple[str, Sequence[Example]]]
     large: bool
     reduced: bool
-
-    @property
-    def abreast(self) -> int:
-        """How many parts of the grid fit side by side on a wide screen."""
-        return max(1, (6 if self.large else 12) // (len(self.columns) + 1))
-
-    @property
-    def scored(self) -> bool:
-        """Whether any image was scored."""
-        return any(number is not None for number in self.right)
 
 
 def over_iterations(folder: RunFolder, last: int) -> ExampleGrid | None:
@@ -82,9 +68,10 @@ def example_grid(folder: RunFolder, columns: Mapping[str, str]) -> ExampleGrid |
             log.warning("%s: the images of %s have other captions.", folder.examples, heading)
     whole = [column for column in whole if column[1] == captions]
     parts = [examples for _, _, examples, _ in whole]
+    scored = [[passed for _, passed in part if passed is not None] for part in parts]
     return ExampleGrid(
         columns=[heading for heading, *_ in whole],
-        right=[_right(examples) for examples in parts],
+        right=[sum(passed) if passed else None for passed in scored],
         rows=list(zip(captions, zip(*parts, strict=True), strict=True)),
         large=any(side > SMALL for *_, side in whole),
         reduced=any(side > LARGEST for *_, side in whole),
@@ -131,8 +118,3 @@ def data_address(image: Image.Image) -> str:
     else:
         image.save(buffer, "PNG", optimize=True)
     return f"data:image/{'jpeg' if large else 'png'};base64,{b64encode(buffer.getvalue()).decode()}"
-
-
-def _right(examples: Sequence[Example]) -> int | None:
-    scored = [passed for _, passed in examples if passed is not None]
-    return sum(scored) if scored else None

@@ -33,9 +33,10 @@ def series(metrics: Metrics, key: str) -> tuple[list[int], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def grid_of(metrics: Metrics) -> Values:
-    """The sigma grid of a run, [S + 1]; empty where it was not written down."""
-    return list((metrics[0].get("plan") or {}).get("grid", [])) if metrics else []
+def plan_of(metrics: Metrics) -> Mapping[str, Any]:
+    """The plan of the first iteration, empty where none was written down; `grid` is [S + 1]."""
+    plan: Mapping[str, Any] = (metrics[0].get("plan") or {}) if metrics else {}
+    return {"grid": [], "steps": [], "rows": [], **plan}
 
 
 def step_label(step: int, grid: Values) -> str:
@@ -80,10 +81,8 @@ def heat_map(x: Values, labels: Sequence[str], rows: Sequence[Any], diverging: b
         trace |= {"colorscale": [[0, FAINT], [1, BLUE]], "zmin": 0, "zmax": most}
     title = {"text": "step · sigma" if "·" in labels[0] else "step", "standoff": 16}
     axis = {"type": "category", "autorange": "reversed", "showgrid": False, "title": title}
-    # Few iterations would get ticks between them.
-    every = {"dtick": 1} if len(x) < 10 else {}
-    height = min(420, 130 + 22 * len(labels))
-    return figure_of([trace], height, xaxis={"showgrid": False, **every}, yaxis=axis)
+    over = {"showgrid": False, "dtick": 1 if len(x) < 10 else None}
+    return figure_of([trace], min(420, 130 + 22 * len(labels)), xaxis=over, yaxis=axis)
 
 
 def figure_of(traces: Sequence[Mapping[str, Any]], height: int = 230, **layout: Any) -> Figure:

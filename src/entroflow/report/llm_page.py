@@ -37,9 +37,8 @@ def write_llm_report(folder: RunFolder) -> Path:
     try:
         made_by = checked(parse_yaml(text, RECIPE), LLMRecipeText)
     except ValueError as reason:
-        raise RunError(
-            f"{folder.path / RECIPE} is torn ({reason}); restore it from a copy."
-        ) from None
+        torn = f"{folder.path / RECIPE} is torn ({reason}); restore it from a copy."
+        raise RunError(torn) from None
     metrics, path = thinned_metrics(folder), folder.path / EVALUATION
     evaluation = read_object(path, PassingComparison) if path.exists() else {}
     _warn_of_other_runs(folder, language_model_identity(made_by), metrics, evaluation)
@@ -52,23 +51,21 @@ def write_llm_report(folder: RunFolder) -> Path:
         ("Evaluate the tuned model with more answers:", f"entroflow llm evaluate {at} --each 64"),
     ]  # fmt: skip
     panels = drawn([*_right(metrics), *PANELS], metrics)
-    curves = [("soft", thinning(metrics) if panels else "There is nothing to plot yet."),
-              ("panels", panels)]  # fmt: skip
+    words = thinning(metrics) if panels else "There is nothing to plot yet."
+    curves, last = [("soft", words), ("panels", panels)], [("recipe", text), ("commands", commands)]
     sections = [
         *_outcome(evaluation),
         Section("curves", "Curves", "Over the training", "", curves),
         *_answers(evaluation),
-        Section("recipe", "Recipe", "Recipe and commands", "",
-                [("recipe", text), ("commands", commands)]),
-    ]  # fmt: skip
+        Section("recipe", "Recipe", "Recipe and commands", "", last),
+    ]
     run = [
         ("recipe", name), ("paper", made_by.get("paper", "")), ("model", made_by["model"]["path"]),
         ("entropy control", CLIPS[made_by["clip"]["type"]]), ("seed", seed),
         ("", f"{done} of {made_by['run']['updates']} updates"),
     ]  # fmt: skip
-    title, kind = made_by.get("title") or name, "report of a language model's run"
-    notes = made_by.get("notes", "")
-    return write_page(folder, sections, kind=kind, title=title, run=run, notes=notes)
+    head = {"title": made_by.get("title") or name, "notes": made_by.get("notes", ""), "run": run}
+    return write_page(folder, sections, kind="report of a language model's run", **head)
 
 
 def _warn_of_other_runs(
@@ -171,8 +168,7 @@ def _changes(metrics: Metrics) -> tuple[list[float], list[float]]:
     """Of the updates that have both: predicted changes of entropy, and measured ones."""
     keys = list(CHANGES.names)
     whole = [entry for entry in metrics if all(is_finite(entry.get(key)) for key in keys)]
-    predicted, measured = ([entry[key] for entry in whole] for key in keys)
-    return predicted, measured
+    return [entry[keys[0]] for entry in whole], [entry[keys[1]] for entry in whole]
 
 
 def _change(metrics: Metrics, panel: Panel) -> Drawing:

@@ -20,6 +20,7 @@ from entroflow.wording import Interval, count, duration, number
 Evaluation = Mapping[str, Any]
 """A comparison of base and tuned weights, as `evaluation.json` has it; empty if there is none."""
 
+SCORE = {"value": "eval/score", "low": "eval/score_low", "high": "eval/score_high"}
 LEDGER = {
     "network_evaluations": "network evaluations", "weighted_evaluations": "weighted evaluations",
     "check_evaluations": "evaluations for run-time checks", "reward_calls": "images scored",
@@ -28,9 +29,8 @@ LEDGER = {
     "held_out_reward_calls": "images scored for them",
 }  # fmt: skip
 COUNTED = (
-    "One network evaluation is one image once through the network; in weighted evaluations a "
-    "forward and backward pass counts three. Neither depends on the machine. What the held-out "
-    "scores cost is counted apart."
+    "One network evaluation is one image once through the network, on any machine; weighted ones "
+    "count a forward and backward pass three times. Held-out scores are counted apart."
 )
 
 
@@ -50,10 +50,9 @@ def measure_of(metrics: Metrics, evaluation: Evaluation) -> Measure:
 def headline(
     metrics: Metrics, evaluation: Evaluation, complete: bool, settings: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """The outcome in one line: measure, scores by name, gain, and what to make of it.
+    """The comparison with the base if it was made, else the run's evaluations, if there were any.
 
-    It is the comparison with the base if it was made, else the run's evaluations, if there were
-    any. `settings` are those of the evaluation, from the recipe.
+    `settings` are those of the evaluation, from the recipe.
     """
     measure = measure_of(metrics, evaluation)
     if {"base", "tuned"} <= evaluation.get("models", {}).keys():
@@ -67,8 +66,10 @@ def headline(
         verdict = f"These are {prompts_of(settings)}, with the same noise at both ends"
         to_come = "split" in settings and not complete
         verdict += "; test prompts are evaluated when the run is complete." if to_come else "."
-    ends = [scored[0], *scored[1:][-1:]]
-    scores = [(f"iteration {entry['iteration']}", _score(entry)) for entry in ends]
+    scores = []
+    for entry in (scored[0], *scored[1:][-1:]):
+        score = {end: entry.get(key, entry["eval/score"]) for end, key in SCORE.items()}
+        scores.append((f"iteration {entry['iteration']}", Interval.of(score)))
     title = _titled(measure, prompts_of(settings))
     return {"measure": title, "scores": scores, "verdict": verdict, "gain": None}
 
@@ -100,12 +101,6 @@ def _titled(measure: Measure, prompts: str) -> str:
     return f"{measure.name[:1].upper()}{measure.name[1:]} on {prompts}"
 
 
-def _score(entry: Mapping[str, Any]) -> Interval:
-    score = entry["eval/score"]
-    ends = {end: entry.get(f"eval/score_{end}", score) for end in ("low", "high")}
-    return Interval.of({"value": score, **ends})
-
-
 def costs(metrics: Metrics, evaluation: Evaluation, state: Mapping[str, Any]) -> list[Block]:
     """The ledger at the latest iteration and of the comparison, and the time of a checkpoint."""
     # Not every line has every count: evaluations are counted where there was one.
@@ -133,7 +128,6 @@ def costs(metrics: Metrics, evaluation: Evaluation, state: Mapping[str, Any]) ->
 def _stages(state: Mapping[str, Any], evaluation: Evaluation) -> list[tuple[str, str, float]]:
     """Wall time by stage, from a checkpoint's state and the comparison: name, time, percent."""
     timed = state.get("ledger", {}).get("seconds", {})
-    evaluating = state.get("evaluation_ledger", {}).get("seconds", {})
     scoring = timed.get("score", 0.0)
     seconds = {
         # Rollouts are scored as they finish, so their time includes the scoring.
@@ -141,7 +135,7 @@ def _stages(state: Mapping[str, Any], evaluation: Evaluation) -> list[tuple[str,
         "scoring": scoring,
         "measuring attention": timed.get("attention", 0.0),
         "updating": timed.get("update", 0.0),
-        "evaluating": evaluating.get("evaluate", 0.0),
+        "evaluating": state.get("evaluation_ledger", {}).get("seconds", {}).get("evaluate", 0.0),
         "comparing": evaluation.get("cost", {}).get("seconds", {}).get("compare", 0.0),
     }
     total = sum(seconds.values())
@@ -171,8 +165,7 @@ def skills(
         [Panel(measure.name.capitalize(), setting, "scores", bars, axis, True)], scores
     )
     examples = example_grid(folder, {f"test_{model}": name for model, name in names.items()})
-    marks = "; marks as above" if examples and examples.scored else ""
-    also = ("Examples", f"The same captions and noise for each model{marks}.")
+    also = ("Examples", "The same captions and noise for each model.")
     lead = (
         f"{'Bars are scores' if by_skill else 'Scores'}{_unseen(evaluation, resolved)} with 95% "
         "intervals; two differ clearly where theirs don’t overlap. "
@@ -212,11 +205,9 @@ def _unseen(evaluation: Evaluation, resolved: Mapping[str, Any]) -> str:
 def _model_names(evaluation: Evaluation) -> dict[str, str]:
     """Model -> its name for people, in the order they are shown."""
     models = evaluation.get("models", {})
-    names = {"base": "base"}
-    if "base_guided" in models and _guided(evaluation):
-        names["base_guided"] = f"base, guidance {_guided(evaluation)}"
-    names["tuned"] = "tuned"
-    return {model: name for model, name in names.items() if model in models}
+    guided = _guided(evaluation) if "base_guided" in models else ""
+    names = {"base": "base", "base_guided": guided and f"base, guidance {guided}", "tuned": "tuned"}
+    return {model: name for model, name in names.items() if name and model in models}
 
 
 def blind_spots(

@@ -50,6 +50,7 @@ def write_report(folder: RunFolder) -> Path:
     done = metrics[-1]["iteration"] if metrics else 0
     stopped = bool(metrics) and "hacking" in metrics[-1] and watching.on_hacking == "stop"
     complete = bool(metrics) and (stopped or run.share_done(spent(metrics[-1])) >= 1)
+    longer = " ".join(f"run.{key}={2 * end or 100:g}" for key, end in run.ends.items())
     progress = examples.over_iterations(folder, done)
     headline = outcome.headline(metrics, evaluation, complete, made_by.resolved["evaluation"])
     lead = f"{measure.reading} Brackets hold 95% intervals.".lstrip()
@@ -57,15 +58,17 @@ def write_report(folder: RunFolder) -> Path:
     sections = [
         Section("outcome", "Outcome and cost", "What was run and what it cost", lead, blocks),
         _curves(metrics, measure, prompts, done),
-        _examples(progress, prompts),
+        Section("examples", "Examples", "The same prompts and noise over the training",
+                f"A row is one of the {prompts}; what changes from left to right is the training.",
+                [("examples", progress)]),
         *outcome.skills(folder, evaluation, measure, made_by.resolved),
         *outcome.blind_spots(metrics, evaluation, watching, prompts, stopped),
-        _rewards(metrics),
+        *_rewards(metrics),
         *attention(metrics),
         *credit(folder, metrics, done),
         _under_the_hood(metrics),
-        _commands(folder, text, progress, _longer(run) if complete else ""),
-    ]
+        _commands(folder, text, progress, longer if complete else ""),
+    ]  # fmt: skip
     names = [
         ("recipe", made_by.name), ("paper", made_by.paper), ("hash", made_by.hash),
         ("seed", run.seed), ("", _extent(run, metrics) + ("" if complete else ", not complete")),
@@ -127,38 +130,20 @@ def _curves(metrics: Metrics, measure: Measure, prompts: str, done: int) -> Sect
     return Section("curves", "Curves", title, lead, blocks)
 
 
-def _examples(progress: examples.ExampleGrid | None, prompts: str) -> Section:
-    lead = (
-        f"Each row is one of the {prompts}, sampled from one fixed noise, so whatever changes from "
-        "left to right is the training."
-    )
-    if progress and progress.scored:
-        lead += " Strictly right images have a green border and a check mark, others a red cross."
-    if progress and progress.reduced:
-        lead += " Images are reduced."
-    title = "The same prompts and noise over the training"
-    return Section("examples", "Examples", title, lead, [("examples", progress)])
-
-
-def _rewards(metrics: Metrics) -> Section:
-    rewards = drawn(curves.mixture(metrics), metrics)
-    judges = drawn(curves.judges(metrics), metrics)
-    trust = (
-        "How far to trust the judge",
-        "A judge of pairs always finds winners; these numbers say whether it sees differences.",
-    )
-    if not rewards:
-        return Section("rewards", "The judge", *trust, [("panels", judges)])
+def _rewards(metrics: Metrics) -> list[Section]:
+    mixture, judges = (drawn(each(metrics), metrics) for each in (curves.mixture, curves.judges))
     lead = "What is trained on, part by part: one that falls while others rise is traded for them."
-    blocks = [("panels", rewards), ("part", trust if judges else None), ("panels", judges)]
-    return Section("rewards", "Rewards", "The rewards of the mixture", lead, blocks)
+    trust = "A judge of pairs always finds winners; these numbers say whether it sees differences."
+    return [
+        Section("rewards", "Rewards", "The rewards of the mixture", lead, [("panels", mixture)]),
+        Section("judge", "The judge", "How far to trust the judge", trust, [("panels", judges)]),
+    ]
 
 
 def _under_the_hood(metrics: Metrics) -> Section:
     plan, steps = drawn(curves.PLAN, metrics), drawn(curves.BY_STEP, metrics)
     explained = (
-        "Each row is a step of the sampling grid, the first starts from pure noise; it shows which "
-        "steps the update moves."
+        "Rows are steps of the sampling grid, from pure noise on: which does an update move?"
     )
     blocks = [
         ("panels", drawn([*curves.HOOD, curves.failures(metrics)], metrics)),
@@ -193,8 +178,3 @@ def _extent(run: Run, metrics: Metrics) -> str:
     parts = [f"{count(taken[key])} of {count(end)} {ENDS[key]}" for key, end in run.ends.items()]
     alone = [] if "iterations" in run.ends else [f"{count(taken['iterations'])} iterations"]
     return ", ".join([*alone, *parts])
-
-
-def _longer(run: Run) -> str:
-    """The change that lets a complete run go on for as long again."""
-    return " ".join(f"run.{key}={2 * end or 100:g}" for key, end in run.ends.items())

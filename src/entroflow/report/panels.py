@@ -23,11 +23,8 @@ of the largest value, for means in float64."""
 class Panel:
     """What a panel of the report is to show.
 
-    Attributes:
-        keys: what it reads: one metric, or several with their names for the legend.
-        draw: the kind of drawing, a function of the source and this panel.
-        options: of this kind of drawing.
-        wide: whether it is as wide as the page.
+    `keys` are what it reads, one metric or several with their names for the legend; `draw` is the
+    kind of drawing, with its `options`; a `wide` panel is as wide as the page.
     """
 
     title: str
@@ -68,8 +65,7 @@ def lines(metrics: Metrics, panel: Panel) -> Drawing:
         return None, " ".join(s if alone else f"{name}: {s}" for name, s in constants.items())
     if all(len(trace["x"]) < 2 for trace in traces):
         return NOTHING
-    # Few iterations would get ticks between them.
-    ticks = {"dtick": 1} if max(trace["x"][-1] for trace in traces) < 10 else {}
+    few = max(trace["x"][-1] for trace in traces) < 10
     if option("smooth") and (window := len(traces[0]["x"]) // 10) > 1:
         name, (x, y) = f"mean of {2 * window + 1} {per}s", (traces[0][key] for key in "xy")
         smooth = figures.line(name, figures.BLUE, x, figures.moving_mean(y, window))
@@ -77,12 +73,9 @@ def lines(metrics: Metrics, panel: Panel) -> Drawing:
         traces[:1] = [traces[0] | {"mode": "markers", "marker": marker}, smooth]
     if option("band"):
         traces = [*_interval(metrics, next(iter(panel.names))), *traces]
-    axes = {
-        "xaxis": {"title": {"text": per}, **ticks},
-        "yaxis": option("axis", {"rangemode": "tozero"}),
-    }
-    height, levels = option("height", 230), option("levels", [])
-    return figures.figure_of(traces, height, **axes, shapes=levels), ""
+    over = {"title": {"text": per}, "dtick": 1 if few else None}
+    axes = {"xaxis": over, "yaxis": option("axis", {"rangemode": "tozero"})}
+    return figures.figure_of(traces, option("height", 230), **axes, shapes=option("levels", [])), ""
 
 
 def _interval(metrics: Metrics, key: str) -> list[dict[str, Any]]:
@@ -95,8 +88,7 @@ def _interval(metrics: Metrics, key: str) -> list[dict[str, Any]]:
 def by_step(metrics: Metrics, panel: Panel) -> Drawing:
     """A quantity of `by_step` as a heat map, step x iteration.
 
-    Options: `zero`, the value that is drawn as 0; `diverging`, whether it lies on both sides of
-    it, and is known up to rounding.
+    Options: `zero`, the value drawn as 0; `diverging`, both sides of it, known up to rounding.
     """
     entries = [entry for entry in metrics if entry.get("by_step")]
     values = [entry["by_step"].get(panel.keys) or {} for entry in entries]
@@ -110,7 +102,7 @@ def by_step(metrics: Metrics, panel: Panel) -> Drawing:
     finding = constant(flat, "step and iteration", ROUNDING if diverging else 0.0)
     if not flat or finding:
         return None, finding
-    labels = [figures.step_label(step, figures.grid_of(metrics)) for step in steps]
+    labels = [figures.step_label(step, figures.plan_of(metrics)["grid"]) for step in steps]
     x = [entry["iteration"] for entry in entries]
     return figures.heat_map(x, labels, rows, bool(diverging)), ""
 
@@ -146,15 +138,13 @@ def bars(scores: Mapping[str, Mapping[str, Interval]], panel: Panel) -> Drawing:
     traces = []
     for (name, of_model), color in zip(scores.items(), colors, strict=False):
         each = of_model.values()
-        errors = {
-            "type": "data", "symmetric": False, "color": "#6b7280", "thickness": 1.5, "width": 3,
-            "array": [score.high - score.value for score in each],
-            "arrayminus": [score.value - score.low for score in each],
-        }  # fmt: skip
         traces.append({
-            "type": "bar", "name": name, "marker": {"color": color}, "error_y": errors,
-            "x": list(of_model), "y": [score.value for score in each],
+            "type": "bar", "name": name, "marker": {"color": color}, "x": list(of_model),
+            "y": [score.value for score in each],
             "hovertemplate": f"{name}: %{{y:.3g}}<extra></extra>",
+            "error_y": {"type": "data", "symmetric": False, "color": "#6b7280", "thickness": 1.5,
+                        "array": [score.high - score.value for score in each], "width": 3,
+                        "arrayminus": [score.value - score.low for score in each]},
         })  # fmt: skip
     axes = {"xaxis": {"title": None}, "yaxis": panel.options}
     grouped: Any = {"barmode": "group", "bargap": 0.25, "bargroupgap": 0.06, "showlegend": True}

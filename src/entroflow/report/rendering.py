@@ -23,10 +23,7 @@ Block = tuple[str, Any]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page, with its anchor, and its name in the navigation.
-
-    A block without content is left out, and so is a section of such blocks.
-    """
+    """A part of the page; blocks without content are left out, and so is a section of them."""
 
     id: str
     link: str
@@ -48,10 +45,7 @@ def compared(of: str, scores: Mapping[str, Mapping[str, Interval | str]]) -> Blo
 
 
 def write_page(folder: RunFolder, sections: Sequence[Section], **head: object) -> Path:
-    """Write `report.html` into a run folder, and return its path; an older one is replaced.
-
-    `head` is the kind of page, its title, notes, and what tells the run from others (name, value).
-    """
+    """Write `report.html` into a run folder; `head` is its `kind`, `title`, `run` and `notes`."""
     # Only pages need plotly: importing it takes longer than most commands do.
     from plotly.offline import get_plotlyjs
 

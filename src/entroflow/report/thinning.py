@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from statistics import mean
 from typing import Any
 
 from entroflow.report.figures import MOST_POINTS, is_finite
@@ -72,14 +73,10 @@ def mean_by_step(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, floa
             for step, value in (by or {}).items():
                 values = every.setdefault(name, {}).setdefault(step, [])
                 values += [value] if is_finite(value) else []
-    return {name: {step: _mean(of) for step, of in by.items()} for name, by in every.items()}
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    """The mean, if there is one; equal values have themselves as theirs, without rounding."""
-    if not values or min(values) == max(values):
-        return values[0] if values else None
-    return sum(values) / len(values)
+    return {
+        name: {step: mean(values) if values else None for step, values in by.items()}
+        for name, by in every.items()
+    }
 
 
 def thinning(metrics: Sequence[Mapping[str, Any]]) -> str:

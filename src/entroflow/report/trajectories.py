@@ -29,11 +29,9 @@ TURNING = (
           "with.", "credit/disagreement", lines),
 )  # fmt: skip
 STEPS = (
-    Panel("Where trajectories turn",
-          "Share of the rollouts for which the step was a turning point.", "turning_points",
-          by_step),
-    Panel("Size of the increments",
-          "How much a step changes the reward of the image that would come of it, either way.",
+    Panel("Where trajectories turn", "Share of the rollouts that turned at a step.",
+          "turning_points", by_step),
+    Panel("Size of the increments", "How much a step changes the reward of its image, either way.",
           "increment", by_step),
 )  # fmt: skip
 
@@ -45,7 +43,7 @@ def credit(folder: RunFolder, metrics: Metrics, last: int) -> list[Section]:
         return []
     # The latest first; in between there is more of the same.
     latest, *oldest = [
-        _strips(folder.trajectories, name, figures.grid_of(metrics))
+        _strips(folder.trajectories, name, figures.plan_of(metrics)["grid"])
         for name in dict.fromkeys([names[-1], names[0]])
     ]
     turning = any(entry.get(key) for entry in metrics for key in TURNING[0].names)
@@ -58,8 +56,8 @@ def credit(folder: RunFolder, metrics: Metrics, last: int) -> list[Section]:
     if turning:
         lead += (
             " ▲ and ▼ mark turning points, which earn all that followed instead, in bold; ◆ was "
-            "one, but balancing dropped it."
         )
+        lead += "one, but balancing dropped it."
         which = "The prompts with most turning points, and the rollouts that depended most on one."
     title = "Which steps turned the trajectories" if turning else "What each step added"
     blocks = [
