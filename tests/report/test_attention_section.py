@@ -95,7 +95,7 @@ def test_correlations_have_a_mean_with_its_interval():
     low, high = 0.7 / 3 - reach, 0.7 / 3 + reach
     finding = panel(metrics, "Do they have")[1]
     interval = f"[{low:+.2f}, {high:+.2f}]".replace("-", "−")
-    assert f": +0.23 {interval} over 3 iterations." in finding
+    assert f"over 3 iterations [95% interval]: +0.23 {interval}." in finding
 
 
 def table(metrics):

@@ -136,8 +136,8 @@ def _correlation(metrics: Metrics) -> str:
     if len(values) > 1:
         reach = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
         interval = f" [{mean - reach:+.2f}, {mean + reach:+.2f}]"
-    over = f"{len(values)} iteration{'s' if interval else ''}"
-    words = f"Mean of the rank correlations (95% interval): {mean:+.2f}{interval} over {over}."
+    over = f"{len(values)} iterations [95% interval]" if interval else "one iteration"
+    words = f"Mean of the rank correlations over {over}: {mean:+.2f}{interval}."
     return words.replace("-", "−")
 
 
@@ -154,8 +154,8 @@ PANELS = (
     Panel("Do they have more to teach?",
           "Every dot is a prompt of an iteration: the rank of its shift, from the least to the "
           "most moved, and the standard deviation of the reward within its group over that "
-          "iteration's mean. AEGPO expects the dots to rise: an interval of Spearman's rank "
-          "correlations above 0. It takes iterations for independent.", "attention", _deviations,
+          "iteration's mean. AEGPO expects the dots to rise: Spearman's rank correlations whose "
+          "interval, as if iterations were independent, is above 0.", "attention", _deviations,
           {"axes": ("rank of the shift", "standard deviation"), "colors": (GRAY, BLUE),
            "hover": "%{y:.2f} times the mean"}, wide=True),
 )  # fmt: skip

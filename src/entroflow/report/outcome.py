@@ -30,7 +30,7 @@ LEDGER = {
 }  # fmt: skip
 COUNTED = (
     "One network evaluation is one image once through the network, on any machine; weighted ones "
-    "count a forward and backward pass three times. Held-out scores are counted apart."
+    "count a forward and backward pass as three. Held-out scores are counted apart."
 )
 
 

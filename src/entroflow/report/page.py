@@ -125,7 +125,7 @@ def _curves(metrics: Metrics, measure: Measure, prompts: str, done: int) -> Sect
         return Section("curves", "Curves", title, "", [("soft", why)])
     lead = "Trust the score: a reward that rises while the score stays is being exploited."
     if measure.name == "reward":
-        lead = "The score is the reward itself, on other prompts; see below if the images improve."
+        lead = "The score is the reward itself, on other prompts: look at the images as well."
     blocks = [("soft", thinning(metrics)), ("pairs", panels)]
     return Section("curves", "Curves", title, lead, blocks)
 
