@@ -174,7 +174,7 @@ def _commands(
 
 def _extent(run: Run, metrics: Metrics) -> str:
     """How far it is: 12 of 100 iterations; 42 iterations, 290k of 300k weighted evaluations."""
-    taken = spent(metrics[-1]) if metrics else dict.fromkeys(ENDS, 0.0)
-    parts = [f"{count(taken[key])} of {count(end)} {ENDS[key]}" for key, end in run.ends.items()]
-    alone = [] if "iterations" in run.ends else [f"{count(taken['iterations'])} iterations"]
+    used = spent(metrics[-1]) if metrics else dict.fromkeys(ENDS, 0.0)
+    parts = [f"{count(used[key])} of {count(end)} {ENDS[key]}" for key, end in run.ends.items()]
+    alone = [] if "iterations" in run.ends else [f"{count(used['iterations'])} iterations"]
     return ", ".join([*alone, *parts])
