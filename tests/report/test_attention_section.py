@@ -8,7 +8,8 @@ import plotly.graph_objects as go
 import pytest
 from scipy import stats
 
-from entroflow.report.attention import CURVES, MOST_PROMPTS, attention
+from entroflow.report.attention import CURVES, MOST_PROMPTS, PANELS, attention
+from entroflow.report.panels import drawn
 
 GRID = [1.0, 0.75, 0.5, 0.25, 0.0]
 
@@ -30,44 +31,44 @@ def run(*lines):
     return [{"iteration": 0, "plan": {"grid": GRID}}, *lines]
 
 
-def panel(found, title):
-    (one,) = [p for p in found.panels if p.title.startswith(title)]
-    if one.figure is not None:
-        go.Figure(one.figure)
-    return one
+def panel(metrics, title):
+    ((figure, finding),) = [
+        drawing for panel, *drawing in drawn(PANELS, metrics) if panel.title.startswith(title)
+    ]
+    if figure is not None:
+        go.Figure(figure)
+    return figure or {}, finding
 
 
 def test_without_a_measurement_there_is_no_section():
-    assert attention([]) is None
-    assert attention(run({"iteration": 1})) is None
+    assert attention([]) == []
+    assert attention(run({"iteration": 1})) == []
 
 
 def test_curves_are_of_iterations_from_first_to_last_with_what_explored():
-    found = attention(run(*(line(n) for n in range(1, 21))))
-    traces = panel(found, "Attention entropy").figure["data"]
+    metrics = run(*(line(n) for n in range(1, 21)))
+    traces = panel(metrics, "Attention entropy")[0]["data"]
     assert len(traces) == CURVES
     assert traces[0]["name"] == "iteration 1"
     assert traces[-1]["name"] == "iteration 20"
     assert traces[-1]["y"] == [0.7, 0.6, 0.7, 0.8]
     sizes = traces[0]["marker"]["size"]
     assert sizes[1] == sizes[2] > sizes[0] == sizes[3]
-    assert len({trace["line"]["color"] for trace in traces}) == CURVES
+    assert len({trace["opacity"] for trace in traces}) == CURVES
 
 
 def test_steps_that_never_change_are_said_and_those_that_do_are_drawn():
-    said = panel(attention(run(line(1), line(2))), "Steps that explored")
-    assert said.finding == "1, 2 at every iteration."
-    found = attention(run(line(1), line(2, explored=[0, 2])))
-    (heat,) = panel(found, "Steps that explored").figure["data"]
+    _, said = panel(run(line(1), line(2)), "Steps that explored")
+    assert said == "1, 2 at every iteration."
+    metrics = run(line(1), line(2, explored=[0, 2]))
+    (heat,) = panel(metrics, "Steps that explored")[0]["data"]
     assert heat["z"] == [[0, 1], [1, 0], [1, 1], [0, 0]]
     assert heat["y"][1] == "1 · 0.75"
 
 
 def test_shifts_are_bands_around_their_median():
-    found = attention(
-        run(line(1, shift=[0.0, 0.2, 0.1, None]), line(2, shift=[0.3, 0.5, 0.4, 9.0]))
-    )
-    least, most, *_, median = panel(found, "How far attention").figure["data"]
+    metrics = run(line(1, shift=[0.0, 0.2, 0.1, None]), line(2, shift=[0.3, 0.5, 0.4, 9.0]))
+    least, most, *_, median = panel(metrics, "How far attention")[0]["data"]
     assert least["y"] == [0.0, 0.3]
     assert most["y"] == [0.2, 9.0]
     assert median["y"] == [0.1, 0.5]
@@ -75,40 +76,48 @@ def test_shifts_are_bands_around_their_median():
 
 def test_prompts_are_placed_by_rank_and_relative_spread():
     """By hand: ranks 0, 1, 1/3, 2/3 of shifts 1, 4, 2, 3; spreads over their mean of 0.25."""
-    dots = panel(attention(run(line(1))), "Do they have").figure["data"]
+    dots = panel(run(line(1)), "Do they have")[0]["data"]
     fewer, more = dots
     assert fewer["x"] == pytest.approx([0, 1 / 3])
     assert fewer["y"] == pytest.approx([0.4, 0.8])
     assert more["x"] == pytest.approx([1, 2 / 3])
     assert more["y"] == pytest.approx([1.6, 1.2])
     # Nobody moved: no rank.
-    titles = [p.title for p in attention(run(line(1, shift=[0.0] * 4))).panels]
+    titles = [one.title for one, *_ in drawn(PANELS, run(line(1, shift=[0.0] * 4)))]
     assert not any(title.startswith("Do they") for title in titles)
 
 
 def test_correlations_have_a_mean_with_its_interval():
     values = [0.5, -0.1, 0.3]
-    found = attention(run(*(line(n, correlation=v) for n, v in enumerate(values, 1)),
-                          line(4, correlation=None)))  # fmt: skip
-    one = panel(found, "Rank correlation")
+    metrics = run(*(line(n, correlation=v) for n, v in enumerate(values, 1)),
+                  line(4, correlation=None))  # fmt: skip
     reach = stats.t.ppf(0.975, 2) * math.sqrt(sum((v - 0.7 / 3) ** 2 for v in values) / 2 / 3)
     low, high = 0.7 / 3 - reach, 0.7 / 3 + reach
-    assert f"mean is +0.23 [{low:+.2f}, {high:+.2f}] over 3 iterations" in one.reading
-    assert one.figure["data"][0]["x"] == [1, 2, 3]
+    finding = panel(metrics, "Do they have")[1]
+    interval = f"[{low:+.2f}, {high:+.2f}]".replace("-", "−")
+    assert f"over 3 iterations [95% interval]: +0.23 {interval}." in finding
+
+
+def table(metrics):
+    """The rows of the table of prompts, and what is said of it."""
+    (section,) = attention(metrics)
+    blocks = dict(section.blocks)
+    return section.title, blocks["table"][1], blocks["soft"]
 
 
 def test_prompts_are_listed_by_shift_and_the_middle_ones_left_out():
-    found = attention(run(line(3)))
-    assert found.allocated
-    assert [text for text, *_ in found.prompts] == ["a cross", "a ring", "a star", "two circles"]
-    assert found.prompts[0] == ("a cross", "0.00400", 8, "0.400")
+    title, rows, left_out = table(run(line(3)))
+    assert title == "Where attention sent the rollouts"
+    assert [text for text, *_ in rows] == ["a cross", "a ring", "a star", "two circles"]
+    assert rows[0] == ("a cross", "0.00400", 8, "0.400")
+    assert not left_out
     many = 40
-    found = attention(run(line(
+    title, rows, left_out = table(run(line(
         1, prompt=[f"prompt {n}" for n in range(many)], shift=[float(n) for n in range(many)],
         size=[4] * many, spread=[None] * many, correlation=None,
     )))  # fmt: skip
-    assert not found.allocated
-    assert len(found.prompts) == MOST_PROMPTS
-    assert found.left_out == many - MOST_PROMPTS
-    assert [found.prompts[0][0], found.prompts[-1][0]] == ["prompt 39", "prompt 0"]
-    assert found.prompts[0][3] == "–"
+    assert title == "What attention says"
+    assert len(rows) == MOST_PROMPTS
+    assert f"; {many - MOST_PROMPTS} in between are left out." in left_out
+    assert [rows[0][0], rows[-1][0]] == ["prompt 39", "prompt 0"]
+    assert rows[0][3] == "–"

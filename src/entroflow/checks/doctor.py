@@ -30,7 +30,6 @@ from entroflow.policies.base import HasPipeline, OnDevice
 from entroflow.prompts import ListedSource, Prompt
 from entroflow.recipe.build import changed
 from entroflow.recipe.load import Recipe
-from entroflow.report.wording import count, duration, size
 from entroflow.rewards.combined import as_rewards
 from entroflow.rewards.parts import Part
 from entroflow.sampling.kernels import ODE
@@ -38,6 +37,7 @@ from entroflow.sampling.solver import integrate
 from entroflow.settings import ENDS
 from entroflow.training.forecast import expected_of, first_plan, rehearse
 from entroflow.training.trainer import Trainer
+from entroflow.wording import count, duration, size
 
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """How far a rollout without noise may be from the pipeline's own, relative to its size.

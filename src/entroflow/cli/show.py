@@ -32,11 +32,11 @@ from entroflow.contents import read_object
 from entroflow.errors import one_line, printable
 from entroflow.evaluation.base import Evaluated
 from entroflow.recipe.load import Recipe
-from entroflow.report.wording import Interval
 from entroflow.runs.files import Comparison
 from entroflow.runs.folder import EVALUATION, RunFolder, spent
 from entroflow.settings import ENDS, Run
 from entroflow.training.metrics import Metrics
+from entroflow.wording import Interval
 
 console = Console(emoji=False)
 """What is printed may hold names and texts of users: none is markup, see `plain`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,27 +23,18 @@ SMALL = 96
 LARGEST = 192
 """Pixels; larger images are shown reduced to this, so that the page stays small."""
 MOST_BETWEEN = 3
-PNG, KNOWN = ".png", ".json"
+PNG, RECORD = ".png", ".json"
 
-
-@dataclass(frozen=True)
-class Example:
-    """One image: its `data:` address and whether it is strictly right (None: not judged)."""
-
-    source: str
-    passed: bool | None
+Example = tuple[str, bool | None]
+"""One image: its `data:` address and whether it is strictly right (None: not scored)."""
 
 
 @dataclass(frozen=True)
 class ExampleGrid:
-    """The same captions in every column.
+    """The same captions in every column: [n] rows of a caption and [c] images.
 
-    Attributes:
-        columns: [c] headings.
-        right: [c] how many images of the column are strictly right (None: not judged).
-        rows: [n] caption and one image per column.
-        large: whether images have more pixels than `SMALL` along a side.
-        reduced: whether the images are shown smaller than they are.
+    `right` has how many images of a column are strictly right (None: not scored); `large` images
+    have more pixels than `SMALL` along a side, `reduced` ones are shown smaller than they are.
     """
 
     columns: Sequence[str]
@@ -52,30 +43,22 @@ class ExampleGrid:
     large: bool
     reduced: bool
 
-    @property
-    def abreast(self) -> int:
-        """How many parts of the grid fit side by side on a wide screen."""
-        return max(1, (6 if self.large else 12) // (len(self.columns) + 1))
-
-    @property
-    def judged(self) -> bool:
-        """Whether it is known of any image if it is right."""
-        return any(number is not None for number in self.right)
-
 
 def over_iterations(folder: RunFolder, last: int) -> ExampleGrid | None:
     """The examples at the first and last evaluation up to iteration `last`, and some in between."""
     names = numbered(folder.examples, last)
-    shown = [names[i] for i in _spread(len(names))]
-    return example_grid(folder, [(name, f"iteration {int(name)}") for name in shown])
+    most = min(len(names), MOST_BETWEEN + 2)
+    shown = [names[round(i * (len(names) - 1) / max(1, most - 1))] for i in range(most)]
+    return example_grid(folder, {name: f"iteration {int(name)}" for name in shown})
 
 
-def example_grid(folder: RunFolder, columns: Sequence[tuple[str, str]]) -> ExampleGrid | None:
-    """A grid of the saved examples named in `columns` (name, heading); None if there are none.
+def example_grid(folder: RunFolder, columns: Mapping[str, str]) -> ExampleGrid | None:
+    """A grid of the saved examples named in `columns`, name -> heading; None if there are none.
 
     Columns whose files are missing, or whose captions differ from the last column's, are left out.
     """
-    read = [(heading, *_read(folder.examples, name)) for name, heading in columns]
+    names = _whole(folder.examples, list(columns))
+    read = [(columns[name], *_read(folder.examples, name)) for name in names]
     whole = [column for column in read if column[1]]
     if not whole:
         return None
@@ -85,9 +68,10 @@ def example_grid(folder: RunFolder, columns: Sequence[tuple[str, str]]) -> Examp
             log.warning("%s: the images of %s have other captions.", folder.examples, heading)
     whole = [column for column in whole if column[1] == captions]
     parts = [examples for _, _, examples, _ in whole]
+    scored = [[passed for _, passed in part if passed is not None] for part in parts]
     return ExampleGrid(
         columns=[heading for heading, *_ in whole],
-        right=[_right(examples) for examples in parts],
+        right=[sum(passed) if passed else None for passed in scored],
         rows=list(zip(captions, zip(*parts, strict=True), strict=True)),
         large=any(side > SMALL for *_, side in whole),
         reduced=any(side > LARGEST for *_, side in whole),
@@ -95,46 +79,32 @@ def example_grid(folder: RunFolder, columns: Sequence[tuple[str, str]]) -> Examp
 
 
 def numbered(folder: Path, last: int) -> list[str]:
-    """Names of what is saved up to iteration `last`, in order: pictures with what is known of them.
-
-    One without the other is left out, which is warned of.
-    """
-    kinds = [{path.stem for path in folder.glob(f"[0-9]*{end}")} for end in (PNG, KNOWN)]
-    found = {name for name in kinds[0] | kinds[1] if name.isdecimal() and int(name) <= last}
-    for name in sorted(found - (kinds[0] & kinds[1])):
-        _warn_without(folder / f"{name}{KNOWN if name in kinds[0] else PNG}")
-    return sorted(found & kinds[0] & kinds[1], key=int)
+    """Names of what is saved up to iteration `last`, in order."""
+    stems = {path.stem for path in folder.glob("[0-9]*") if path.suffix in (PNG, RECORD)}
+    names = (name for name in stems if name.isdecimal() and int(name) <= last)
+    return _whole(folder, sorted(names, key=int))
 
 
-def _warn_without(path: Path) -> None:
-    log.warning("%s is missing; the report does without what belongs to it.", path)
-
-
-def _spread(count: int) -> list[int]:
-    """Indices of the first, the last and up to `MOST_BETWEEN` in between, evenly."""
-    most = min(count, MOST_BETWEEN + 2)
-    return [round(i * (count - 1) / max(1, most - 1)) for i in range(most)]
+def _whole(folder: Path, names: Sequence[str]) -> list[str]:
+    """Those of which there are a picture and its record; one without the other is warned of."""
+    missing = {name: [end for end in (PNG, RECORD) if not (folder / f"{name}{end}").exists()]
+               for name in names}  # fmt: skip
+    for lost in (folder / f"{name}{ends[0]}" for name, ends in missing.items() if len(ends) == 1):
+        log.warning("%s is missing; the report does without what belongs to it.", lost)
+    return [name for name, ends in missing.items() if not ends]
 
 
 def _read(folder: Path, name: str) -> tuple[list[str], list[Example], int]:
-    """Captions, examples and side in pixels of one strip; empty if it is not there."""
-    picture, known = folder / f"{name}{PNG}", folder / f"{name}{KNOWN}"
-    if not (picture.exists() and known.exists()):
-        if picture.exists() or known.exists():
-            _warn_without(known if picture.exists() else picture)
-        return [], [], 0
-    content = read_object(known, Examples)
+    """Captions, examples and side in pixels of one strip; empty if they are not as many."""
+    content = read_object(folder / f"{name}{RECORD}", Examples)
     captions, passed = content["captions"], content.get("passed") or []
-    strip = read_picture(picture, content.get("picture"))
+    strip = read_picture(folder / f"{name}{PNG}", content.get("picture"))
     side = strip.height
     if strip.width != side * len(captions):
         return [], [], 0
     examples = [
-        Example(
-            source=data_address(strip.crop((i * side, 0, (i + 1) * side, side))),
-            passed=passed[i] if i < len(passed) else None,
-        )
-        for i in range(len(captions))
+        (data_address(strip.crop((i * side, 0, (i + 1) * side, side))), right)
+        for i, right in enumerate([*passed, *[None] * len(captions)][: len(captions)])
     ]
     return captions, examples, side
 
@@ -142,14 +112,9 @@ def _read(folder: Path, name: str) -> tuple[list[str], list[Example], int]:
 def data_address(image: Image.Image) -> str:
     """An image as a `data:` address; a large one reduced."""
     buffer = io.BytesIO()
-    if image.height > LARGEST:
-        image = image.resize((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-        image.save(buffer, format="JPEG", quality=85)
-        return "data:image/jpeg;base64," + b64encode(buffer.getvalue()).decode()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + b64encode(buffer.getvalue()).decode()
-
-
-def _right(examples: Sequence[Example]) -> int | None:
-    judged = [example.passed for example in examples if example.passed is not None]
-    return sum(judged) if judged else None
+    large = image.height > LARGEST
+    if large:
+        image.resize((LARGEST, LARGEST), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
+    else:
+        image.save(buffer, "PNG", optimize=True)
+    return f"data:image/{'jpeg' if large else 'png'};base64,{b64encode(buffer.getvalue()).decode()}"

@@ -1,6 +1,6 @@
-"""The HTML report of a run: one page that works offline.
+"""The HTML report of an image model's run.
 
-    RunFolder -> outcome (words), curves (figures), examples (pictures) -> report.html.j2
+    RunFolder -> sections of panels, pictures and tables -> one page that works offline
 
 Every part shows what the run folder has and leaves out what it has not.
 """
@@ -9,145 +9,80 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from entroflow.checkpoints import read_run_state
-from entroflow.contents import (
-    RunError,
-    read_object,
-    read_text,
-)
+from entroflow.contents import RunError, read_object, read_text
 from entroflow.errors import RecipeError
+from entroflow.evaluation.base import Measure
 from entroflow.recipe.identity import warn_of_another_recipe
 from entroflow.recipe.kinds import RECIPE
 from entroflow.recipe.load import Recipe
 from entroflow.recipe.registry import LATER_SECTIONS, SECTIONS
 from entroflow.recipe.text import TEXTS, parse_yaml
-from entroflow.report import attention, curves, examples, judging, outcome, trajectories
-from entroflow.report.rendering import rendered
+from entroflow.report import curves, examples, outcome
+from entroflow.report.attention import attention
+from entroflow.report.figures import Metrics
+from entroflow.report.panels import drawn
+from entroflow.report.rendering import Section, write_page
 from entroflow.report.thinning import thinned_metrics, thinning
-from entroflow.report.wording import count
+from entroflow.report.trajectories import credit
 from entroflow.runs.files import METRICS, Comparison
-from entroflow.runs.folder import EVALUATION, REPORT, RunFolder, spent
+from entroflow.runs.folder import EVALUATION, RunFolder, spent
 from entroflow.settings import ENDS, Monitors, Run
-from entroflow.writing import write_text
+from entroflow.wording import count
 
 log = logging.getLogger(__name__)
 
-TEMPLATE = "report.html.j2"
-
 
 def write_report(folder: RunFolder) -> Path:
-    """Write `report.html` from what the run folder has; an older one is replaced.
-
-    Returns:
-        Its path.
-    """
-    page = rendered(TEMPLATE, _content(folder))
-    write_text(folder.path / REPORT, page)
-    return folder.path / REPORT
-
-
-def _content(folder: RunFolder) -> dict[str, Any]:
-    """What the template shows."""
-    recipe, recipe_yaml, run = _read_recipe(folder.path / RECIPE)
-    settings = recipe.resolved["evaluation"]
-    prompts = outcome.prompts_of(settings)
-    metrics = thinned_metrics(folder)
-    if gap := folder.gap(metrics):
-        log.warning("%s %s; the report shows the others.", folder.path / METRICS, gap)
-    done = metrics[-1]["iteration"] if metrics else 0
-    watching = Monitors.model_construct(**recipe.resolved["monitors"])
-    stopped = bool(metrics) and "hacking" in metrics[-1] and watching.on_hacking == "stop"
-    complete = bool(metrics) and (stopped or run.share_done(spent(metrics[-1])) >= 1)
-    path = folder.path / EVALUATION
+    """Write `report.html` from what the run folder has, and return its path."""
+    made_by, text, run = _read_recipe(folder.path / RECIPE)
+    metrics, path = thinned_metrics(folder), folder.path / EVALUATION
     evaluation = read_object(path, Comparison) if path.exists() else {}
     if evaluation and "measure" not in evaluation:
         raise RunError(f"{path} is of an older version; remove it to do without.")
-    names, measure = outcome.model_names(evaluation), outcome.measure_of(metrics, evaluation)
-    moved = outcome.drifts(metrics)
-    checkpointed, state = _latest_state(folder)
-    if state:
-        warn_of_another_recipe(state, recipe.resolved, folder.latest())
-        line = next((line for line in metrics if line["iteration"] == checkpointed), state)
-        if round(line["seconds"], 3) != round(state["seconds"], 3):
-            log.warning("%s is not of the run of %s.", folder.path / METRICS, folder.latest())
-    scores = outcome.scores_by_skill(evaluation)
+    state = _latest_state(folder, made_by, metrics)
+    prompts = outcome.prompts_of(made_by.resolved["evaluation"])
+    measure = outcome.measure_of(metrics, evaluation)
+    watching = Monitors.model_construct(**made_by.resolved["monitors"])
+    done = metrics[-1]["iteration"] if metrics else 0
+    stopped = bool(metrics) and "hacking" in metrics[-1] and watching.on_hacking == "stop"
+    complete = bool(metrics) and (stopped or run.share_done(spent(metrics[-1])) >= 1)
+    longer = " ".join(f"run.{key}={2 * end or 100:g}" for key, end in run.ends.items())
     progress = examples.over_iterations(folder, done)
-    return {
-        "recipe": recipe,
-        "recipe_yaml": recipe_yaml,
-        "run": run,
-        "run_path": shlex.quote(str(folder.path)),
-        "done": done,
-        "extent": _extent(run, metrics),
-        "longer": _longer(run),
-        "complete": complete,
-        "thinning": thinning(metrics),
-        "prompts": prompts,
-        "measure": measure,
-        "headline": outcome.headline(metrics, evaluation, complete, settings),
-        "costs": outcome.costs(metrics, evaluation),
-        "stages": outcome.stages(state, evaluation),
-        "checkpointed": checkpointed,
-        "curves": curves.score_and_reward(metrics, measure, prompts),
-        "progress": progress,
-        "caption": shlex.quote(progress.rows[0][0] if progress else "a caption"),
-        "scores": scores,
-        "compared_prompts": outcome.prompts_of(evaluation),
-        "unseen": outcome.is_unseen(evaluation, recipe.resolved) if scores else False,
-        "guidance_note": outcome.guidance_note(evaluation) if scores else "",
-        "compared_setting": outcome.setting(evaluation) if scores else "",
-        "skill_figure": curves.by_skill(scores, measure) if _has_skills(scores) else None,
-        "compared_examples": examples.example_grid(
-            folder, [(f"test_{model}", name) for model, name in names.items()]
-        ),
-        "monitors": outcome.monitors(metrics),
-        "compared_monitors": outcome.compared_monitors(evaluation),
-        "drift_figure": curves.drifts(moved, watching.band) if _is_curve(moved) else None,
-        "held_out_rewards": curves.held_out_rewards(metrics, list(watching.rewards)),
-        "alarms": outcome.alarms(metrics, stopped),
-        "attention": attention.attention(metrics),
-        "credit": trajectories.credit(folder, metrics, done),
-        "rewards": judging.mixture(metrics),
-        "judges": judging.judges(metrics),
-        "under_the_hood": [*curves.under_the_hood(metrics), *judging.failures(metrics)],
-        "plan": curves.plan_panels(metrics),
-        "by_step": curves.by_step(metrics),
-    }
-
-
-def _extent(run: Run, metrics: Sequence[Mapping[str, Any]]) -> str:
-    """How far it is: 12 of 100 iterations; 42 iterations, 290k of 300k weighted evaluations."""
-    taken = spent(metrics[-1]) if metrics else dict.fromkeys(ENDS, 0.0)
-    parts = [f"{count(taken[key])} of {count(end)} {ENDS[key]}" for key, end in run.ends.items()]
-    alone = [] if "iterations" in run.ends else [f"{count(taken['iterations'])} iterations"]
-    return ", ".join([*alone, *parts])
-
-
-def _longer(run: Run) -> str:
-    """The change that lets a complete run go on for as long again."""
-    return " ".join(f"run.{key}={2 * end or 100:g}" for key, end in run.ends.items())
-
-
-def _has_skills(scores: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether there is more than one score of each model."""
-    return any(len(by_skill) > 1 for by_skill in scores.values())
-
-
-def _is_curve(moved: curves.Drifts) -> bool:
-    return any(len(iterations) > 1 for iterations, _ in moved.values())
+    headline = outcome.headline(metrics, evaluation, complete, made_by.resolved["evaluation"])
+    lead = f"{measure.reading} Brackets hold 95% intervals.".lstrip()
+    blocks = [("headline", headline), *outcome.costs(metrics, evaluation, state)]
+    sections = [
+        Section("outcome", "Outcome and cost", "What was run and what it cost", lead, blocks),
+        _curves(metrics, measure, prompts, done),
+        Section("examples", "Examples", "The same prompts and noise over the training",
+                f"A row is one of the {prompts}; what changes from left to right is the training.",
+                [("examples", progress)]),
+        *outcome.skills(folder, evaluation, measure, made_by.resolved),
+        *outcome.blind_spots(metrics, evaluation, watching, prompts, stopped),
+        *_rewards(metrics),
+        *attention(metrics),
+        *credit(folder, metrics, done),
+        _under_the_hood(metrics),
+        _commands(folder, text, progress, longer if complete else ""),
+    ]  # fmt: skip
+    names = [
+        ("recipe", made_by.name), ("paper", made_by.paper), ("hash", made_by.hash),
+        ("seed", run.seed), ("", _extent(run, metrics) + ("" if complete else ", not complete")),
+    ]  # fmt: skip
+    title, kind = made_by.title or made_by.name, "report of a training run"
+    return write_page(folder, sections, kind=kind, title=title, run=names, notes=made_by.notes)
 
 
 def _read_recipe(path: Path) -> tuple[Recipe, str, Run]:
-    """A run's recipe with its components left unbuilt: a report needs none of the user's code.
+    """A run's recipe, its text, and its section `run`.
 
-    Returns:
-        The recipe, its text, and its section `run`.
+    Its components are left unbuilt: a report needs none of the user's code.
 
     Raises:
         RunError: the file is torn.
@@ -172,8 +107,76 @@ def _read_recipe(path: Path) -> tuple[Recipe, str, Run]:
     return Recipe(name=name, **texts, **unbuilt, resolved=resolved), text, run
 
 
-def _latest_state(folder: RunFolder) -> tuple[int, dict[str, Any]]:
-    """Iteration and state of the latest checkpoint; empty if there is none."""
+def _latest_state(folder: RunFolder, made_by: Recipe, metrics: Metrics) -> dict[str, Any]:
+    """State of the latest checkpoint, empty if there is none; warns of one of another run."""
     latest = folder.all_checkpoints()[-1:]
     state = read_run_state(latest[0]) if latest else {}
-    return state.get("iteration", 0), state
+    if state:
+        warn_of_another_recipe(state, made_by.resolved, folder.latest())
+        of_state = (entry for entry in metrics if entry["iteration"] == state["iteration"])
+        if round(next(of_state, state)["seconds"], 3) != round(state["seconds"], 3):
+            log.warning("%s is not of the run of %s.", folder.path / METRICS, folder.latest())
+    return state
+
+
+def _curves(metrics: Metrics, measure: Measure, prompts: str, done: int) -> Section:
+    title = "Score and reward over iterations"
+    panels = drawn(curves.score_and_reward(measure, prompts), metrics)
+    if not panels:
+        why = f"There is nothing to plot yet: a curve needs two points; this is iteration {done}."
+        return Section("curves", "Curves", title, "", [("soft", why)])
+    lead = "Trust the score: a reward that rises while the score stays is being exploited."
+    if measure.name == "reward":
+        lead = "The score is the reward itself, on other prompts: look at the images as well."
+    blocks = [("soft", thinning(metrics)), ("pairs", panels)]
+    return Section("curves", "Curves", title, lead, blocks)
+
+
+def _rewards(metrics: Metrics) -> list[Section]:
+    mixture, judges = (drawn(each(metrics), metrics) for each in (curves.mixture, curves.judges))
+    lead = "What is trained on, part by part: one that falls while others rise is traded for them."
+    trust = "A judge of pairs always finds winners; these numbers say whether it sees differences."
+    return [
+        Section("rewards", "Rewards", "The rewards of the mixture", lead, [("panels", mixture)]),
+        Section("judge", "The judge", "How far to trust the judge", trust, [("panels", judges)]),
+    ]
+
+
+def _under_the_hood(metrics: Metrics) -> Section:
+    plan, steps = drawn(curves.PLAN, metrics), drawn(curves.BY_STEP, metrics)
+    explained = (
+        "Rows are steps of the sampling grid, from pure noise on: which does an update move?"
+    )
+    blocks = [
+        ("panels", drawn([*curves.HOOD, curves.failures(metrics)], metrics)),
+        ("part", ("The plan of an iteration", "") if plan else None),
+        ("pairs", plan),
+        ("part", ("By denoising step", explained) if steps else None),
+        ("pairs", steps),
+    ]
+    lead = "Is the training sound? Look here when the score does not rise, or falls."
+    return Section("hood", "Under the hood", "Under the hood", lead, blocks)
+
+
+def _commands(
+    folder: RunFolder, text: str, progress: examples.ExampleGrid | None, longer: str
+) -> Section:
+    path = shlex.quote(str(folder.path))
+    caption = shlex.quote(progress.rows[0][0] if progress else "a caption")
+    commands = [
+        ("Train for longer:" if longer else "Go on from the last checkpoint:",
+         f"entroflow train --resume {path} {longer}".rstrip()),
+        ("Score base and tuned weights on test prompts:", f"entroflow evaluate {path}"),
+        ("Sample a caption with both:", f"entroflow sample {caption} --run {path}"),
+    ]  # fmt: skip
+    lead = "The recipe below, with every default written out, is all it takes to run this again."
+    blocks = [("recipe", text), ("commands", commands)]
+    return Section("recipe", "Recipe", "Recipe and commands", lead, blocks)
+
+
+def _extent(run: Run, metrics: Metrics) -> str:
+    """How far it is: 12 of 100 iterations; 42 iterations, 290k of 300k weighted evaluations."""
+    used = spent(metrics[-1]) if metrics else dict.fromkeys(ENDS, 0.0)
+    parts = [f"{count(used[key])} of {count(end)} {ENDS[key]}" for key, end in run.ends.items()]
+    alone = [] if "iterations" in run.ends else [f"{count(used['iterations'])} iterations"]
+    return ", ".join([*alone, *parts])

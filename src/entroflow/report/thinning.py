@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from statistics import mean
 from typing import Any
 
 from entroflow.report.figures import MOST_POINTS, is_finite
 from entroflow.runs.files import METRICS
 from entroflow.runs.folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 MOST_DETAILS = 1000
 """Iterations whose details are kept: columns of a heat map."""
@@ -21,7 +26,7 @@ def thinned_metrics(folder: RunFolder) -> list[dict[str, Any]]:
     """The metrics of a run with all their numbers, but details of `MOST_DETAILS` lines at most.
 
     What was measured by step is the mean over a stretch of lines, at the last of them; what was
-    measured of attention is that of evenly spaced lines and of the last.
+    measured of attention is that of evenly spaced lines and of the last. A gap is warned of.
 
     Raises:
         RunError: a line is torn.
@@ -40,52 +45,39 @@ def thinned_metrics(folder: RunFolder) -> list[dict[str, Any]]:
             if name == BY_STEP:
                 stretch.append(line[name])
                 if shown:
-                    line[name], stretch = mean_by_step(stretch), []
+                    means = mean_by_step(stretch) if len(stretch) > 1 else line[name]
+                    line[name], stretch = means, []
             if not shown:
                 del line[name]
         # Names of one line are not those of the next, unless they are made so.
         kept.append({sys.intern(key): value for key, value in line.items()})
+    if gap := folder.gap(kept):
+        log.warning("%s %s; the report shows the others.", folder.path / METRICS, gap)
     return kept
 
 
 def _details(folder: RunFolder) -> dict[str, int]:
-    """How many lines have details of each kind, without reading them."""
+    """How many lines have details of each kind, without parsing them."""
+    path = folder.path / METRICS
     counts = {BY_STEP: 0, ATTENTION: 0}
-    marks = {name: f'"{name}": {{"'.encode() for name in counts}
-    for line in _raw(folder):
-        for name, mark in marks.items():
-            counts[name] += mark in line
+    with path.open("rb") if path.exists() else BytesIO() as file:
+        for line in file:
+            counts = {name: n + (f'"{name}": {{"'.encode() in line) for name, n in counts.items()}
     return counts
 
 
-def _raw(folder: RunFolder) -> Iterator[bytes]:
-    path = folder.path / METRICS
-    if path.exists():
-        with path.open("rb") as file:
-            yield from file
-
-
 def mean_by_step(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Mean of every quantity at every step, over the lines that know it."""
-    if len(lines) == 1:
-        return dict(lines[0])
-    known: dict[str, dict[str, list[float]]] = {}
+    """Mean of every quantity at every step, over the lines that have it."""
+    every: dict[str, dict[str, list[float]]] = {}
     for line in lines:
         for name, by in line.items():
             for step, value in (by or {}).items():
-                values = known.setdefault(name, {}).setdefault(step, [])
+                values = every.setdefault(name, {}).setdefault(step, [])
                 values += [value] if is_finite(value) else []
     return {
-        name: {step: _mean(values) for step, values in by.items()} for name, by in known.items()
+        name: {step: mean(values) if values else None for step, values in by.items()}
+        for name, by in every.items()
     }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    if not values:
-        return None
-    low, high = min(values), max(values)
-    # Equal values have themselves as their mean, without rounding.
-    return low if low == high else sum(values) / len(values)
 
 
 def thinning(metrics: Sequence[Mapping[str, Any]]) -> str:

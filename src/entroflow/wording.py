@@ -25,8 +25,8 @@ class Interval:
 
         What was no number there is NaN.
         """
-        found = [score[key] for key in ("value", "low", "high")]
-        return cls(*(math.nan if x is None else x for x in found))
+        numbers = [score[key] for key in ("value", "low", "high")]
+        return cls(*(math.nan if x is None else x for x in numbers))
 
     @property
     def middle(self) -> str:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from entroflow.report.wording import Interval, count, duration, number
+from entroflow.wording import Interval, count, duration, number
 
 
 @pytest.mark.parametrize(
