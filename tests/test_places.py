@@ -145,8 +145,8 @@ def test_paths_of_overrides_are_those_of_a_shell(laid_out):
     recipe = load_recipe(file, ["prompts.path=./both.txt", "monitors.rewards.b.model=models"])
     assert recipe.prompts.path == laid_out / "here/both.txt"
     assert recipe.evaluation.path == laid_out / "recipe/both.txt"
-    assert recipe.monitors.rewards["a"].model == str(laid_out / "recipe/models")
-    assert recipe.monitors.rewards["b"].model == str(laid_out / "here/models")
+    assert recipe.monitors.rewards["a"].reward.model == str(laid_out / "recipe/models")
+    assert recipe.monitors.rewards["b"].reward.model == str(laid_out / "here/models")
     data = ["prompts.type=dataset", "prompts.name=json", "prompts.data_files=[both.txt]"]
     assert load_recipe(file, data).prompts.data_files == (str(laid_out / "here/both.txt"),)
 

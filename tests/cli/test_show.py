@@ -99,3 +99,15 @@ def test_events_hold_what_was_measured(tmp_path):
     assert sorted(read.Tags()["scalars"]) == [
         "ledger/network_evaluations", "ledger/weighted_evaluations", "reward/mean", "seconds",
     ]  # fmt: skip
+
+
+def test_an_objective_without_a_clip_range_shows_none(monkeypatch):
+    lines = []
+    monkeypatch.setattr(show.console, "print", lambda *given, **_: lines.extend(map(str, given)))
+    progress = show.TrainingProgress(load_recipe("quickstart"))
+    start = {"policy/clip_range": None, "policy/dimensions": 12, "plan": PLAN}
+    progress.begin(start)
+    progress.begin({**start, "policy/clip_range": 0.5})
+    assert [line for line in lines if "clip range" in line] == [
+        "clip range 0.5 per dimension, 6 in all (D = 12)"
+    ]

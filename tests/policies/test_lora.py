@@ -17,6 +17,7 @@ from entroflow.cli import main as cli
 from entroflow.errors import InputError
 from entroflow.recipe.load import load_recipe
 from entroflow.runs.open import open_policy
+from entroflow.training.checkpoint import load, state_of, tensors_of
 from entroflow.training.trainer import Trainer
 
 pytest.importorskip("diffusers")
@@ -177,14 +178,14 @@ def test_a_run_is_not_resumed_with_another_strength(folders, users_lora, tmp_pat
     overrides = [*RUN, f"policy.model={folders['sd3']}", f"policy.lora_start={lora}"]
     recipe = load_recipe(NAMES["sd3"], [*overrides, "policy.reference=base"])
     trainer = Trainer(recipe)
-    write_checkpoint(tmp_path / "00000000", trainer.tensors(), trainer.state())
+    write_checkpoint(tmp_path / "00000000", tensors_of(trainer), state_of(trainer))
     file = lora / "some-epoch-3.safetensors"
     with safe_open(file, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     tensors["lora_unet_proj_out.alpha"] += 1
     save_file(tensors, file)
     with pytest.raises(InputError, match="other base weights"):
-        Trainer(recipe).load(tmp_path / "00000000")
+        load(Trainer(recipe), tmp_path / "00000000")
     with pytest.raises(InputError, match="a checkpoint without its alpha; take what entroflow ex"):
         built(folders, "sd3", lora_start=tmp_path / "00000000" / "live.safetensors")
 

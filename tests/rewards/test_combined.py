@@ -20,6 +20,7 @@ from entroflow.rewards.mixture import Mixture
 from entroflow.rewards.pairwise import Pairwise
 from entroflow.rewards.parts import as_part
 from entroflow.sampling.plan import fresh_rows
+from entroflow.training.checkpoint import state_of
 from entroflow.training.trainer import Trainer
 from tiny_run import (
     HERE,
@@ -286,7 +287,7 @@ def test_a_part_with_memory_is_in_the_state_of_a_run():
     ):  # fmt: skip
         trainer = Trainer(recipe(reward=reward), PixelPolicy())
         trainer.step()
-        assert trainer.state()["components"] == {key: {"seen": ROLLOUTS} for key in keys}
+        assert state_of(trainer)["components"] == {key: {"seen": ROLLOUTS} for key in keys}
 
 
 def test_weight_0_is_as_if_it_were_not_there():

@@ -194,7 +194,7 @@ def test_what_can_not_be_read_is_seen_before_a_run(tmp_path, monkeypatch, place,
 def test_a_reward_without_weight_may_lack_its_files():
     sections = PLACES["reward.rewards.b"]({"type": "clip", "model": "/none"})
     sections["reward"]["weights"] = {"b": 0}
-    Trainer(build_recipe(sections)).check_parts()
+    Trainer(build_recipe(sections)).named.check()
 
 
 def test_a_monitor_whose_file_is_gone_is_seen_when_a_run_is_resumed(tmp_path):

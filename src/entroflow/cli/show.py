@@ -87,10 +87,11 @@ class TrainingProgress:
     def begin(self, start: Metrics) -> None:
         """Show what the run is about to do, from the line of iteration 0."""
         clip, D = start["policy/clip_range"], start["policy/dimensions"]
-        console.print(
-            f"clip range {clip:.2g} per dimension, {clip * D:.3g} in all (D = {D})",
-            highlight=False,
-        )
+        if clip is not None:
+            console.print(
+                f"clip range {clip:.2g} per dimension, {clip * D:.3g} in all (D = {D})",
+                highlight=False,
+            )
         console.print(expectation(start["plan"]), highlight=False, soft_wrap=True)
 
     def watch(self, metrics: Metrics, evaluated: Evaluated | None) -> None:
@@ -139,7 +140,7 @@ def length(run: Run) -> str:
 
 
 def expectation(plan: Mapping[str, Any]) -> str:
-    """What an iteration costs and which steps are stochastic, from `Trainer.expected`."""
+    """What an iteration costs and which steps are stochastic, from `forecast.expected_of`."""
     steps = "  ".join(
         f"{step['start']}-{step['end']} {math.exp(step['entropy']):.3g}" for step in plan["steps"]
     )

@@ -123,7 +123,7 @@ class StartLine(MetricsLine):
     plan: Planned
     measure: Measured
     dimensions: Annotated[Count, Field(alias="policy/dimensions")]
-    clip_range: Annotated[float, Field(alias="policy/clip_range")]
+    clip_range: Annotated[Number, Field(alias="policy/clip_range")]
 
 
 class Estimated(Contents):

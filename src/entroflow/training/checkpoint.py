@@ -16,7 +16,6 @@ from entroflow.checkpoints import (
     read_tensors,
 )
 from entroflow.recipe.identity import identity_of, warn_of_another_recipe
-from entroflow.recipe.load import Recipe
 from entroflow.runs.inputs import check_inputs, warn_of_changed_code
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "code": trainer.named.code,
         "attention": trainer.attention.curve.state(),
         "components": {
-            name: component.state() for name, component in components_with_memory(trainer.recipe)
+            name: component.state() for name, component in components_with_memory(trainer)
         },
     }
 
@@ -70,13 +69,15 @@ def load(trainer: Trainer, checkpoint: Path) -> None:
     trainer.held_out.load_state(state)
     trainer.iteration, trainer.seconds = state["iteration"], state["seconds"]
     trainer.attention.curve.load_state(state.get("attention", {}))
-    for name, component in components_with_memory(trainer.recipe):
+    for name, component in components_with_memory(trainer):
         if name not in state["components"]:
             raise CheckpointError(f"{checkpoint} has no memory of the {name}, which needs it.")
         component.load_state(state["components"][name])
     warn_of_another_recipe(state, trainer.recipe.resolved, checkpoint)
 
 
-def components_with_memory(recipe: Recipe) -> list[tuple[str, Any]]:
-    """Section and component of those that remember something from iteration to iteration."""
-    return [(name, part) for name, part in vars(recipe).items() if hasattr(part, "load_state")]
+def components_with_memory(trainer: Trainer) -> list[tuple[str, Any]]:
+    """Key and component of those that remember something from iteration to iteration."""
+    rewards = {part.key: part.reward for part in trainer.reward.parts.values()}
+    parts = {**vars(trainer.recipe), **rewards}
+    return [(key, part) for key, part in parts.items() if hasattr(part, "load_state")]

@@ -72,9 +72,7 @@ def first_plan(trainer: Trainer) -> Plan:
 
     No component remembers it; the curve of attention entropy begins here if it has not.
     """
-    memories = [
-        (part, deepcopy(part.state())) for _, part in components_with_memory(trainer.recipe)
-    ]
+    memories = [(part, deepcopy(part.state())) for _, part in components_with_memory(trainer)]
     prompts = trainer.recipe.prompts.batch(trainer.recipe.run.seed, trainer.iteration)
     P, allocation = len(prompts), trainer.recipe.allocation
     spent = torch.zeros(P, dtype=torch.long)
