@@ -39,7 +39,7 @@ SMALL = (
     "evaluation.test_images=8", "evaluation.steps=4", "evaluation.guidance_tried=[]",
 )  # fmt: skip
 EMBEDDED = ("evaluation.images=24", "evaluation.test_images=24", "evaluation.prompts_per_skill=4")
-WITHOUT = ("seconds", "recipe_hash", "version")
+WITHOUT = ("seconds", "step_time", "recipe_hash", "version")
 """Keys, or parts of them, that may differ between two runs of the same code."""
 CLIPS = ("none", "b", "v")
 
