@@ -216,12 +216,11 @@ def begin(forever=False):
 {ENDS[end]}
 print("over")
 """
-    start = time.monotonic()
+    # A hanging server answers after 60 seconds: whoever waits for it runs into the limit.
     ended = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False
     )
     assert (ended.stdout, ended.stderr, ended.returncode) == ("over\n", "", 0)
-    assert time.monotonic() - start < 30
 
 
 def test_an_asker_may_be_collected_in_its_own_thread(capfd):
