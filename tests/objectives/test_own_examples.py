@@ -120,3 +120,24 @@ def test_final_latents_are_those_of_the_images():
     rows = torch.arange(rollouts.plan.rows)
     images = rollouts.images[rollouts.image_of(rows)]
     torch.testing.assert_close(rollouts.latents_of(rows).float(), images.flatten(1))
+
+
+def test_the_weights_that_roll_out_are_those_the_objective_names():
+    """Under the reference every iteration samples from the start; the live weights move on."""
+
+    class FromTheReference(FineTuning):
+        sampled_with = "reference"
+
+    run = trainer(FromTheReference())
+    active, velocity = [], run.policy.velocity
+
+    def seen(*given):
+        active.append((torch.is_grad_enabled(), run.policy.shift.detach().abs().sum().item()))
+        return velocity(*given)
+
+    run.policy.velocity = seen
+    for _ in range(3):
+        run.step()
+    assert run.policy.shift.detach().abs().sum() > 0.1
+    assert {shift for grad, shift in active if not grad} == {0.0}
+    assert max(shift for grad, shift in active if grad) > 0

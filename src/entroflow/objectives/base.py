@@ -121,6 +121,6 @@ class Objective(Protocol):
 
         Args:
             dimensions: D values of a latent.
-            at_reference: whether the weights that sampled were those of the reference.
+            at_reference: whether the trained weights were still those of the reference.
         """
         return []

@@ -127,11 +127,12 @@ class Trainer:
             finished = sample(
                 self.policy, recipe.kernel, rollouts, cond,
                 address=Address(recipe.run.seed, self.iteration),
-                 guidance=recipe.sampling.guidance, batch_size=recipe.sampling.batch_size,
+                guidance=recipe.sampling.guidance, batch_size=recipe.sampling.batch_size,
                 probe=self.attention.probe(len(rounds)), ledger=self.ledger,
             )  # fmt: skip
             rounds.append(rollouts)
-            with self.ledger.timed("rollout"):
+            sampled_with = self.policy.weights(recipe.objective.sampled_with)
+            with self.ledger.timed("rollout"), sampled_with:
                 known = getattr(recipe.allocation, "rounds", None)
                 scoring.take(rollouts, finished, last=len(rounds) == known)
             self.attention.compare(
